@@ -1,0 +1,1 @@
+"""Triton kernels of the selective-kernel stages and their launchers; knows tensors, no modules."""

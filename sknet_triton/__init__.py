@@ -1,0 +1,28 @@
+"""Selective-kernel networks for PyTorch, with Triton kernels for fuse and select.
+
+The stages follow Li et al., "Selective Kernel Networks", CVPR 2019. Importing this package
+imports neither triton nor a device driver; both wait for the first GPU tensor.
+"""
+
+from sknet_triton import functional
+from sknet_triton.backend import Backend, use_backend
+from sknet_triton.layers import BranchSpec, SKConv, SKUnit
+from sknet_triton.models import SKNet, SKNetFeatures, StageSpec, sknet26, sknet50, sknet101
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "BranchSpec",
+    "SKConv",
+    "SKNet",
+    "SKNetFeatures",
+    "SKUnit",
+    "StageSpec",
+    "__version__",
+    "functional",
+    "sknet26",
+    "sknet50",
+    "sknet101",
+    "use_backend",
+]

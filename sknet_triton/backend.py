@@ -1,0 +1,107 @@
+"""Which implementation carries out a stage: Triton kernels or plain PyTorch."""
+
+import importlib.util
+import os
+from types import TracebackType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "reference"]
+
+ENVIRONMENT_VARIABLE = "SKNET_TRITON_BACKEND"
+
+_NAMES: tuple[str, ...] = get_args(Backend)
+_chosen: Backend | None = None
+
+
+class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
+    """Chooses the implementation of every stage, as a setter or as a context manager.
+
+    ``use_backend("reference")`` holds from that line on; ``with use_backend("reference"):``
+    holds inside the block and restores what was set before. The choice is global to the process.
+
+    Args:
+        name: ``"auto"`` takes Triton for tensors on a GPU and PyTorch for all others;
+            ``"triton"`` insists on the kernels; ``"reference"`` takes plain PyTorch everywhere,
+            which torch.compile fuses and every exporter understands.
+
+    Raises:
+        ValueError: ``name`` is not one of the three.
+    """
+
+    def __init__(self, name: Backend) -> None:
+        global _chosen
+        self._previous = _chosen
+        _chosen = _checked(name, "name")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def current_backend() -> Backend:
+    """Returns the backend in force: the one set, else the environment's, else ``"auto"``.
+
+    Raises:
+        ValueError: ``SKNET_TRITON_BACKEND`` holds an unknown name.
+    """
+    return _chosen if _chosen is not None else _from_environment()
+
+
+def takes_triton(tensor: Tensor) -> bool:
+    """Tells whether a stage on ``tensor`` is to run on the Triton kernels.
+
+    Raises:
+        ValueError: the backend is ``"triton"`` and ``tensor`` is on a device without kernels.
+        ImportError: the backend is ``"triton"`` and triton is not installed.
+    """
+    backend = current_backend()
+    if backend == "reference":
+        return False
+    if backend == "auto":
+        return tensor.is_cuda and _triton_installed()
+    if not _triton_installed():
+        raise ImportError("backend: 'triton' needs the package triton, which is not installed")
+    if not has_kernels(tensor):
+        raise ValueError(
+            f"backend: 'triton' needs tensors on a GPU (or TRITON_INTERPRET=1), "
+            f"got a tensor on {tensor.device}"
+        )
+    return True
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Tells whether a Triton kernel can read ``tensor``: on a GPU, or under the interpreter."""
+    return tensor.is_cuda or (tensor.device.type == "cpu" and _interpreting())
+
+
+def _checked(name: str, source: str) -> Backend:
+    if name not in _NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(_NAMES)}, got {name!r}")
+    return name  # type: ignore[return-value]  # membership in _NAMES is what the Literal says
+
+
+# Dynamo neither traces the environment nor the import system; both are fixed while a graph lives.
+@torch.compiler.assume_constant_result
+def _from_environment() -> Backend:
+    return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+@torch.compiler.assume_constant_result
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

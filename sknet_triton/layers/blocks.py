@@ -1,0 +1,39 @@
+"""The convolution, norm and activation that every selective-kernel layer is made of."""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+
+def conv_bn(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 1,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    act: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """Returns convolution without bias, batch norm and, with ``act``, ReLU as conv, bn, act."""
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    modules["conv"] = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=False,
+        device=device,
+        dtype=dtype,
+    )
+    modules["bn"] = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+    if act:
+        modules["act"] = nn.ReLU(inplace=True)
+    return nn.Sequential(modules)
