@@ -2,10 +2,10 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
-import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "reference"]
@@ -14,6 +14,8 @@ ENVIRONMENT_VARIABLE = "SKNET_TRITON_BACKEND"
 
 _NAMES: tuple[str, ...] = get_args(Backend)
 _chosen: Backend | None = None
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
@@ -33,11 +35,13 @@ class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
 
     def __init__(self, name: Backend) -> None:
         global _chosen
+        self._name = _checked(name, "name")
         self._previous = _chosen
-        _chosen = _checked(name, "name")
+        _chosen = self._name
 
     def __enter__(self) -> None:
-        pass
+        global _chosen
+        _chosen = self._name
 
     def __exit__(
         self,
@@ -91,17 +95,26 @@ def _checked(name: str, source: str) -> Backend:
     return name  # type: ignore[return-value]  # membership in _NAMES is what the Literal says
 
 
-# Dynamo neither traces the environment nor the import system; both are fixed while a graph lives.
-@torch.compiler.assume_constant_result
+def _constant_in_a_graph(function: _Function) -> _Function:
+    """Marks ``function`` as torch.compiler.assume_constant_result does.
+
+    That decorator imports torch._dynamo, and with it Inductor and triton: a second at import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # read by Dynamo alone
+    return function
+
+
+# Dynamo need not trace the environment or the import system; both are fixed while a graph lives.
+@_constant_in_a_graph
 def _from_environment() -> Backend:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_a_graph
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_a_graph
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
