@@ -137,7 +137,7 @@ class SKConv(nn.Module):
                 "one value per channel and image, got 1; SKConv(..., fc_norm='layer') takes any "
                 "batch, and so does .eval()"
             )
-        wide = self.fc2(self.fc1(pooled[:, :, None, None]))
+        wide: Tensor = self.fc2(self.fc1(pooled[:, :, None, None]))
         return wide.reshape(pooled.shape[0], self.M, self.out_channels)
 
     def extra_repr(self) -> str:

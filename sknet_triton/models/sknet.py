@@ -114,7 +114,10 @@ class SKNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Returns the last stage's maps [B, num_features, H / 32, W / 32]."""
-        return self.forward_intermediates(x)[-1]
+        x = self.pool(self.stem(x))
+        for stage in self.stages:
+            x = self._forward_stage(stage, x)
+        return x
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Pools maps over space and classifies them."""
@@ -126,11 +129,7 @@ class SKNet(nn.Module):
         maps = [self.stem(x)]
         x = self.pool(maps[0])
         for stage in self.stages:
-            for unit in cast(nn.Sequential, stage):
-                if self.grad_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(unit, x, use_reentrant=False)
-                else:
-                    x = unit(x)
+            x = self._forward_stage(stage, x)
             maps.append(x)
         return maps
 
@@ -152,6 +151,14 @@ class SKNet(nn.Module):
         checkpointing of any batch norm does.
         """
         self.grad_checkpointing = enable
+
+    def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        for unit in cast(nn.Sequential, stage):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(unit, x, use_reentrant=False)
+            else:
+                x = unit(x)
+        return x
 
     def _initialise(self) -> None:
         for module in self.modules():
