@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sknet_kernels.config import MAX_BRANCHES
 from sknet_triton import reference
 from sknet_triton.backend import takes_triton
-
-MAX_TRITON_BRANCHES = 8
 
 
 def sk_fuse(branches: Sequence[Tensor] | Tensor, *, branch_dim: int | None = None) -> Tensor:
@@ -39,7 +38,8 @@ def sk_fuse(branches: Sequence[Tensor] | Tensor, *, branch_dim: int | None = Non
     if _takes_triton(xs):
         from sknet_triton import ops
 
-        return ops.sk_fuse(xs)
+        pooled: Tensor = ops.sk_fuse(xs)
+        return pooled
     return reference.sk_fuse(xs)
 
 
@@ -65,7 +65,8 @@ def sk_select(
     if _takes_triton(xs):
         from sknet_triton import ops
 
-        return ops.sk_select(xs, logits)
+        out: Tensor = ops.sk_select(xs, logits)
+        return out
     return reference.sk_select(xs, logits)
 
 
@@ -151,9 +152,9 @@ def _check_logits(logits: Tensor, xs: list[Tensor]) -> None:
 def _takes_triton(xs: list[Tensor]) -> bool:
     if not takes_triton(xs[0]):
         return False
-    if len(xs) > MAX_TRITON_BRANCHES:
+    if len(xs) > MAX_BRANCHES:
         raise ValueError(
-            f"branches: the triton backend takes at most {MAX_TRITON_BRANCHES}, got {len(xs)}; "
+            f"branches: the triton backend takes at most {MAX_BRANCHES}, got {len(xs)}; "
             "use_backend('reference') takes any number"
         )
     if xs[0].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -30,20 +30,20 @@ def sk_fuse(branches: Sequence[Tensor]) -> Tensor:
     return (total / first.shape[2:].numel()).to(first.dtype)
 
 
-def sk_fuse_bwd(dpooled: Tensor, branch: Tensor) -> Tensor:
+def sk_fuse_bwd(dpooled: Tensor, shape: torch.Size) -> Tensor:
     """Returns every branch's gradient, one broadcast tensor: dpooled / S as a stride-0 view."""
-    size = branch.shape[2:].numel()
-    share = (dpooled.to(accumulation_dtype(dpooled.dtype)) / size).to(branch.dtype)
-    return over_space(share, branch).expand(branch.shape)
+    share = dpooled.to(accumulation_dtype(dpooled.dtype)) / shape[2:].numel()
+    return over_space(share.to(dpooled.dtype), len(shape) - 2).expand(shape)
 
 
 def sk_select(branches: Sequence[Tensor], logits: Tensor) -> Tensor:
     """Weighs the branches by the softmax of logits [B, M, C] over M (section 3.1, eqs. 5 and 6)."""
     first = branches[0]
+    axes = first.dim() - 2
     attn = attention(logits, first.dtype)
-    out = over_space(attn[:, 0], first) * first
+    out = over_space(attn[:, 0], axes) * first
     for i, x in enumerate(branches[1:], start=1):
-        out = out + over_space(attn[:, i], x) * x
+        out = out + over_space(attn[:, i], axes) * x
     return out.to(first.dtype)
 
 
@@ -60,7 +60,9 @@ def sk_select_bwd(
     wide = dout.to(attn.dtype)
     dattn = torch.stack([torch.sum(wide * x, spatial) for x in branches], dim=1)
     dlogits = attn * (dattn - torch.sum(attn * dattn, dim=1, keepdim=True))
-    dbranches = [(over_space(attn[:, i], x) * wide).to(x.dtype) for i, x in enumerate(branches)]
+    dbranches = [
+        (over_space(attn[:, i], len(spatial)) * wide).to(x.dtype) for i, x in enumerate(branches)
+    ]
     return dbranches, dlogits.to(logits.dtype)
 
 
@@ -69,6 +71,6 @@ def attention(logits: Tensor, branch_dtype: torch.dtype) -> Tensor:
     return torch.softmax(logits, dim=1, dtype=accumulation_dtype(branch_dtype))
 
 
-def over_space(per_channel: Tensor, branch: Tensor) -> Tensor:
-    """Views [B, C] as [B, C, 1, ...], ready to broadcast over the space of ``branch``."""
-    return per_channel.reshape(*per_channel.shape, *(1,) * (branch.dim() - 2))
+def over_space(per_channel: Tensor, spatial_axes: int) -> Tensor:
+    """Views [B, C] as [B, C, 1, ...], ready to broadcast over so many axes of space."""
+    return per_channel.reshape(*per_channel.shape, *(1,) * spatial_axes)

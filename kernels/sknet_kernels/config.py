@@ -1,0 +1,121 @@
+"""Launch configurations as pure functions of shape, dtype, layout and device.
+
+A tile of BLOCK_C channels by BLOCK_S positions is what one program holds of every branch at once.
+Its long side lies along the contiguous axis, for wide and coalesced accesses.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+MAX_BRANCHES = 8
+
+# Elements of one branch in a tile, by the number of branches up to the limit. A backward program
+# holds M branches, M sums and the incoming gradient: registers bound the product.
+_TILE_ELEMENTS = ((2, 2048), (4, 1024), (MAX_BRANCHES, 512))
+
+# A row of a tile fills whole memory transactions.
+_MIN_ROW_BYTES = 128
+_MAX_BLOCK_C_CHANNELS_LAST = 128
+_ACCESS_BYTES = 16
+_MAX_WARPS = 4
+_PROGRAMS_PER_MULTIPROCESSOR = 8
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the heuristics know of a device."""
+
+    multiprocessors: int
+    warp_size: int
+
+    @classmethod
+    @functools.cache
+    def of(cls, device: torch.device) -> "DeviceFacts":
+        """Asks ``device``; the interpreter, on a CPU, runs one program at a time."""
+        if device.type in ("cpu", "meta"):
+            return cls(multiprocessors=1, warp_size=32)
+        properties = torch.get_device_module(device).get_device_properties(device)
+        return cls(properties.multi_processor_count, getattr(properties, "warp_size", 32))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of one call: ``num_branches`` tensors [B, C, S] of ``itemsize`` bytes an element."""
+
+    B: int
+    C: int
+    S: int
+    num_branches: int
+    itemsize: int
+    channels_last: bool
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes (powers of two), programs that share a row's positions, and warps a program."""
+
+    block_c: int
+    block_s: int
+    splits: int
+    num_warps: int
+
+    @classmethod
+    def elementwise(cls, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
+        """For a kernel whose programs each own one tile."""
+        block_c, block_s = _tile(problem)
+        splits = max(1, cdiv(problem.S, block_s))
+        return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
+
+    @classmethod
+    def reduction(cls, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
+        """For a kernel whose programs walk along S: split only as far as the device needs."""
+        block_c, block_s = _tile(problem)
+        rows = max(1, problem.B * cdiv(problem.C, block_c))
+        wanted = cdiv(device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, rows)
+        span = cdiv(cdiv(problem.S, block_s), min(wanted, cdiv(problem.S, block_s)))
+        splits = cdiv(cdiv(problem.S, block_s), span)
+        return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
+
+    def span(self, S: int) -> int:
+        """Positions that one of the ``splits`` programs of a row owns, a multiple of the tile."""
+        return cdiv(cdiv(S, self.block_s), self.splits) * self.block_s
+
+
+def cdiv(a: int, b: int) -> int:
+    """Divides and rounds up."""
+    return -(-a // b)
+
+
+def next_power_of_two(n: int) -> int:
+    """Returns the least power of two that is at least ``n``, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def _tile(problem: Problem) -> tuple[int, int]:
+    elements = next(size for limit, size in _TILE_ELEMENTS if problem.num_branches <= limit)
+    elements = elements * 4 // max(4, problem.itemsize)
+    widest_c, widest_s = next_power_of_two(max(1, problem.C)), next_power_of_two(problem.S)
+    if problem.channels_last:
+        block_c = min(widest_c, _MAX_BLOCK_C_CHANNELS_LAST)
+        return block_c, min(widest_s, elements // block_c)
+    block_s = _tightest(problem.S, min(widest_s, elements), _MIN_ROW_BYTES // problem.itemsize)
+    return min(widest_c, elements // block_s), block_s
+
+
+def _tightest(S: int, most: int, least: int) -> int:
+    """Returns the power of two up to ``most`` whose tiles overshoot S least, the larger of equals."""
+    best = most
+    block = most
+    while block > least:
+        block //= 2
+        if cdiv(S, block) * block < cdiv(S, best) * best:
+            best = block
+    return best
+
+
+def _num_warps(elements: int, problem: Problem, device: DeviceFacts) -> int:
+    per_thread = max(1, _ACCESS_BYTES // problem.itemsize)
+    warps = elements // (per_thread * device.warp_size)
+    return max(1, min(_MAX_WARPS, warps))

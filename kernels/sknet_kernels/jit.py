@@ -1,0 +1,74 @@
+"""Device functions that more than one kernel uses."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def program_coordinates(C, splits, BLOCK_C: tl.constexpr):
+    """Splits the program id into image, block of channels and part of the positions, all int64.
+
+    The part changes fastest, then the block of channels, then the image.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C)
+    pid_s = pid % splits
+    pid_c = (pid // splits) % blocks
+    pid_b = pid // (splits * blocks)
+    return pid_b.to(tl.int64), pid_c.to(tl.int64), pid_s.to(tl.int64)
+
+
+@triton.jit
+def tile_offsets(offs_c, offs_s, stride_c, stride_s):
+    """Returns the int64 offsets [BLOCK_C, BLOCK_S] of a tile; both index vectors are int64."""
+    return offs_c[:, None] * stride_c + offs_s[None, :] * stride_s
+
+
+@triton.jit
+def branch_softmax(
+    logits_ptr, stride_m, stride_c, offs_c, mask_c, NUM_BRANCHES: tl.constexpr, ACC: tl.constexpr
+):
+    """Returns the softmax over the branches as NUM_BRANCHES vectors [BLOCK_C].
+
+    ``logits_ptr`` points at one image's logits [M, C]. The maximum is subtracted; NaN stays NaN.
+    """
+    logits = ()
+    for i in tl.static_range(NUM_BRANCHES):
+        offs = i * stride_m + offs_c * stride_c
+        logits = logits + (tl.load(logits_ptr + offs, mask=mask_c, other=0.0).to(ACC),)
+    peak = logits[0]
+    for i in tl.static_range(1, NUM_BRANCHES):
+        peak = tl.maximum(peak, logits[i])
+    weights = ()
+    total = tl.zeros_like(peak)
+    for i in tl.static_range(NUM_BRANCHES):
+        weight = tl.exp(logits[i] - peak)
+        weights = weights + (weight,)
+        total += weight
+    attn = ()
+    for i in tl.static_range(NUM_BRANCHES):
+        attn = attn + (weights[i] / total,)
+    return attn
+
+
+@triton.jit
+def branch_softmax_bwd(attn, dattn, NUM_BRANCHES: tl.constexpr):
+    """Returns dlogits_i = a_i (g_i - sum_j a_j g_j) as NUM_BRANCHES vectors [BLOCK_C]."""
+    inner = attn[0] * dattn[0]
+    for j in tl.static_range(1, NUM_BRANCHES):
+        inner += attn[j] * dattn[j]
+    dlogits = ()
+    for i in tl.static_range(NUM_BRANCHES):
+        dlogits = dlogits + (attn[i] * (dattn[i] - inner),)
+    return dlogits
+
+
+@triton.jit
+def zero_tiles(
+    COUNT: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """Returns COUNT tiles [BLOCK_C, BLOCK_S] of zeros."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros([BLOCK_C, BLOCK_S], ACC),)
+    return tiles

@@ -1,0 +1,36 @@
+"""How a tensor [B, C, *spatial] lies in memory: the one place that decides about layout.
+
+Kernels address [B, C, S] by three strides, S being the flattened space. Contiguous and
+channels_last tensors, their slices along B and C, and tensors expanded as a whole have such
+strides. A crop, or an axis of space expanded alone, does not: `as_bcs` copies that one tensor, at
+a cost of two passes.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def as_bcs(x: Tensor) -> Tensor:
+    """Returns ``x`` [B, C, *spatial] as [B, C, S]: a view if its space lies evenly, else a copy."""
+    return x.flatten(2)
+
+
+def lies_evenly(x: Tensor) -> bool:
+    """Tells whether the space of ``x`` [B, C, *spatial] is one axis of constant stride."""
+    axes = [d for d in range(2, x.dim()) if x.shape[d] != 1]
+    return all(
+        x.stride(outer) == x.stride(inner) * x.shape[inner] for outer, inner in pairwise(axes)
+    )
+
+
+def empty_like_branch(x: Tensor) -> Tensor:
+    """Returns an uninitialised tensor in the layout of ``x``, contiguous where that is uneven."""
+    out = torch.empty_like(x)
+    return out if lies_evenly(out) else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Tells whether neighbours of ``x`` [B, C, S] in memory are channels rather than positions."""
+    return x.stride(1) == 1 and x.shape[1] > 1 and x.stride(2) != 1

@@ -1,0 +1,315 @@
+"""select: the sum of the branches, weighed by a softmax over them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sknet_kernels.arguments import accumulator, branch_arguments, problem_of, tensor_arguments
+from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, cdiv
+from sknet_kernels.jit import (
+    branch_softmax,
+    branch_softmax_bwd,
+    program_coordinates,
+    tile_offsets,
+    zero_tiles,
+)
+from sknet_kernels.launch import Launch
+from sknet_kernels.layout import as_bcs, empty_like_branch
+
+_COMBINE_BLOCK = 128
+
+
+@triton.jit
+def _sk_select_fwd_kernel(
+    out_ptr,
+    out_stride_b,
+    out_stride_c,
+    out_stride_s,
+    x_ptrs,
+    x_strides_b,
+    x_strides_c,
+    x_strides_s,
+    logits_ptr,
+    logits_stride_b,
+    logits_stride_m,
+    logits_stride_c,
+    C,
+    S,
+    blocks_s,
+    NUM_BRANCHES: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """out[b, c, s] = sum over i of a_i[b, c] * x_i[b, c, s], with a = softmax over i of logits.
+
+    Shapes: x_i and out [B, C, S], logits [B, M, C], all of any strides. Arithmetic in ACC.
+    Passes moved: M read, 1 written. Source: Li et al. 2019, eqs. 5 and 6.
+    """
+    # One program owns a tile of BLOCK_C channels and BLOCK_S positions of one image.
+    pid_b, pid_c, pid_s = program_coordinates(C, blocks_s, BLOCK_C)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask_c = offs_c < C
+    mask = mask_c[:, None] & (offs_s < S)[None, :]
+    attn = branch_softmax(
+        logits_ptr + pid_b * logits_stride_b,
+        logits_stride_m,
+        logits_stride_c,
+        offs_c,
+        mask_c,
+        NUM_BRANCHES,
+        ACC,
+    )
+    out = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    for i in tl.static_range(NUM_BRANCHES):
+        offs = tile_offsets(offs_c, offs_s, x_strides_c[i], x_strides_s[i])
+        x = tl.load(x_ptrs[i] + pid_b * x_strides_b[i] + offs, mask=mask, other=0.0)
+        out += attn[i][:, None] * x.to(ACC)
+    offs = tile_offsets(offs_c, offs_s, out_stride_c, out_stride_s)
+    out_ptrs = out_ptr + pid_b * out_stride_b + offs
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sk_select_bwd_kernel(
+    dx_ptrs,
+    dx_strides_b,
+    dx_strides_c,
+    dx_strides_s,
+    dlogits_ptr,
+    dout_ptr,
+    dout_stride_b,
+    dout_stride_c,
+    dout_stride_s,
+    x_ptrs,
+    x_strides_b,
+    x_strides_c,
+    x_strides_s,
+    logits_ptr,
+    logits_stride_b,
+    logits_stride_m,
+    logits_stride_c,
+    B,
+    C,
+    S,
+    span,
+    NUM_BRANCHES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """dx_i = a_i * dout;  g_i = sum over s of dout * x_i;  dlogits_i = a_i (g_i - sum_j a_j g_j).
+
+    Shapes: dx_i, dout and x_i [B, C, S] and logits [B, M, C] of any strides; dlogits [B, M, C]
+    contiguous, or with SPLITS > 1 the partial g [SPLITS, B, M, C]. Sums are kept in ACC.
+    Passes moved: M + 1 read, M written. Source: the derivative of Li et al. 2019, eqs. 5 and 6.
+    """
+    # One program owns BLOCK_C channels of one image over `span` positions.
+    pid_b, pid_c, pid_s = program_coordinates(C, SPLITS, BLOCK_C)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    attn = branch_softmax(
+        logits_ptr + pid_b * logits_stride_b,
+        logits_stride_m,
+        logits_stride_c,
+        offs_c,
+        mask_c,
+        NUM_BRANCHES,
+        ACC,
+    )
+    start = pid_s * span
+    stop = tl.minimum(start + span, S)
+    products = zero_tiles(NUM_BRANCHES, ACC, BLOCK_C, BLOCK_S)
+    for first in range(start, stop, BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        mask = mask_c[:, None] & (offs_s < stop)[None, :]
+        offs = tile_offsets(offs_c, offs_s, dout_stride_c, dout_stride_s)
+        dout = tl.load(dout_ptr + pid_b * dout_stride_b + offs, mask=mask, other=0.0).to(ACC)
+        grown = ()
+        for i in tl.static_range(NUM_BRANCHES):
+            offs = tile_offsets(offs_c, offs_s, x_strides_c[i], x_strides_s[i])
+            x = tl.load(x_ptrs[i] + pid_b * x_strides_b[i] + offs, mask=mask, other=0.0)
+            grown = grown + (products[i] + dout * x.to(ACC),)
+            offs = tile_offsets(offs_c, offs_s, dx_strides_c[i], dx_strides_s[i])
+            dx = (attn[i][:, None] * dout).to(dx_ptrs[i].dtype.element_ty)
+            tl.store(dx_ptrs[i] + pid_b * dx_strides_b[i] + offs, dx, mask=mask)
+        products = grown
+    dattn = ()
+    for i in tl.static_range(NUM_BRANCHES):
+        dattn = dattn + (tl.sum(products[i], axis=1),)
+    if SPLITS == 1:
+        dattn = branch_softmax_bwd(attn, dattn, NUM_BRANCHES)
+    for i in tl.static_range(NUM_BRANCHES):
+        offs = ((pid_s * B + pid_b) * NUM_BRANCHES + i) * C + offs_c
+        tl.store(dlogits_ptr + offs, dattn[i].to(dlogits_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _sk_select_bwd_combine_kernel(
+    dlogits_ptr,
+    partial_ptr,
+    logits_ptr,
+    logits_stride_b,
+    logits_stride_m,
+    logits_stride_c,
+    B,
+    C,
+    NUM_BRANCHES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dlogits_i = a_i (g_i - sum_j a_j g_j), with g_i the sum over k of partial[k], in order of k.
+
+    Shapes: partial [SPLITS, B, M, C] and dlogits [B, M, C] contiguous, logits [B, M, C] of any
+    strides. Passes moved: none of full size.
+    """
+    # One program owns BLOCK_C channels of one image.
+    pid_b, pid_c, _ = program_coordinates(C, 1, BLOCK_C)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    attn = branch_softmax(
+        logits_ptr + pid_b * logits_stride_b,
+        logits_stride_m,
+        logits_stride_c,
+        offs_c,
+        mask_c,
+        NUM_BRANCHES,
+        ACC,
+    )
+    dattn = ()
+    for i in tl.static_range(NUM_BRANCHES):
+        total = tl.zeros([BLOCK_C], ACC)
+        for k in range(SPLITS):
+            offs = ((k * B + pid_b) * NUM_BRANCHES + i) * C + offs_c
+            total += tl.load(partial_ptr + offs, mask=mask_c, other=0.0)
+        dattn = dattn + (total,)
+    dlogits = branch_softmax_bwd(attn, dattn, NUM_BRANCHES)
+    for i in tl.static_range(NUM_BRANCHES):
+        offs = (pid_b * NUM_BRANCHES + i) * C + offs_c
+        tl.store(dlogits_ptr + offs, dlogits[i].to(dlogits_ptr.dtype.element_ty), mask=mask_c)
+
+
+def sk_select_fwd(
+    branches: Sequence[Tensor], logits: Tensor, config: LaunchConfig | None = None
+) -> Tensor:
+    """Launches select: M tensors [B, C, *spatial] and logits [B, M, C] -> [B, C, *spatial]."""
+    out = empty_like_branch(branches[0])
+    launch = sk_select_fwd_launch(as_bcs(out), [as_bcs(x) for x in branches], logits, config)
+    launch.run(out.device)
+    return out
+
+
+def sk_select_bwd(
+    dout: Tensor, branches: Sequence[Tensor], logits: Tensor, config: LaunchConfig | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Launches the backward of select and returns the gradients of every branch and of logits."""
+    dbranches = [empty_like_branch(x) for x in branches]
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    launches = sk_select_bwd_launches(
+        [as_bcs(dx) for dx in dbranches],
+        dlogits,
+        as_bcs(dout),
+        [as_bcs(x) for x in branches],
+        logits,
+        config,
+    )
+    for launch in launches:
+        launch.run(dout.device)
+    return dbranches, dlogits
+
+
+def sk_select_fwd_launch(
+    out: Tensor, xs: Sequence[Tensor], logits: Tensor, config: LaunchConfig | None = None
+) -> Launch:
+    """Returns the launch that fills ``out`` [B, C, S] from ``xs`` [B, C, S]."""
+    problem = problem_of(xs)
+    config = config or LaunchConfig.elementwise(problem, DeviceFacts.of(out.device))
+    return Launch(
+        kernel=_sk_select_fwd_kernel,
+        programs=problem.B * cdiv(problem.C, config.block_c) * config.splits,
+        arguments={
+            **tensor_arguments("out", out, "bcs"),
+            **branch_arguments("x", xs),
+            **tensor_arguments("logits", logits, "bmc"),
+            "C": problem.C,
+            "S": problem.S,
+            "blocks_s": config.splits,
+        },
+        constants={
+            "NUM_BRANCHES": problem.num_branches,
+            "ACC": accumulator(xs[0].dtype)[1],
+            "BLOCK_C": config.block_c,
+            "BLOCK_S": config.block_s,
+        },
+        num_warps=config.num_warps,
+    )
+
+
+def sk_select_bwd_launches(
+    dxs: Sequence[Tensor],
+    dlogits: Tensor,
+    dout: Tensor,
+    xs: Sequence[Tensor],
+    logits: Tensor,
+    config: LaunchConfig | None = None,
+) -> list[Launch]:
+    """Returns the launches that fill ``dxs`` [B, C, S] and ``dlogits`` [B, M, C]."""
+    problem = problem_of(xs)
+    config = config or LaunchConfig.reduction(problem, DeviceFacts.of(dout.device))
+    acc, tl_acc = accumulator(xs[0].dtype)
+    split = config.splits > 1
+    target = dlogits.new_empty((config.splits, *dlogits.shape), dtype=acc) if split else dlogits
+    gradients = Launch(
+        kernel=_sk_select_bwd_kernel,
+        programs=problem.B * cdiv(problem.C, config.block_c) * config.splits,
+        arguments={
+            **branch_arguments("dx", dxs),
+            "dlogits_ptr": target,
+            **tensor_arguments("dout", dout, "bcs"),
+            **branch_arguments("x", xs),
+            **tensor_arguments("logits", logits, "bmc"),
+            "B": problem.B,
+            "C": problem.C,
+            "S": problem.S,
+            "span": config.span(problem.S),
+        },
+        constants={
+            "NUM_BRANCHES": problem.num_branches,
+            "SPLITS": config.splits,
+            "ACC": tl_acc,
+            "BLOCK_C": config.block_c,
+            "BLOCK_S": config.block_s,
+        },
+        num_warps=config.num_warps,
+    )
+    return [gradients, _combine(dlogits, target, logits, problem, tl_acc)] if split else [gradients]
+
+
+def _combine(
+    dlogits: Tensor, partial: Tensor, logits: Tensor, problem: Problem, tl_acc: Any
+) -> Launch:
+    return Launch(
+        kernel=_sk_select_bwd_combine_kernel,
+        programs=problem.B * cdiv(problem.C, _COMBINE_BLOCK),
+        arguments={
+            "dlogits_ptr": dlogits,
+            "partial_ptr": partial,
+            **tensor_arguments("logits", logits, "bmc"),
+            "B": problem.B,
+            "C": problem.C,
+        },
+        constants={
+            "NUM_BRANCHES": problem.num_branches,
+            "SPLITS": partial.shape[0],
+            "ACC": tl_acc,
+            "BLOCK_C": _COMBINE_BLOCK,
+        },
+        num_warps=1,
+    )

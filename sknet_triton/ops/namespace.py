@@ -1,0 +1,3 @@
+"""The one place that names the operators' namespace."""
+
+NAMESPACE = "sknet_triton"

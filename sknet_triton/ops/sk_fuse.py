@@ -1,0 +1,46 @@
+"""The operator ``sknet_triton::sk_fuse``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sknet_triton import reference
+from sknet_triton.backend import has_kernels
+from sknet_triton.ops.namespace import NAMESPACE
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sk_fuse", mutates_args=())
+def sk_fuse(branches: Sequence[Tensor]) -> Tensor:
+    """Averages the sum of M branches [B, C, *spatial] over space -> [B, C]."""
+    if not has_kernels(branches[0]):
+        return reference.sk_fuse(branches)
+    from sknet_kernels.sk_fuse import sk_fuse_fwd
+
+    return sk_fuse_fwd(branches)
+
+
+@sk_fuse.register_fake
+def _(branches: Sequence[Tensor]) -> Tensor:
+    return branches[0].new_empty(branches[0].shape[:2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor]], output: Tensor) -> None:
+    (branches,) = inputs
+    ctx.shape, ctx.num_branches = branches[0].shape, len(branches)
+
+
+def _backward(ctx: Any, dout: Tensor) -> list[Tensor]:
+    # The gradient of every branch is one stride-0 view: no kernel, and nothing of full size.
+    return [reference.sk_fuse_bwd(dout, ctx.shape)] * ctx.num_branches
+
+
+sk_fuse.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.sknet_triton.sk_fuse)
+def _flops(branches: list[torch.Size], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """One addition an element of every branch."""
+    return len(branches) * branches[0].numel()

@@ -1,0 +1,85 @@
+"""The operators ``sknet_triton::sk_select`` and ``sknet_triton::sk_select_bwd``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sknet_kernels.layout import empty_like_branch
+from sknet_triton import reference
+from sknet_triton.backend import has_kernels
+from sknet_triton.ops.namespace import NAMESPACE
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sk_select", mutates_args=())
+def sk_select(branches: Sequence[Tensor], logits: Tensor) -> Tensor:
+    """Weighs M branches [B, C, *spatial] by the softmax of logits [B, M, C] over M."""
+    if not has_kernels(branches[0]):
+        return empty_like_branch(branches[0]).copy_(reference.sk_select(branches, logits))
+    from sknet_kernels.sk_select import sk_select_fwd
+
+    return sk_select_fwd(branches, logits)
+
+
+@sk_select.register_fake
+def _(branches: Sequence[Tensor], logits: Tensor) -> Tensor:
+    return empty_like_branch(branches[0])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sk_select_bwd", mutates_args=())
+def sk_select_bwd(
+    dout: Tensor, branches: Sequence[Tensor], logits: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Returns the gradients of `sk_select` for every branch and for the logits."""
+    if not has_kernels(dout):
+        dbranches, dlogits = reference.sk_select_bwd(dout, branches, logits)
+        laid_out = [
+            empty_like_branch(x).copy_(dx) for x, dx in zip(branches, dbranches, strict=True)
+        ]
+        return laid_out, dlogits.contiguous()
+    from sknet_kernels.sk_select import sk_select_bwd as launch
+
+    return launch(dout, branches, logits)
+
+
+@sk_select_bwd.register_fake
+def _(dout: Tensor, branches: Sequence[Tensor], logits: Tensor) -> tuple[list[Tensor], Tensor]:
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return [empty_like_branch(x) for x in branches], dlogits
+
+
+def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor], output: Tensor) -> None:
+    branches, logits = inputs
+    ctx.save_for_backward(logits, *branches)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], Tensor]:
+    logits, *branches = ctx.saved_tensors
+    gradients: tuple[list[Tensor], Tensor] = sk_select_bwd(dout, branches, logits)
+    return gradients
+
+
+sk_select.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.sknet_triton.sk_select)
+def _flops(
+    branches: list[torch.Size], logits: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """One multiplication and one addition an element of every branch."""
+    return 2 * len(branches) * branches[0].numel()
+
+
+@register_flop_formula(torch.ops.sknet_triton.sk_select_bwd)
+def _flops_bwd(
+    dout: torch.Size,
+    branches: list[torch.Size],
+    logits: torch.Size,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """One multiplication for dx and a multiply-add for dlogits an element of every branch."""
+    return 3 * len(branches) * branches[0].numel()
