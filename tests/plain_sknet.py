@@ -1,0 +1,178 @@
+"""SKNet from the paper's equations, for tests.
+
+Nothing of the package is used here and every step is spelt out: dilated and grouped convolutions
+as dense ones with zeros in the kernel, batch norm by its formula, the branches stacked, softmax
+by exponentials. Weights come as a dict with the names of the module's state dict.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Tensors = Mapping[str, Tensor]
+# (kernel, dilation, groups) of every branch
+Branches = Sequence[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class PlainConfig:
+    """What the tensors alone do not say about a selective-kernel convolution."""
+
+    branches: Branches = ((3, 1, 32), (3, 2, 32))
+    stride: int = 1
+    training: bool = True
+    aggregate: str = "sk"
+
+
+def scramble(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every norm and fc2 values that a forgotten or swapped term cannot hide behind."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
+        drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        tensor.copy_(low + (high - low) * drawn)
+
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if "bn." in name or "norm." in name:
+                if name.endswith(("bn.weight", "norm.weight", "running_var")):
+                    uniform(tensor, 0.5, 1.5)
+                elif name.endswith(("bias", "running_mean")):
+                    uniform(tensor, -0.3, 0.3)
+            elif name.endswith("fc2.weight"):
+                uniform(tensor, -1.0, 1.0)
+    return module
+
+
+def leaves(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the module's tensors as float64 copies, the parameters with requires_grad."""
+    tensors = {name: t.detach().double().clone() for name, t in module.state_dict().items()}
+    for name, _ in module.named_parameters():
+        tensors[name].requires_grad_()
+    return tensors
+
+
+def plain_conv(x: Tensor, weight: Tensor, stride: int, dilation: int, groups: int) -> Tensor:
+    """Convolves with the dense kernel that a dilated and grouped one stands for, size-keeping."""
+    out_channels, in_group, kernel, _ = weight.shape
+    rows = [
+        F.pad(w, (0, 0, 0, 0, g * in_group, (groups - 1 - g) * in_group))
+        for g, w in enumerate(weight.chunk(groups))
+    ]
+    size = dilation * (kernel - 1) + 1
+    dense = weight.new_zeros(out_channels, groups * in_group, size, size)
+    dense[:, :, ::dilation, ::dilation] = torch.cat(rows)
+    return F.conv2d(x, dense, stride=stride, padding=size // 2)
+
+
+def plain_batch_norm(x: Tensor, p: Tensors, name: str, training: bool) -> Tensor:
+    """Normalises [B, C, H, W] with eps 1e-5, by the batch in training."""
+    shape = (1, -1, 1, 1)
+    if training:
+        mean = x.mean((0, 2, 3))
+        var = ((x - mean.view(shape)) ** 2).mean((0, 2, 3))
+    else:
+        mean, var = p[f"{name}.running_mean"], p[f"{name}.running_var"]
+    normal = (x - mean.view(shape)) / torch.sqrt(var.view(shape) + 1e-5)
+    return normal * p[f"{name}.weight"].view(shape) + p[f"{name}.bias"].view(shape)
+
+
+def plain_maps(x: Tensor, p: Tensors, config: PlainConfig, prefix: str = "") -> Tensor:
+    """Returns the branches after their ReLU, stacked: [M, B, C, H', W']."""
+    maps = []
+    for i, (_, dilation, groups) in enumerate(config.branches):
+        name = f"{prefix}branches.{i}"
+        u = plain_conv(x, p[f"{name}.conv.weight"], config.stride, dilation, groups)
+        maps.append(plain_batch_norm(u, p, f"{name}.bn", config.training).clamp(min=0))
+    return torch.stack(maps)
+
+
+def plain_logits(pooled: Tensor, p: Tensors, config: PlainConfig, prefix: str = "") -> Tensor:
+    """Maps [B, C] to logits [M, B, C]: the rows of fc2 are branch-major."""
+    z = pooled @ p[f"{prefix}fc1.conv.weight"].flatten(1).T
+    if f"{prefix}fc1.conv.bias" in p:
+        z = z + p[f"{prefix}fc1.conv.bias"]
+    if f"{prefix}fc1.bn.weight" in p:
+        z = plain_batch_norm(z[:, :, None, None], p, f"{prefix}fc1.bn", config.training)[..., 0, 0]
+    elif f"{prefix}fc1.norm.weight" in p:
+        centred = z - z.mean(1, keepdim=True)
+        z = centred / torch.sqrt((centred**2).mean(1, keepdim=True) + 1e-5)
+        z = z * p[f"{prefix}fc1.norm.weight"] + p[f"{prefix}fc1.norm.bias"]
+    z = z.clamp(min=0)
+    channels = pooled.shape[1]
+    weight = p[f"{prefix}fc2.weight"].flatten(1)
+    return torch.stack(
+        [
+            z @ weight[i * channels : (i + 1) * channels].T  # one row of logits a branch
+            for i in range(len(config.branches))
+        ]
+    )
+
+
+def plain_sk_conv(x: Tensor, p: Tensors, config: PlainConfig, prefix: str = "") -> Tensor:
+    """Section 3.1 in full: split, fuse, select."""
+    stacked = plain_maps(x, p, config, prefix)
+    total = stacked.sum(0)
+    if config.aggregate == "sum":
+        return total
+    positions = total.shape[2] * total.shape[3]
+    pooled = total.sum((2, 3)) / positions
+    logits = plain_logits(pooled, p, config, prefix)
+    exponentials = torch.exp(logits - logits.amax(0))
+    attn = exponentials / exponentials.sum(0)
+    return (attn[..., None, None] * stacked).sum(0)
+
+
+def plain_sk_unit(x: Tensor, p: Tensors, config: PlainConfig, prefix: str = "") -> Tensor:
+    """1x1 reduce, selective-kernel convolution, 1x1 increase, shortcut, ReLU."""
+    training = config.training
+    inner = plain_conv(x, p[f"{prefix}reduce.conv.weight"], 1, 1, 1)
+    inner = plain_batch_norm(inner, p, f"{prefix}reduce.bn", training).clamp(min=0)
+    inner = plain_sk_conv(inner, p, config, f"{prefix}sk.")
+    inner = plain_conv(inner, p[f"{prefix}increase.conv.weight"], 1, 1, 1)
+    inner = plain_batch_norm(inner, p, f"{prefix}increase.bn", training)
+    if f"{prefix}shortcut.conv.weight" in p:
+        x = plain_conv(x, p[f"{prefix}shortcut.conv.weight"], config.stride, 1, 1)
+        x = plain_batch_norm(x, p, f"{prefix}shortcut.bn", training)
+    return (inner + x).clamp(min=0)
+
+
+def plain_max_pool(x: Tensor, padding: int) -> Tensor:
+    """3x3 windows every two pixels; one may hang over the right and the lower edge.
+
+    With padding 1 this is the usual pooling; with padding 0, Caffe's, which rounds up.
+    """
+    height, width = x.shape[2:]
+    if padding == 1:
+        x = F.pad(x, (1, 1, 1, 1), value=-torch.inf)
+    else:
+        x = F.pad(x, (0, 1 - width % 2, 0, 1 - height % 2), value=-torch.inf)
+    windows = x.unfold(2, 3, 2).unfold(3, 3, 2)
+    return windows.amax((-2, -1))
+
+
+def plain_sknet(
+    x: Tensor, p: Tensors, strides: Sequence[int], training: bool, pool_padding: int = 1
+) -> list[Tensor]:
+    """Returns the maps of the stem and of every stage, and the logits."""
+    x = plain_conv(x, p["stem.conv.weight"], 2, 1, 1)
+    maps = [plain_batch_norm(x, p, "stem.bn", training).clamp(min=0)]
+    x = plain_max_pool(maps[0], pool_padding)
+    for i, stage_stride in enumerate(strides):
+        unit = 0
+        while f"stages.{i}.{unit}.reduce.conv.weight" in p:
+            stride = stage_stride if unit == 0 else 1
+            config = PlainConfig(stride=stride, training=training)
+            x = plain_sk_unit(x, p, config, f"stages.{i}.{unit}.")
+            unit += 1
+        maps.append(x)
+    return [*maps, x.mean((2, 3)) @ p["head.weight"].T + p["head.bias"]]
+
+
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference in units of the largest expected value."""
+    scale = expected.abs().max().item()
+    return (actual.double() - expected).abs().max().item() / (scale or 1.0)
