@@ -94,6 +94,8 @@ class SKConv(nn.Module):
         _check_sizes(in_channels, out_channels, stride, r, L, d, specs)
         if aggregate not in get_args(Aggregate):
             raise ValueError(f"aggregate: expected 'sk' or 'sum', got {aggregate!r}")
+        if fc_norm not in get_args(FcNorm):
+            raise ValueError(f"fc_norm: expected 'batch', 'layer' or 'none', got {fc_norm!r}")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.stride = stride
@@ -202,8 +204,6 @@ def _fc1(
 ) -> nn.Sequential:
     if norm == "batch":
         return conv_bn(in_channels, width, device=device, dtype=dtype)
-    if norm not in get_args(FcNorm):
-        raise ValueError(f"fc_norm: expected 'batch', 'layer' or 'none', got {norm!r}")
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     modules["conv"] = nn.Conv2d(
         in_channels, width, 1, bias=norm == "none", device=device, dtype=dtype
