@@ -1,5 +1,6 @@
 """What every launcher derives from its tensors."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,15 @@ def problem_of(xs: Sequence[Tensor]) -> Problem:
     first = xs[0]
     B, C, S = first.shape
     return Problem(B, C, S, len(xs), first.element_size(), is_channels_last(first))
+
+
+def common_alignment(tensors: Sequence[Tensor]) -> int:
+    """Returns the largest power of two up to 16 that divides S and every stride but that of S.
+
+    It is what makes the rows of contiguous tensors [B, C, S] aligned; for channels_last it is 1.
+    """
+    divisor = math.gcd(16, *(n for x in tensors for n in (x.shape[2], x.stride(0), x.stride(1))))
+    return divisor & -divisor
 
 
 def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:

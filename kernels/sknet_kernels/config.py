@@ -21,6 +21,7 @@ _MAX_BLOCK_C_CHANNELS_LAST = 128
 _ACCESS_BYTES = 16
 _MAX_WARPS = 4
 _PROGRAMS_PER_MULTIPROCESSOR = 8
+_BYTES_PER_PARTIAL_BYTE = 100
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,25 @@ class LaunchConfig:
         return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
 
     @classmethod
-    def reduction(cls, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
-        """For a kernel whose programs walk along S: split only as far as the device needs."""
+    def reduction(cls, problem: Problem, device: DeviceFacts, sums: int) -> "LaunchConfig":
+        """For a kernel whose programs walk along S and keep ``sums`` sums a channel and image.
+
+        A row is split over programs as far as the device needs to be full, while the partial sums
+        written and read again stay a small share of the branches' own bytes.
+        """
         block_c, block_s = _tile(problem)
         rows = max(1, problem.B * cdiv(problem.C, block_c))
         wanted = cdiv(device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, rows)
-        span = cdiv(cdiv(problem.S, block_s), min(wanted, cdiv(problem.S, block_s)))
-        splits = cdiv(cdiv(problem.S, block_s), span)
+        partial_bytes = 2 * sums * max(4, problem.itemsize)
+        affordable = (
+            problem.num_branches
+            * problem.S
+            * problem.itemsize
+            // (_BYTES_PER_PARTIAL_BYTE * partial_bytes)
+        )
+        blocks = cdiv(problem.S, block_s)
+        span = cdiv(blocks, max(1, min(wanted, affordable, blocks)))
+        splits = cdiv(blocks, span)
         return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
 
     def span(self, S: int) -> int:
@@ -105,7 +118,7 @@ def _tile(problem: Problem) -> tuple[int, int]:
 
 
 def _tightest(S: int, most: int, least: int) -> int:
-    """Returns the power of two up to ``most`` whose tiles overshoot S least, the larger of equals."""
+    """Returns the power of two up to ``most`` whose tiles overshoot S least, the larger on ties."""
     best = most
     block = most
     while block > least:

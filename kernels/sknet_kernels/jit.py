@@ -19,9 +19,23 @@ def program_coordinates(C, splits, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(offs_c, offs_s, stride_c, stride_s):
-    """Returns the int64 offsets [BLOCK_C, BLOCK_S] of a tile; both index vectors are int64."""
-    return offs_c[:, None] * stride_c + offs_s[None, :] * stride_s
+def known_multiple(n, ALIGN: tl.constexpr):
+    """Returns ``n``, a multiple of ALIGN, in a form that shows it to the compiler.
+
+    Triton knows by itself only which arguments are multiples of 16; a row of 14 x 14 is one of 4.
+    """
+    if ALIGN > 1:
+        n = n // ALIGN * ALIGN
+    return n
+
+
+@triton.jit
+def tile_pointers(ptr, stride_b, stride_c, stride_s, pid_b, offs_c, offs_s, ALIGN: tl.constexpr):
+    """Returns the pointers [BLOCK_C, BLOCK_S] of a tile of image pid_b; all indices are int64."""
+    row = known_multiple(stride_b, ALIGN) * pid_b
+    return (
+        ptr + row + offs_c[:, None] * known_multiple(stride_c, ALIGN) + offs_s[None, :] * stride_s
+    )
 
 
 @triton.jit

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.arguments import accumulator, branch_arguments, problem_of
+from sknet_kernels.arguments import accumulator, branch_arguments, common_alignment, problem_of
 from sknet_kernels.config import DeviceFacts, LaunchConfig, cdiv
-from sknet_kernels.jit import program_coordinates, tile_offsets
+from sknet_kernels.jit import known_multiple, program_coordinates, tile_pointers
 from sknet_kernels.launch import Launch
 from sknet_kernels.layout import as_bcs
 
@@ -29,6 +29,7 @@ def _sk_fuse_fwd_kernel(
     NUM_BRANCHES: tl.constexpr,
     SPLITS: tl.constexpr,
     ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -43,14 +44,23 @@ def _sk_fuse_fwd_kernel(
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     start = pid_s * span
-    stop = tl.minimum(start + span, S)
+    stop = tl.minimum(start + span, known_multiple(S, ALIGN))
     total = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     for first in range(start, stop, BLOCK_S):
         offs_s = first + tl.arange(0, BLOCK_S)
         mask = mask_c[:, None] & (offs_s < stop)[None, :]
         for i in tl.static_range(NUM_BRANCHES):
-            offs = tile_offsets(offs_c, offs_s, x_strides_c[i], x_strides_s[i])
-            x = tl.load(x_ptrs[i] + pid_b * x_strides_b[i] + offs, mask=mask, other=0.0)
+            ptrs = tile_pointers(
+                x_ptrs[i],
+                x_strides_b[i],
+                x_strides_c[i],
+                x_strides_s[i],
+                pid_b,
+                offs_c,
+                offs_s,
+                ALIGN,
+            )
+            x = tl.load(ptrs, mask=mask, other=0.0)
             total += x.to(ACC)
     pooled = tl.sum(total, axis=1)
     if SPLITS == 1:
@@ -98,7 +108,7 @@ def sk_fuse_fwd_launches(
 ) -> list[Launch]:
     """Returns the launches that fill ``out`` [B, C] from ``xs`` [B, C, S]."""
     problem = problem_of(xs)
-    config = config or LaunchConfig.reduction(problem, DeviceFacts.of(out.device))
+    config = config or LaunchConfig.reduction(problem, DeviceFacts.of(out.device), sums=1)
     acc, tl_acc = accumulator(xs[0].dtype)
     split = config.splits > 1
     target = out.new_empty((config.splits, *out.shape), dtype=acc) if split else out
@@ -117,6 +127,7 @@ def sk_fuse_fwd_launches(
             "NUM_BRANCHES": problem.num_branches,
             "SPLITS": config.splits,
             "ACC": tl_acc,
+            "ALIGN": common_alignment(xs),
             "BLOCK_C": config.block_c,
             "BLOCK_S": config.block_s,
         },

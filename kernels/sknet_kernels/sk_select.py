@@ -8,13 +8,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.arguments import accumulator, branch_arguments, problem_of, tensor_arguments
+from sknet_kernels.arguments import (
+    accumulator,
+    branch_arguments,
+    common_alignment,
+    problem_of,
+    tensor_arguments,
+)
 from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, cdiv
 from sknet_kernels.jit import (
     branch_softmax,
     branch_softmax_bwd,
+    known_multiple,
     program_coordinates,
-    tile_offsets,
+    tile_pointers,
     zero_tiles,
 )
 from sknet_kernels.launch import Launch
@@ -42,6 +49,7 @@ def _sk_select_fwd_kernel(
     blocks_s,
     NUM_BRANCHES: tl.constexpr,
     ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -55,7 +63,7 @@ def _sk_select_fwd_kernel(
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_c = offs_c < C
-    mask = mask_c[:, None] & (offs_s < S)[None, :]
+    mask = mask_c[:, None] & (offs_s < known_multiple(S, ALIGN))[None, :]
     attn = branch_softmax(
         logits_ptr + pid_b * logits_stride_b,
         logits_stride_m,
@@ -67,12 +75,22 @@ def _sk_select_fwd_kernel(
     )
     out = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     for i in tl.static_range(NUM_BRANCHES):
-        offs = tile_offsets(offs_c, offs_s, x_strides_c[i], x_strides_s[i])
-        x = tl.load(x_ptrs[i] + pid_b * x_strides_b[i] + offs, mask=mask, other=0.0)
+        ptrs = tile_pointers(
+            x_ptrs[i],
+            x_strides_b[i],
+            x_strides_c[i],
+            x_strides_s[i],
+            pid_b,
+            offs_c,
+            offs_s,
+            ALIGN,
+        )
+        x = tl.load(ptrs, mask=mask, other=0.0)
         out += attn[i][:, None] * x.to(ACC)
-    offs = tile_offsets(offs_c, offs_s, out_stride_c, out_stride_s)
-    out_ptrs = out_ptr + pid_b * out_stride_b + offs
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    ptrs = tile_pointers(
+        out_ptr, out_stride_b, out_stride_c, out_stride_s, pid_b, offs_c, offs_s, ALIGN
+    )
+    tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -101,6 +119,7 @@ def _sk_select_bwd_kernel(
     NUM_BRANCHES: tl.constexpr,
     SPLITS: tl.constexpr,
     ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -124,21 +143,41 @@ def _sk_select_bwd_kernel(
         ACC,
     )
     start = pid_s * span
-    stop = tl.minimum(start + span, S)
+    stop = tl.minimum(start + span, known_multiple(S, ALIGN))
     products = zero_tiles(NUM_BRANCHES, ACC, BLOCK_C, BLOCK_S)
     for first in range(start, stop, BLOCK_S):
         offs_s = first + tl.arange(0, BLOCK_S)
         mask = mask_c[:, None] & (offs_s < stop)[None, :]
-        offs = tile_offsets(offs_c, offs_s, dout_stride_c, dout_stride_s)
-        dout = tl.load(dout_ptr + pid_b * dout_stride_b + offs, mask=mask, other=0.0).to(ACC)
+        ptrs = tile_pointers(
+            dout_ptr, dout_stride_b, dout_stride_c, dout_stride_s, pid_b, offs_c, offs_s, ALIGN
+        )
+        dout = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
-            offs = tile_offsets(offs_c, offs_s, x_strides_c[i], x_strides_s[i])
-            x = tl.load(x_ptrs[i] + pid_b * x_strides_b[i] + offs, mask=mask, other=0.0)
+            ptrs = tile_pointers(
+                x_ptrs[i],
+                x_strides_b[i],
+                x_strides_c[i],
+                x_strides_s[i],
+                pid_b,
+                offs_c,
+                offs_s,
+                ALIGN,
+            )
+            x = tl.load(ptrs, mask=mask, other=0.0)
             grown = grown + (products[i] + dout * x.to(ACC),)
-            offs = tile_offsets(offs_c, offs_s, dx_strides_c[i], dx_strides_s[i])
+            ptrs = tile_pointers(
+                dx_ptrs[i],
+                dx_strides_b[i],
+                dx_strides_c[i],
+                dx_strides_s[i],
+                pid_b,
+                offs_c,
+                offs_s,
+                ALIGN,
+            )
             dx = (attn[i][:, None] * dout).to(dx_ptrs[i].dtype.element_ty)
-            tl.store(dx_ptrs[i] + pid_b * dx_strides_b[i] + offs, dx, mask=mask)
+            tl.store(ptrs, dx, mask=mask)
         products = grown
     dattn = ()
     for i in tl.static_range(NUM_BRANCHES):
@@ -245,6 +284,7 @@ def sk_select_fwd_launch(
         constants={
             "NUM_BRANCHES": problem.num_branches,
             "ACC": accumulator(xs[0].dtype)[1],
+            "ALIGN": common_alignment([out, *xs]),
             "BLOCK_C": config.block_c,
             "BLOCK_S": config.block_s,
         },
@@ -262,7 +302,9 @@ def sk_select_bwd_launches(
 ) -> list[Launch]:
     """Returns the launches that fill ``dxs`` [B, C, S] and ``dlogits`` [B, M, C]."""
     problem = problem_of(xs)
-    config = config or LaunchConfig.reduction(problem, DeviceFacts.of(dout.device))
+    config = config or LaunchConfig.reduction(
+        problem, DeviceFacts.of(dout.device), sums=problem.num_branches
+    )
     acc, tl_acc = accumulator(xs[0].dtype)
     split = config.splits > 1
     target = dlogits.new_empty((config.splits, *dlogits.shape), dtype=acc) if split else dlogits
@@ -284,6 +326,7 @@ def sk_select_bwd_launches(
             "NUM_BRANCHES": problem.num_branches,
             "SPLITS": config.splits,
             "ACC": tl_acc,
+            "ALIGN": common_alignment([dout, *dxs, *xs]),
             "BLOCK_C": config.block_c,
             "BLOCK_S": config.block_s,
         },

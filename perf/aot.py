@@ -1,0 +1,149 @@
+"""Compiles the package's launches for machines that are not there, and reads what came out.
+
+Triton's own launch path is taken, with a driver that only names a target: specialisation of
+arguments, of ones and of multiples of 16 included. Nothing is run.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sknet_kernels.launch import Launch
+
+_LOAD_STORE_PTX = re.compile(r"\b(ld|st)\.global(?:\.[a-zA-Z0-9_:]+)*?(?:\.v(\d))?\.[a-z](\d+)\b")
+_LOAD_STORE_GCN = re.compile(r"\b(?:global|buffer)_(load|store)_([a-z0-9_]+)")
+_GCN_BYTES = {
+    "ubyte": 1,
+    "sbyte": 1,
+    "byte": 1,
+    "ushort": 2,
+    "sshort": 2,
+    "short": 2,
+    "short_d16": 2,
+    "short_d16_hi": 2,
+    "dword": 4,
+    "dwordx2": 8,
+    "dwordx3": 12,
+    "dwordx4": 16,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU by its backend, architecture and warp size, as Triton names them."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+
+
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32),
+    Target("sm_90", "cuda", 90, 32),
+    Target("sm_100", "cuda", 100, 32),
+    Target("gfx942", "hip", "gfx942", 64),
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers a thread, bytes of spills, stack and shared memory.
+
+    ``load_bytes`` and ``store_bytes`` are the widest global access of one thread.
+    """
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    load_bytes: int
+    store_bytes: int
+
+
+class _TargetOnlyDriver:
+    """Stands in for a device driver: it answers what a compilation asks and can launch nothing."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return str(self._target)  # the key of Triton's in-process kernel cache
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+def compile_launch(launch: Launch, target: Target) -> Resources:
+    """Compiles the kernel of ``launch`` for ``target``; its tensors may lie on the meta device."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    driver.set_active(_TargetOnlyDriver(GPUTarget(target.backend, target.arch, target.warp_size)))
+    compiled = launch.kernel.warmup(
+        **launch.arguments,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        grid=(launch.programs,),
+    )
+    return _nvidia(compiled.asm) if target.backend == "cuda" else _amd(compiled.asm)
+
+
+def _nvidia(asm: dict[str, Any]) -> Resources:
+    usage = _cuobjdump(asm["cubin"])
+    widths = {"ld": 0, "st": 0}
+    for kind, lanes, bits in _LOAD_STORE_PTX.findall(asm["ptx"]):
+        widths[kind] = max(widths[kind], int(lanes or 1) * int(bits) // 8)
+    spills = re.search(r"LOCAL:(\d+)", usage)
+    return Resources(
+        registers=_number(r"REG:(\d+)", usage),
+        spills=int(spills[1]) if spills else 0,
+        stack=_number(r"STACK:(\d+)", usage),
+        shared=_number(r"SHARED:(\d+)", usage),
+        load_bytes=widths["ld"],
+        store_bytes=widths["st"],
+    )
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run(
+            [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+        )
+    return done.stdout
+
+
+def _amd(asm: dict[str, Any]) -> Resources:
+    text = asm["amdgcn"]
+    widths = {"load": 0, "store": 0}
+    for kind, suffix in _LOAD_STORE_GCN.findall(text):
+        widths[kind] = max(widths[kind], _GCN_BYTES[suffix])
+    spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(
+        r"\.sgpr_spill_count:\s+(\d+)", text
+    )
+    return Resources(
+        registers=_number(r"\.vgpr_count:\s+(\d+)", text),
+        spills=4 * spilled,
+        stack=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+        shared=_number(r"\.group_segment_fixed_size:\s+(\d+)", text),
+        load_bytes=widths["load"],
+        store_bytes=widths["store"],
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern!r} in the compiler's output")
+    return int(found[1])

@@ -1,0 +1,135 @@
+"""Cases, oracles and bounds that the kernel tests share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Layout = str
+LAYOUTS = ("contiguous", "channels_last", "sliced", "unaligned", "cropped", "transposed")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Branches to test with, and why."""
+
+    shape: tuple[int, ...]
+    M: int = 2
+    layout: Layout = "contiguous"
+    dtype: torch.dtype = torch.float32
+    why: str = ""
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return f"{size}-M{self.M}-{self.layout}-{str(self.dtype).removeprefix('torch.')}"
+
+    def tensor(self, device: torch.device, seed: int = 0) -> Tensor:
+        """Returns one random tensor of the case."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        return laid_out(x.to(self.dtype).to(device), self.layout)
+
+    def branches(self, device: torch.device) -> list[Tensor]:
+        """Returns M random branches; each differs from the others."""
+        return [self.tensor(device, seed=1 + i) for i in range(self.M)]
+
+    def logits(self, device: torch.device) -> Tensor:
+        """Returns random logits [B, M, C], wide enough for weights far from 1 / M."""
+        B, C = self.shape[:2]
+        return 2 * torch.randn(B, self.M, C, dtype=self.dtype, device=device)
+
+
+# The sizes that must be right, small enough for the interpreter: S = 1, a prime, the network's
+# 49, 196 and 3136, and 50176; C = 1, 24, 63, 128, 1024; an empty batch; 1, 2 and 3 axes of space.
+CASES = (
+    Case((2, 24, 7, 7), why="S = 49 is a multiple of nothing"),
+    Case((2, 24, 7, 7), layout="channels_last"),
+    Case((1, 63, 14, 14), M=3, why="S = 196 is a multiple of 4, C of nothing"),
+    Case((1, 63, 14, 14), M=3, layout="channels_last"),
+    Case((1, 2, 56, 56), dtype=torch.bfloat16, why="S = 3136: several tiles a row"),
+    Case((1, 16, 56, 56), layout="channels_last", dtype=torch.bfloat16),
+    Case((1, 1, 224, 224), dtype=torch.float16, why="C = 1, S = 50176"),
+    Case((1, 1, 224, 224), M=1, layout="channels_last"),
+    Case((2, 1024, 1, 1), why="S = 1, C = 1024"),
+    Case((2, 128, 1, 1), layout="channels_last", dtype=torch.float16),
+    Case((1, 1, 1), M=2, why="every size is one, which Triton makes a constant"),
+    Case((3, 5, 101), M=4, dtype=torch.bfloat16, why="one axis of space, prime"),
+    Case((3, 5, 101), M=2, layout="channels_last"),
+    Case((2, 3, 2, 3, 5), M=5, why="three axes of space"),
+    Case((2, 3, 2, 3, 5), M=2, layout="channels_last", dtype=torch.float64),
+    Case((1, 4, 5, 5), M=8, why="as many branches as the kernels take"),
+    Case((0, 4, 3, 3), why="an empty batch"),
+    Case((2, 0, 3, 3), why="no channels"),
+    Case((2, 8, 6, 6), layout="sliced", why="channels of a wider tensor"),
+    Case((2, 8, 6, 6), layout="unaligned", dtype=torch.bfloat16, why="a storage offset of one"),
+    Case((2, 8, 6, 6), layout="cropped", why="space that is no single axis: copied"),
+    Case((2, 8, 6, 5), layout="transposed", why="dense, but height runs fastest"),
+    Case((2, 8, 6, 6), layout="expanded", why="stride 0 along the batch"),
+    Case((2, 3, 4, 4), M=2, dtype=torch.float64),
+)
+
+
+def laid_out(x: Tensor, layout: Layout) -> Tensor:
+    """Returns the values of ``x`` [B, C, *spatial] in another memory layout."""
+    if layout == "contiguous":
+        return x
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "sliced":
+        return torch.cat([torch.full_like(x, 1e4), x, torch.full_like(x, 1e4)], 1).narrow(
+            1, x.shape[1], x.shape[1]
+        )
+    if layout == "unaligned":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    if layout == "cropped":
+        return torch.nn.functional.pad(x, (1, 1, 1, 1), value=1e4)[..., 1:-1, 1:-1]
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    raise ValueError(f"layout: unknown {layout!r}")
+
+
+def assert_matches(
+    name: str,
+    actual: Tensor,
+    exact: Callable[[Callable[[Tensor], Tensor]], Tensor],
+    terms: float = 1.0,
+) -> None:
+    """Asserts that ``actual`` is ``exact`` up to rounding in its own dtype.
+
+    ``exact(f)`` computes the float64 result from inputs passed through f: the identity gives the
+    oracle, abs gives the sum of magnitudes that bounds every rounding error. A result kept in
+    float32 and cast once is off by that cast and by a few float32 ulps of the magnitudes;
+    ``terms`` says how many float32 roundings one term can meet.
+    """
+    oracle, magnitude = exact(lambda x: x.double()), exact(lambda x: x.double().abs())
+    accumulated = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    bound = (
+        store_rounding(actual) * torch.finfo(actual.dtype).eps * oracle.abs()
+        + terms * torch.finfo(accumulated).eps * magnitude
+        + torch.finfo(actual.dtype).smallest_normal
+    )
+    assert actual.shape == oracle.shape, f"{name}: {tuple(actual.shape)}"
+    error = (actual.double() - oracle).abs()
+    bad = ~(error <= bound)
+    assert not bad.any(), (
+        f"{name}: {int(bad.sum())} of {bad.numel()} elements off, the first at "
+        f"{bad.nonzero()[0].tolist()}: got {actual[bad][0].item()}, "
+        f"expected {oracle[bad][0].item()} within {bound[bad][0].item()}"
+    )
+
+
+def store_rounding(x: Tensor) -> float:
+    """Returns the error of one cast to the dtype of ``x``, in ulps.
+
+    Hardware rounds to nearest; the interpreter cuts the tail off a bfloat16.
+    """
+    return 1.01 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 0.51
+
+
+def mapped(f: Callable[[Tensor], Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns f of every tensor."""
+    return [f(x) for x in xs]

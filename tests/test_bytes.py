@@ -1,0 +1,54 @@
+"""The traffic that MATH.md promises, counted in the interpreter."""
+
+import pytest
+import torch
+
+from perf.bytes import counted_bytes
+from sknet_kernels.sk_fuse import sk_fuse_fwd
+from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
+from tests.helpers import Case
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="bytes are counted in the interpreter, without a GPU"
+)
+
+LAYOUTS = ("contiguous", "channels_last")
+SIZES = ((14, 14), (28, 28))
+
+
+def one_pass(case: Case) -> int:
+    return int(torch.Size(case.shape).numel()) * torch.finfo(case.dtype).bits // 8
+
+
+def cases() -> list[Case]:
+    return [
+        Case((2, 16, *size), M=M, layout=layout, dtype=torch.bfloat16)
+        for size in SIZES
+        for M in (2, 3)
+        for layout in LAYOUTS
+    ]
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_fuse_reads_every_branch_once(case: Case, device: torch.device) -> None:
+    xs = case.branches(device)
+    with counted_bytes() as count:
+        sk_fuse_fwd(xs)
+    assert count.passes(one_pass(case)) == pytest.approx(case.M, rel=0.02)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_select_reads_every_branch_and_writes_one(case: Case, device: torch.device) -> None:
+    xs, logits = case.branches(device), case.logits(device)
+    with counted_bytes() as count:
+        sk_select_fwd(xs, logits)
+    assert count.written == one_pass(case)
+    assert count.passes(one_pass(case)) == pytest.approx(case.M + 1, rel=0.02)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_select_backward_reads_everything_once(case: Case, device: torch.device) -> None:
+    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=9)
+    with counted_bytes() as count:
+        sk_select_bwd(dout, xs, logits)
+    assert count.passes(one_pass(case)) == pytest.approx(2 * case.M + 1, rel=0.02)

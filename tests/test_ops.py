@@ -1,0 +1,124 @@
+"""The operators as PyTorch sees them: schema, fake tensors, autograd, compile."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from sknet_triton import functional, ops, reference, use_backend
+from tests.helpers import Case
+
+OPCHECK_CASES = [
+    Case((2, 3, 4, 5), M, layout, dtype)
+    for M in (1, 2, 3)
+    for layout, dtype in (
+        ("contiguous", torch.float32),
+        ("channels_last", torch.float32),
+        ("channels_last", torch.bfloat16),
+        ("sliced", torch.float16),
+        ("transposed", torch.float32),
+        ("cropped", torch.float64),
+    )
+] + [Case((2, 3, 7)), Case((2, 3, 2, 2, 3), layout="channels_last"), Case((0, 3, 2, 2))]
+
+
+def tensors(case: Case, device: torch.device, grad: bool) -> tuple[list[Tensor], Tensor]:
+    # The layout is part of the case: a leaf keeps it only as a detached view.
+    xs = [x.detach().requires_grad_(grad) for x in case.branches(device)]
+    return xs, case.logits(device).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+def test_opcheck(case: Case, grad: bool, device: torch.device) -> None:
+    xs, logits = tensors(case, device, grad)
+    opcheck(ops.sk_fuse, (xs,))
+    opcheck(ops.sk_select, (xs, logits))
+
+
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+def test_opcheck_backward(case: Case, device: torch.device) -> None:
+    xs, logits = tensors(case, device, grad=False)
+    opcheck(ops.sk_select_bwd, (case.tensor(device), xs, logits))
+
+
+def section(xs: list[Tensor], logits: Tensor) -> Tensor:
+    pooled = functional.sk_fuse(xs)
+    return functional.sk_select(xs, logits + pooled[:, None])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiled_section_equals_eager(layout: str, device: torch.device) -> None:
+    case = Case((2, 4, 5, 3), M=2, layout=layout)
+    xs, logits = tensors(case, device, grad=True)
+    with use_backend("triton"):
+        compiled = torch.compile(section, fullgraph=True)
+        out = compiled(xs, logits)
+        grads = torch.autograd.grad(out.square().sum(), [*xs, logits])
+        expected = section(xs, logits)
+        exact = torch.autograd.grad(expected.square().sum(), [*xs, logits])
+    torch.testing.assert_close(out, expected)
+    assert out.stride() == expected.stride()
+    for grad, reference_grad in zip(grads, exact, strict=True):
+        torch.testing.assert_close(grad, reference_grad)
+
+
+def test_fake_strides_are_the_real_strides(device: torch.device) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for case in OPCHECK_CASES:
+        xs, logits = tensors(case, device, grad=False)
+        real = ops.sk_select(xs, logits)
+        with FakeTensorMode() as mode:
+            fake = ops.sk_select([mode.from_tensor(x) for x in xs], mode.from_tensor(logits))
+        assert fake.stride() == real.stride(), case
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_dtypes_alone(dtype: torch.dtype, device: torch.device) -> None:
+    case = Case((2, 4, 5, 3), M=2, dtype=dtype)
+    xs = case.branches(device)
+    logits = torch.randn(2, 2, 4, device=device)
+    for backend in ("triton", "reference"):
+        with use_backend(backend), torch.autocast(device.type, dtype):  # type: ignore[arg-type]  # a loop over literals
+            assert functional.sk_fuse(xs).dtype == dtype
+            assert functional.sk_select(xs, logits).dtype == dtype
+
+
+def test_flop_formulas(device: torch.device) -> None:
+    case = Case((2, 4, 5, 3), M=3)
+    xs, logits = tensors(case, device, grad=False)
+    elements = 3 * 2 * 4 * 15
+    calls: list[tuple[functools.partial[Any], int]] = [
+        (functools.partial(ops.sk_fuse, xs), elements),
+        (functools.partial(ops.sk_select, xs, logits), 2 * elements),
+        (functools.partial(ops.sk_select_bwd, case.tensor(device), xs, logits), 3 * elements),
+    ]
+    for call, flops in calls:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == flops
+
+
+def test_second_derivative_is_refused_by_name(device: torch.device) -> None:
+    xs, logits = tensors(Case((1, 2, 2, 2), dtype=torch.float64), device, grad=True)
+    with use_backend("triton"):
+        out = functional.sk_select(xs, logits)
+    (first,) = torch.autograd.grad(out.square().sum(), [logits], create_graph=True)
+    with pytest.raises(RuntimeError, match="sk_select_bwd"):
+        first.sum().backward()
+
+
+def test_reference_backward_formulas_are_what_autograd_finds() -> None:
+    case = Case((2, 3, 4, 2), M=3, dtype=torch.float64)
+    xs, logits = tensors(case, torch.device("cpu"), grad=True)
+    dout = case.tensor(torch.device("cpu"), seed=9)
+    out = reference.sk_select(xs, logits)
+    expected = torch.autograd.grad(out, [*xs, logits], dout)
+    dxs, dlogits = reference.sk_select_bwd(dout, xs, logits)
+    for grad, exact in zip([*dxs, dlogits], expected, strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from torch import Tensor
+
+from sknet_kernels.config import LaunchConfig, cdiv
+from sknet_kernels.sk_fuse import sk_fuse_fwd
+from sknet_triton import functional, use_backend
+from tests.helpers import CASES, Case, assert_matches, laid_out, mapped
+
+# A lane adds at most this many numbers one after the other; the tree that joins lanes adds ten.
+ROUNDINGS = 64.0
+
+
+def textbook(branches: list[Tensor]) -> Tensor:
+    """The average over space of the sum of the branches, as the paper writes it."""
+    total = torch.stack(branches).sum(0)
+    return total.flatten(2).mean(2)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_matches_float64(case: Case, device: torch.device) -> None:
+    xs = case.branches(device)
+    out = sk_fuse_fwd(xs)
+    assert out.dtype == case.dtype
+    assert_matches("pooled", out, lambda f: textbook(mapped(f, xs)), ROUNDINGS)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("splits", [2, 3, 7])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_split_over_programs_is_right_and_repeatable(
+    splits: int, layout: str, device: torch.device
+) -> None:
+    xs = Case((2, 5, 7, 8), M=3, layout=layout, dtype=torch.bfloat16).branches(device)
+    config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
+    assert config.span(56) * splits >= 56
+    out = sk_fuse_fwd(xs, config)
+    assert_matches("pooled", out, lambda f: textbook(mapped(f, xs)), ROUNDINGS)
+    assert torch.equal(out, sk_fuse_fwd(xs, config))
+
+
+def test_a_split_without_positions_adds_nothing(device: torch.device) -> None:
+    xs = Case((1, 2, 9)).branches(device)
+    config = LaunchConfig(block_c=2, block_s=4, splits=4, num_warps=1)
+    assert cdiv(9, config.span(9)) < config.splits
+    assert_matches("pooled", sk_fuse_fwd(xs, config), lambda f: textbook(mapped(f, xs)), ROUNDINGS)
+
+
+def test_float16_sum_beyond_its_range(device: torch.device) -> None:
+    x = torch.full((1, 1, 256, 256), 1000.0, dtype=torch.float16, device=device)
+    assert sk_fuse_fwd([x]).item() == 1000.0
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_passes_through(value: float, device: torch.device) -> None:
+    xs = Case((2, 3, 5, 5)).branches(device)
+    xs[1][1, 2, 4, 4] = value
+    out, oracle = sk_fuse_fwd(xs), textbook(mapped(torch.Tensor.double, xs))
+    assert torch.equal(out.isnan(), oracle.isnan())
+    assert torch.equal(out.isinf(), oracle.isinf())
+    assert out[1, 2].isnan() if value != value else out[1, 2] == value
+    assert out.isfinite().sum() == out.numel() - 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_is_a_share_of_the_average(
+    layout: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    xs = [x.requires_grad_() for x in Case((2, 3, 5, 4), 3, layout, dtype).branches(device)]
+    dout = torch.randn(2, 3, device=device).to(dtype)
+    with use_backend("triton"):
+        functional.sk_fuse(xs).backward(dout)
+    for x in xs:
+        assert x.grad is not None
+        share = (dout.double() / 20).to(dtype)[:, :, None, None].expand_as(x)
+        torch.testing.assert_close(x.grad, share, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_gradients_pass_gradcheck(device: torch.device) -> None:
+    xs = [x.requires_grad_() for x in Case((2, 3, 2, 3), 2, dtype=torch.float64).branches(device)]
+    with use_backend("triton"):
+        assert torch.autograd.gradcheck(lambda *xs: functional.sk_fuse(xs), xs)
+
+
+def test_branches_of_different_layouts(device: torch.device) -> None:
+    xs = Case((2, 4, 3, 5), M=3).branches(device)
+    xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
+    assert_matches("pooled", sk_fuse_fwd(xs), lambda f: textbook(mapped(f, xs)), ROUNDINGS)

@@ -1,0 +1,220 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sknet_kernels.config import LaunchConfig
+from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
+from sknet_triton import functional, use_backend
+from tests.helpers import CASES, Case, assert_matches, laid_out, mapped
+
+# exp, its argument, the quotient, the product and one addition a branch.
+ROUNDINGS = 16.0
+SUM_ROUNDINGS = 80.0
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """The softmax over the branches, written out: [B, M, C] -> [B, M, C]."""
+    weights = (logits - logits.amax(1, keepdim=True)).exp()
+    return weights / weights.sum(1, keepdim=True)
+
+
+def textbook(branches: list[Tensor], logits: Tensor) -> Tensor:
+    """The weighted sum of the branches, as every tutorial writes it."""
+    attn = softmax(logits).flatten(2)
+    stacked = torch.stack([x.flatten(2) for x in branches], 1)
+    return (stacked * attn[..., None]).sum(1).view(branches[0].shape)
+
+
+def textbook_grads(dout: Tensor, branches: list[Tensor], logits: Tensor) -> list[Tensor]:
+    """What autograd makes of `textbook`."""
+    leaves = [t.detach().clone().requires_grad_() for t in (*branches, logits)]
+    out = textbook(leaves[:-1], leaves[-1])
+    return list(torch.autograd.grad(out, leaves, dout))
+
+
+def check_forward(out: Tensor, xs: list[Tensor], logits: Tensor) -> None:
+    wide = logits.double()
+    # The error of a weight grows with the distance of its logit from the largest.
+    spread = 1.0 if logits.numel() == 0 else 1.0 + (wide.amax(1) - wide.amin(1)).max().item()
+    assert_matches("out", out, lambda f: textbook(mapped(f, xs), wide), ROUNDINGS * spread)
+
+
+def check_backward(
+    grads: tuple[list[Tensor], Tensor], dout: Tensor, xs: list[Tensor], logits: Tensor
+) -> None:
+    wide = logits.double()
+    spread = 1.0 if logits.numel() == 0 else 1.0 + (wide.amax(1) - wide.amin(1)).max().item()
+
+    def dbranch(i: int) -> Callable[[Callable[[Tensor], Tensor]], Tensor]:
+        return lambda f: textbook_grads(f(dout), mapped(f, xs), wide)[i]
+
+    for i, dx in enumerate(grads[0]):
+        assert_matches(f"dx{i}", dx, dbranch(i), ROUNDINGS * spread)
+
+    def dlogits(f: Callable[[Tensor], Tensor]) -> Tensor:
+        if f(torch.tensor(-1.0)).item() < 0:
+            return textbook_grads(f(dout), mapped(f, xs), wide)[-1]
+        # The sum of magnitudes: no difference is taken.
+        attn = softmax(wide)
+        sums = torch.stack([(f(dout) * f(x)).flatten(2).sum(2) for x in xs], 1)
+        return attn * (sums + (attn * sums).sum(1, keepdim=True))
+
+    assert_matches("dlogits", grads[1], dlogits, SUM_ROUNDINGS * spread)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_matches_float64(case: Case, device: torch.device) -> None:
+    xs, logits = case.branches(device), case.logits(device)
+    out = sk_select_fwd(xs, logits)
+    assert out.dtype == case.dtype
+    check_forward(out, xs, logits)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward_matches_float64(case: Case, device: torch.device) -> None:
+    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
+    check_backward(sk_select_bwd(dout, xs, logits), dout, xs, logits)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+def test_output_has_the_layout_of_the_first_branch(layout: str, device: torch.device) -> None:
+    case = Case((2, 8, 6, 5), layout=layout)
+    xs, logits = case.branches(device), case.logits(device)
+    xs[1] = xs[1].contiguous()
+    expected = torch.empty_like(xs[0]).stride() if layout != "transposed" else (240, 30, 5, 1)
+    assert sk_select_fwd(xs, logits).stride() == expected
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("M", [1, 3])
+def test_backward_split_over_programs(
+    splits: int, layout: str, M: int, device: torch.device
+) -> None:
+    case = Case((2, 5, 7, 4), M=M, layout=layout, dtype=torch.bfloat16)
+    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
+    config = LaunchConfig(block_c=4, block_s=4, splits=splits, num_warps=1)
+    grads = sk_select_bwd(dout, xs, logits, config)
+    check_backward(grads, dout, xs, logits)
+    again = sk_select_bwd(dout, xs, logits, config)
+    assert torch.equal(grads[1], again[1])
+
+
+@pytest.mark.parametrize(
+    "shape_of",
+    [
+        lambda x: x.movedim(1, 2).contiguous().movedim(2, 1),
+        lambda x: x.movedim(0, 2).contiguous().movedim(2, 0),
+        lambda x: torch.cat([x, x + 1, x], 2)[:, :, : x.shape[2]],
+        lambda x: x[:, :, :1].expand(x.shape),
+    ],
+    ids=["BCM", "MCB", "sliced", "expanded"],
+)
+def test_logits_of_any_stride(shape_of: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    case = Case((2, 5, 4, 4), M=3)
+    xs, dout = case.branches(device), case.tensor(device, seed=99)
+    logits = shape_of(case.logits(device))
+    check_forward(sk_select_fwd(xs, logits), xs, logits)
+    check_backward(sk_select_bwd(dout, xs, logits), dout, xs, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_float32_beside_half_branches(dtype: torch.dtype, device: torch.device) -> None:
+    case = Case((2, 5, 4, 4), dtype=dtype)
+    xs, dout = case.branches(device), case.tensor(device, seed=99)
+    logits = torch.randn(2, 2, 5, device=device)
+    check_forward(sk_select_fwd(xs, logits), xs, logits)
+    grads = sk_select_bwd(dout, xs, logits)
+    assert grads[1].dtype == torch.float32
+    check_backward(grads, dout, xs, logits)
+
+
+def test_logits_far_apart_choose_one_branch(device: torch.device) -> None:
+    case = Case((1, 2, 3, 3), M=3)
+    xs = case.branches(device)
+    logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]]], device=device)
+    out = sk_select_fwd(xs, logits)
+    assert torch.equal(out[:, 0], xs[0][:, 0])
+    assert torch.equal(out[:, 1], xs[1][:, 1])
+
+
+@pytest.mark.parametrize("where", ["x", "logits"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_is_as_in_torch(value: float, where: str, device: torch.device) -> None:
+    case = Case((2, 3, 3, 3), M=3)
+    xs, logits = case.branches(device), case.logits(device)
+    (xs[1][1, 2] if where == "x" else logits[1, 2])[...] = value
+    out = sk_select_fwd(xs, logits)
+    attn = torch.softmax(logits, 1)
+    expected = (torch.stack(xs, 1) * attn[..., None, None]).sum(1)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    assert not expected.isfinite().all() or value == float("-inf")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda out: out.sum(),
+        lambda out: torch.cat([out, out * 2], 1)[:, 3:7].square().sum(),
+        lambda out: out.mean((2, 3)).square().sum(),
+        lambda out: out.transpose(2, 3).contiguous().flatten(2)[..., ::2].square().sum(),
+    ],
+    ids=["stride-0", "cat", "mean", "strided"],
+)
+def test_gradients_that_arrive_with_any_stride(
+    loss: Callable[[Tensor], Tensor], device: torch.device
+) -> None:
+    case = Case((2, 5, 4, 3), dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (*case.branches(device), case.logits(device))]
+    with use_backend("triton"):
+        grads = torch.autograd.grad(loss(functional.sk_select(leaves[:-1], leaves[-1])), leaves)
+    expected = torch.autograd.grad(loss(textbook(leaves[:-1], leaves[-1])), leaves)
+    for grad, exact in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradients_pass_gradcheck(layout: str, device: torch.device) -> None:
+    case = Case((2, 3, 2, 2), 3, layout, torch.float64)
+    leaves = [t.requires_grad_() for t in (*case.branches(device), case.logits(device))]
+    with use_backend("triton"):
+        assert torch.autograd.gradcheck(lambda *t: functional.sk_select(t[:-1], t[-1]), leaves)
+
+
+def test_equal_logits_give_the_mean_and_order_does_not_matter(device: torch.device) -> None:
+    case = Case((2, 3, 4, 4), M=4)
+    xs, logits = case.branches(device), case.logits(device)
+    mean = torch.stack(xs).mean(0)
+    torch.testing.assert_close(sk_select_fwd(xs, torch.full_like(logits, 7.5)), mean)
+    order = [2, 0, 3, 1]
+    out = sk_select_fwd(xs, logits)
+    permuted = sk_select_fwd([xs[i] for i in order], logits[:, order])
+    torch.testing.assert_close(out, permuted)
+    torch.testing.assert_close(out, sk_select_fwd(xs, logits + 100.0), rtol=1e-4, atol=1e-5)
+
+
+def test_branches_of_different_layouts(device: torch.device) -> None:
+    case = Case((2, 4, 3, 5), M=3)
+    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
+    xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
+    check_forward(sk_select_fwd(xs, logits), xs, logits)
+    check_backward(sk_select_bwd(dout, xs, logits), dout, xs, logits)
+
+
+def test_saved_for_the_backward_is_the_branches_and_the_logits(device: torch.device) -> None:
+    case = Case((2, 4, 5, 5), M=3)
+    leaves = [t.requires_grad_() for t in (*case.branches(device), case.logits(device))]
+    saved: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        functional.sk_select(leaves[:-1], leaves[-1])
+    assert sorted(x.data_ptr() for x in saved) == sorted(x.data_ptr() for x in leaves)
