@@ -153,11 +153,10 @@ class SKNet(nn.Module):
         self.grad_checkpointing = enable
 
     def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return cast(Tensor, stage(x))
         for unit in cast(nn.Sequential, stage):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(unit, x, use_reentrant=False)
-            else:
-                x = unit(x)
+            x = checkpoint(unit, x, use_reentrant=False)
         return x
 
     def _initialise(self) -> None:
