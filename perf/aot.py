@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sknet_kernels.config import DeviceFacts
 from sknet_kernels.launch import Launch
 
 _LOAD_STORE_PTX = re.compile(r"\b(ld|st)\.global(?:\.[a-zA-Z0-9_:]+)*?(?:\.v(\d))?\.[a-z](\d+)\b")
@@ -33,19 +34,19 @@ _GCN_BYTES = {
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU by its backend, architecture and warp size, as Triton names them."""
+    """A GPU as Triton names it, and what launch configurations ask of it."""
 
     name: str
     backend: str
     arch: int | str
-    warp_size: int
+    facts: DeviceFacts
 
 
 TARGETS = (
-    Target("sm_80", "cuda", 80, 32),
-    Target("sm_90", "cuda", 90, 32),
-    Target("sm_100", "cuda", 100, 32),
-    Target("gfx942", "hip", "gfx942", 64),
+    Target("sm_80", "cuda", 80, DeviceFacts(multiprocessors=108, warp_size=32)),
+    Target("sm_90", "cuda", 90, DeviceFacts(multiprocessors=132, warp_size=32)),
+    Target("sm_100", "cuda", 100, DeviceFacts(multiprocessors=148, warp_size=32)),
+    Target("gfx942", "hip", "gfx942", DeviceFacts(multiprocessors=304, warp_size=64)),
 )
 
 
@@ -57,9 +58,9 @@ class Resources:
     """
 
     registers: int
-    spills: int
-    stack: int
-    shared: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
     load_bytes: int
     store_bytes: int
 
@@ -85,7 +86,9 @@ def compile_launch(launch: Launch, target: Target) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    driver.set_active(_TargetOnlyDriver(GPUTarget(target.backend, target.arch, target.warp_size)))
+    driver.set_active(
+        _TargetOnlyDriver(GPUTarget(target.backend, target.arch, target.facts.warp_size))
+    )
     compiled = launch.kernel.warmup(
         **launch.arguments,
         **launch.constants,
@@ -103,9 +106,9 @@ def _nvidia(asm: dict[str, Any]) -> Resources:
     spills = re.search(r"LOCAL:(\d+)", usage)
     return Resources(
         registers=_number(r"REG:(\d+)", usage),
-        spills=int(spills[1]) if spills else 0,
-        stack=_number(r"STACK:(\d+)", usage),
-        shared=_number(r"SHARED:(\d+)", usage),
+        spill_bytes=int(spills[1]) if spills else 0,
+        stack_bytes=_number(r"STACK:(\d+)", usage),
+        shared_bytes=_number(r"SHARED:(\d+)", usage),
         load_bytes=widths["ld"],
         store_bytes=widths["st"],
     )
@@ -134,9 +137,9 @@ def _amd(asm: dict[str, Any]) -> Resources:
     )
     return Resources(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-        spills=4 * spilled,
-        stack=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        shared=_number(r"\.group_segment_fixed_size:\s+(\d+)", text),
+        spill_bytes=4 * spilled,
+        stack_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+        shared_bytes=_number(r"\.group_segment_fixed_size:\s+(\d+)", text),
         load_bytes=widths["load"],
         store_bytes=widths["store"],
     )

@@ -113,6 +113,8 @@ def _tile(problem: Problem) -> tuple[int, int]:
     if problem.channels_last:
         block_c = min(widest_c, _MAX_BLOCK_C_CHANNELS_LAST)
         return block_c, min(widest_s, elements // block_c)
+    if problem.S % 4:
+        elements //= 2  # unaligned rows are read element by element, an address each
     block_s = _tightest(problem.S, min(widest_s, elements), _MIN_ROW_BYTES // problem.itemsize)
     return min(widest_c, elements // block_s), block_s
 

@@ -1,0 +1,134 @@
+"""The launches to compile ahead of time: every kernel, as a call with real shapes makes it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sknet_kernels.arguments import problem_of
+from sknet_kernels.config import DeviceFacts, LaunchConfig
+from sknet_kernels.launch import Launch
+from sknet_kernels.sk_fuse import sk_fuse_fwd_launches
+from sknet_kernels.sk_select import sk_select_bwd_launches, sk_select_fwd_launch
+
+# 128 channels of 56 x 56: the first stage at 224 x 224, whose rows are aligned in both layouts.
+FAST_SHAPE = (128, 128, 3136)
+# What Triton specialises apart: rows aligned to 4 or to nothing, and sizes of one.
+OTHER_SHAPES = ((128, 512, 196), (128, 1024, 49), (1, 1, 1))
+DTYPES = (torch.bfloat16, torch.float32)
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One launch to compile and what it is a launch of."""
+
+    stage: str
+    M: int
+    layout: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+    launch: Launch
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether every access to a branch must be 16 bytes wide."""
+        return self.shape == FAST_SHAPE and self.dtype == torch.bfloat16
+
+    @property
+    def is_reduction(self) -> bool:
+        """Whether the kernel writes nothing of full size."""
+        return self.stage in _REDUCTIONS
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether the kernel reads branches, rather than combining partial sums."""
+        return "combine" not in self.launch.kernel.__name__
+
+
+@dataclass(frozen=True)
+class _Setting:
+    M: int
+    layout: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+
+    def branch(self) -> Tensor:
+        B, C, S = self.shape
+        if self.layout == "contiguous":
+            return torch.empty(B, C, S, dtype=self.dtype, device="meta")
+        return torch.empty(B, S, C, dtype=self.dtype, device="meta").transpose(1, 2)
+
+    def branches(self) -> list[Tensor]:
+        return [self.branch() for _ in range(self.M)]
+
+    def pooled(self) -> Tensor:
+        return torch.empty(self.shape[:2], dtype=self.dtype, device="meta")
+
+    def logits(self) -> Tensor:
+        B, C, _ = self.shape
+        return torch.empty(B, self.M, C, dtype=self.dtype, device="meta")
+
+
+def specialisations(facts: DeviceFacts) -> Iterator[Specialisation]:
+    """Yields the launches to compile for a device of ``facts``."""
+    for setting in _settings():
+        for stage, launches in _STAGES.items():
+            for launch in launches(setting, facts):
+                yield Specialisation(
+                    stage, setting.M, setting.layout, setting.dtype, setting.shape, launch
+                )
+
+
+def _settings() -> Iterator[_Setting]:
+    for M in (2, 3):
+        for layout in LAYOUTS:
+            for dtype in DTYPES:
+                yield _Setting(M, layout, dtype, FAST_SHAPE)
+    for layout in LAYOUTS:
+        for shape in OTHER_SHAPES:
+            yield _Setting(2, layout, torch.bfloat16, shape)
+
+
+def _fuse(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
+    xs = setting.branches()
+    return [
+        launch
+        for config in _reductions(xs, facts, sums=1)
+        for launch in sk_fuse_fwd_launches(setting.pooled(), xs, config)
+    ]
+
+
+def _select(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
+    xs = setting.branches()
+    config = LaunchConfig.elementwise(problem_of(xs), facts)
+    return [sk_select_fwd_launch(setting.branch(), xs, setting.logits(), config)]
+
+
+def _select_bwd(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
+    xs, logits = setting.branches(), setting.logits()
+    return [
+        launch
+        for config in _reductions(xs, facts, sums=setting.M)
+        for launch in sk_select_bwd_launches(
+            setting.branches(), logits, setting.branch(), xs, logits, config
+        )
+    ]
+
+
+def _reductions(xs: list[Tensor], facts: DeviceFacts, sums: int) -> list[LaunchConfig]:
+    """Returns the configuration whole and split in two, which are different kernels."""
+    config = LaunchConfig.reduction(problem_of(xs), facts, sums)
+    return [
+        LaunchConfig(config.block_c, config.block_s, splits, config.num_warps) for splits in (1, 2)
+    ]
+
+
+_REDUCTIONS = frozenset({"sk_fuse"})
+
+_STAGES: dict[str, Callable[[_Setting, DeviceFacts], list[Launch]]] = {
+    "sk_fuse": _fuse,
+    "sk_select": _select,
+    "sk_select_bwd": _select_bwd,
+}
