@@ -1,0 +1,224 @@
+"""torch.compile on the layers and networks: whole graphs, equal numbers, few recompilations."""
+
+import copy
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from sknet_triton import SKConv, SKNet, StageSpec, sknet50, use_backend
+from tests.plain_sknet import largest_error, scramble
+
+# float64 throughout, so that another order of operations is all that may differ: see
+# test_layers.py and, for networks, test_models.py.
+EXACT = 1e-9
+
+SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2, 2))
+TINY = (StageSpec(32, 1, 2),)
+
+inductor = pytest.param(
+    "inductor",
+    marks=pytest.mark.skipif(
+        sys.platform == "win32" or not (shutil.which("g++") or shutil.which("clang++")),
+        reason="Inductor compiles for the CPU with a C++ compiler, and there is none",
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def small_net() -> nn.Module:
+    return scramble(SKNet(SMALL, num_classes=5)).double()
+
+
+def step(model: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Takes one training step; returns the output, every gradient and every tensor after it."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    x = x.clone().requires_grad_()
+    out = model(x)
+    torch.autograd.backward(out.square().mean())
+    assert x.grad is not None
+    seen = {"out": out.detach(), "dx": x.grad}
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        seen[f"grad {name}"] = parameter.grad.clone()
+    optimizer.step()
+    seen.update({f"after {name}": t.detach().clone() for name, t in module.state_dict().items()})
+    return seen
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert largest_error(actual[name], value.double()) < EXACT, name
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "SKConv-M2": (lambda: scramble(SKConv(8, 8, G=4)).double(), (4, 8, 7, 6)),
+    "SKConv-M3-stride2": (lambda: scramble(SKConv(8, 8, 2, 3, G=4)).double(), (4, 8, 9, 6)),
+    "SKConv-sum": (lambda: scramble(SKConv(8, 8, G=4, aggregate="sum")).double(), (4, 8, 7, 6)),
+    "SKConv-layer": (lambda: scramble(SKConv(8, 8, G=4, fc_norm="layer")).double(), (1, 8, 7, 6)),
+    "SKNet": (small_net, (4, 3, 32, 32)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_training_step_is_one_graph_and_equals_eager(name: str) -> None:
+    build, shape = MODULES[name]
+    eager = build()
+    module = copy.deepcopy(eager)
+    x = torch.randn(shape, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_same(step(compiled, module, x), step(eager, eager, x))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_inference_is_one_graph_and_equals_eager(name: str) -> None:
+    build, shape = MODULES[name]
+    module = build().eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert largest_error(compiled(x), module(x)) < EXACT
+
+
+@pytest.mark.parametrize("backend", [inductor])
+def test_inductor_trains_like_eager(backend: str) -> None:
+    eager = scramble(SKNet(TINY, num_classes=5)).double()
+    module = copy.deepcopy(eager)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    assert_same(step(compiled, module, x), step(eager, eager, x))
+
+
+@pytest.mark.parametrize("backend", [inductor])
+def test_inductor_infers_like_eager_and_keeps_channels_last(backend: str) -> None:
+    module = scramble(SKConv(8, 8, G=4)).double().eval()
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(4, 8, 7, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        out = torch.compile(module, fullgraph=True, backend=backend)(x)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert largest_error(out, module(x)) < EXACT
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_sknet50_is_one_graph_and_equals_eager(training: bool) -> None:
+    eager = scramble(sknet50(num_classes=10)).train(training)
+    module = copy.deepcopy(eager)
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(training):
+        actual, expected = compiled(x), eager(x)
+        # The same operators in the same order: aot_eager changes no number in the forward pass
+        # except where a decomposition stands in for an operator, some eps each of 200 layers.
+        assert largest_error(actual.detach(), expected.detach().double()) < 200 * 2**-23
+    if training:
+        # At 32x32 the last stage sees 2 positions a channel, so that its batch norms' backward
+        # cancels nearly all: only finite gradients for every parameter are asked for here, and
+        # equality of the smaller network above, in float64.
+        torch.autograd.backward(actual.sum())
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_explain_finds_no_graph_break() -> None:
+    module = small_net()
+    explained = torch._dynamo.explain(module)(torch.randn(4, 3, 32, 32, dtype=torch.float64))
+    assert explained.graph_break_count == 0
+    assert explained.graph_count == 1
+
+
+# Only the training graphs pass through AOTAutograd, whose guards on sizes count too; it takes long.
+@pytest.mark.parametrize(
+    ("training", "backend"), [(True, "aot_eager"), (False, "eager")], ids=["train", "eval"]
+)
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+def test_other_batches_and_resolutions_recompile_at_most_once(
+    dynamic: bool | None, training: bool, backend: str
+) -> None:
+    module = scramble(SKNet(TINY, num_classes=5)).double().train(training)
+    eager = copy.deepcopy(module)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
+    graphs = []
+    for shape in ((4, 3, 32, 32), (6, 3, 64, 64), (3, 3, 64, 64), (5, 3, 96, 80), (2, 3, 47, 33)):
+        x = torch.randn(shape, dtype=torch.float64)
+        actual, expected = compiled(x), eager(x)
+        assert largest_error(actual.detach(), expected.detach()) < EXACT, shape
+        if training:
+            torch.autograd.backward(actual.sum())
+        graphs.append(counter.frame_count)
+    # Differences, because with dynamic=True the first compilation asks its backend twice: Dynamo
+    # starts over once it has found the batch norms' eps to be constant.
+    assert graphs[-1] - graphs[0] <= 1, graphs
+
+
+def test_the_backend_is_chosen_at_compilation_and_a_change_recompiles() -> None:
+    module = scramble(SKConv(8, 8, G=4)).double().eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    x = torch.randn(4, 8, 7, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected = module(x)
+        compiled(x)
+        compiled(x)
+        assert counter.frame_count == 1
+        with use_backend("reference"):
+            assert largest_error(compiled(x), expected) < EXACT
+        assert counter.frame_count == 2
+        compiled(x)
+        assert counter.frame_count == 2
+
+
+def test_the_error_for_batch_1_in_training_reaches_the_caller() -> None:
+    module = SKConv(8, 8, G=4)
+    compiled = torch.compile(module, backend="eager")
+    with pytest.raises(ValueError, match=r"batch of at least 2.*got 1"):
+        compiled(torch.randn(1, 8, 7, 6))
+
+
+def test_autocast_compiles_to_one_graph() -> None:
+    module = scramble(SKConv(8, 8, G=4)).eval()
+    x = torch.randn(4, 8, 7, 6)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = compiled(x), module(x)
+    assert actual.dtype == torch.bfloat16
+    # A graph may keep a value in float32 that eager rounds: two half-eps.
+    assert largest_error(actual, expected.double()) <= torch.finfo(torch.bfloat16).eps
+
+
+def test_checkpointing_compiles_to_one_graph() -> None:
+    eager = scramble(SKNet(TINY, num_classes=5)).double()
+    assert isinstance(eager, SKNet)
+    eager.set_grad_checkpointing()
+    module = copy.deepcopy(eager)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    actual, expected = step(compiled, module, x), step(eager, eager, x)
+    # A compiled graph may update the running statistics once where eager recomputation does twice.
+    for seen in (actual, expected):
+        for name in [name for name in seen if "running" in name or "tracked" in name]:
+            del seen[name]
+    assert_same(actual, expected)
+
+
+def test_export_gives_a_program_of_the_same_numbers() -> None:
+    module = small_net().eval()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: batch}})
+    other = torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        assert largest_error(program.module()(other), module(other)) < EXACT
