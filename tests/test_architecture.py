@@ -1,0 +1,254 @@
+"""The shape of the project: imports run downwards, importing does nothing, documents are true."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the lowest floor up. A module may import its own floor's package and whatever lies below.
+FLOORS = (
+    {"sknet_kernels"},
+    {"sknet_triton.backend", "sknet_triton.reference"},
+    {"sknet_triton.ops"},
+    {"sknet_triton.functional"},
+    {"sknet_triton.layers"},
+    {"sknet_triton.models"},
+    {"sknet_triton"},
+    {"perf", "tests"},
+)
+# The mathematics in plain PyTorch stands on nothing of ours, and the kernels neither.
+STANDS_ALONE = {"sknet_triton.backend", "sknet_triton.reference", "sknet_kernels"}
+SOURCE_ROOTS = (ROOT, ROOT / "kernels")
+PACKAGES = ("sknet_triton", "kernels/sknet_kernels", "perf", "tests")
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Yields every module of ours: its dotted name and its file."""
+    for package in PACKAGES:
+        top = ROOT / package
+        for path in sorted(top.rglob("*.py")):
+            parts = path.relative_to(top.parent).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def floor(module: str) -> int | None:
+    """Returns the floor that ``module`` is on, None for a module that is not ours."""
+    name = module
+    while name:
+        for i, names in enumerate(FLOORS):
+            if name in names:
+                return i
+        name = name.rpartition(".")[0]
+    return None
+
+
+def owner(module: str) -> str:
+    """Returns the entry of FLOORS that ``module`` belongs to."""
+    name = module
+    while name not in set().union(*FLOORS):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def is_module(name: str) -> bool:
+    relative = Path(*name.split("."))
+    return any(
+        (root / relative).with_suffix(".py").exists() or (root / relative).is_dir()
+        for root in SOURCE_ROOTS
+    )
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Yields what a file imports, anywhere in it, and the line: the module, not its members."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            assert node.module is not None
+            for alias in node.names:
+                member = f"{node.module}.{alias.name}"
+                yield (member if is_module(member) else node.module), node.lineno
+
+
+MODULES = dict(sources())
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("tests")])
+def test_imports_run_downwards(module: str) -> None:
+    here = floor(module)
+    assert here is not None
+    for name, line in imported(MODULES[module]):
+        there = floor(name)
+        if there is None or owner(name) == owner(module):
+            continue
+        assert there < here, (
+            f"{MODULES[module]}:{line}: {module} imports {name}, which is not below"
+        )
+        assert owner(module) not in STANDS_ALONE, f"{module} imports {name}, and stands alone"
+
+
+def test_every_module_of_the_package_has_a_floor_of_its_own() -> None:
+    named = set().union(*FLOORS)
+    missing = {".".join(m.split(".")[:2]) for m in MODULES if m.startswith("sknet_triton.")} - named
+    assert not missing, f"name the floor of {missing} in FLOORS"
+    assert all(any(owner(m) == name for m in MODULES) for name in named), "a floor is empty"
+
+
+def test_only_the_kernels_and_their_registration_know_triton() -> None:
+    for module, path in MODULES.items():
+        if module.startswith(("tests", "perf")) or owner(module) == "sknet_kernels":
+            continue
+        for name, line in imported(path):
+            assert name.split(".")[0] != "triton", f"{path}:{line} imports {name}"
+
+
+def test_the_check_sees_an_import_that_runs_upwards(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "def f():\n    from sknet_triton import layers, use_backend\nimport triton.jit\n"
+    )
+    assert sorted(imported(path)) == [
+        ("sknet_triton", 2),
+        ("sknet_triton.layers", 2),
+        ("triton.jit", 3),
+    ]
+    below, above = floor("sknet_triton.functional"), floor("sknet_triton.layers.sk_conv")
+    assert below is not None
+    assert above is not None
+    assert below < above
+
+
+def test_kernels_is_a_source_root_and_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert [p.name for p in (ROOT / "kernels").iterdir() if (p / "__init__.py").exists()] == [
+        "sknet_kernels"
+    ]
+
+
+# What an import does
+
+PROBE = """
+import builtins, os, sys, warnings
+
+warnings.simplefilter("error")
+import torch  # whatever torch does at its own import is not ours
+
+read = []
+class Spy(dict):
+    def __getitem__(self, key): read.append(key); return super().__getitem__(key)
+    def get(self, key, default=None): read.append(key); return super().get(key, default)
+    def __contains__(self, key): read.append(key); return super().__contains__(key)
+os.environ = Spy(os.environ)
+os.getenv = lambda key, default=None: (read.append(key), os.environ.get(key, default))[1]
+asked = []
+for name in ("is_available", "device_count", "current_device", "get_device_properties",
+             "get_device_capability"):
+    setattr(torch.cuda, name, lambda *a, name=name: asked.append(name))
+before = set(sys.modules)
+import sknet_triton
+loaded = sorted({m.split(".")[0] for m in set(sys.modules) - before})
+import json
+print(json.dumps({"read": read, "asked": asked, "loaded": loaded,
+                  "triton": "triton" in sys.modules, "dynamo": "torch._dynamo" in sys.modules}))
+"""
+
+
+def test_importing_reads_no_environment_asks_no_device_and_loads_no_triton() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(root) for root in SOURCE_ROOTS)
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    seen = json.loads(run.stdout)
+    assert seen["triton"] is False
+    # Dynamo takes as long to import as torch itself, and brings triton along.
+    assert seen["dynamo"] is False
+    assert seen["asked"] == []
+    ours = [key for key in seen["read"] if key.startswith(("SKNET", "TRITON", "CUDA"))]
+    assert ours == []
+    assert "pandas" not in seen["loaded"]
+
+
+# Environment variables and documents
+
+
+def environment_variables() -> Iterator[tuple[str, str]]:
+    """Yields the environment variables that the code reads, and where."""
+    for module, path in MODULES.items():
+        if module.startswith("tests"):
+            continue
+        tree = ast.parse(path.read_text())
+        constants = {
+            target.id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
+            key: ast.expr | None = None
+            if isinstance(node, ast.Call) and node.args:
+                if ast.unparse(node.func) in (
+                    "os.environ.get",
+                    "os.getenv",
+                    "os.environ.setdefault",
+                ):
+                    key = node.args[0]
+            elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+                key = node.slice
+            if isinstance(key, ast.Constant):
+                yield str(key.value), f"{path}:{key.lineno}"
+            elif isinstance(key, ast.Name):
+                yield str(constants[key.id]), f"{path}:{key.lineno}"
+
+
+def test_every_environment_variable_has_a_row_in_the_readme() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    read = dict(environment_variables())
+    assert "SKNET_TRITON_BACKEND" in read
+    missing = {name: where for name, where in read.items() if name not in rows}
+    assert not missing
+
+
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "kernels/**/*.md", "perf/**/*.md", "tests/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+def mentioned(text: str) -> Iterator[str]:
+    """Yields what a document presents as a path of this repository."""
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            yield target
+    # In backticks: something with a slash or a known ending, and no placeholder in it.
+    for token in re.findall(r"`([^`\s]+)`", text):
+        if re.search(r"[<>*{}=()$|:]", token) or token.startswith(("-", ".venv", "/", "http")):
+            continue
+        if "/" in token.strip("/") or token.endswith((".py", ".md", ".toml", ".txt", ".csv", "/")):
+            yield token
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_documents_mention_only_paths_that_exist(path: Path) -> None:
+    for mention in mentioned(path.read_text()):
+        found = (path.parent / mention).exists() or (ROOT / mention).exists()
+        assert found, f"{path.relative_to(ROOT)} mentions {mention}"
+
+
+def test_the_check_of_documents_sees_a_path() -> None:
+    text = "`perf/gone.py`, `README.md`, `[B, C]`, [x](docs/y.md#z), `n/32`, `a` <https://x.y/z>"
+    assert list(mentioned(text)) == ["docs/y.md", "perf/gone.py", "README.md", "n/32"]

@@ -1,0 +1,174 @@
+"""The wheel: what it holds, that it installs elsewhere, and that it works without triton."""
+
+import email
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> str:
+    """Runs a command in an environment that knows nothing of this checkout; returns its output."""
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("PYTHONPATH", "TRITON_INTERPRET", "SKNET_TRITON_BACKEND")
+    }
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for needed in ("build", "hatchling"):
+        pytest.importorskip(needed, reason=f"{needed} is in the extra dev, which is not installed")
+    out = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
+    run(*pip, "--target", target, wheel, cwd=target)
+    return target
+
+
+def source_files() -> set[str]:
+    """Returns what the two packages hold in the checkout, as the wheel names it."""
+    files = set()
+    for package in (ROOT / "sknet_triton", ROOT / "kernels" / "sknet_kernels"):
+        for path in package.rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                files.add(path.relative_to(package.parent).as_posix())
+    return files
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.split("/")[0] for name in names}
+    (info,) = (folder for folder in folders if folder.endswith(".dist-info"))
+    assert folders == {"sknet_triton", "sknet_kernels", info}
+    held = {name for name in names if not name.startswith(info)}
+    assert held == source_files()
+    assert {"sknet_triton/py.typed", "sknet_kernels/py.typed"} <= held
+    assert f"{info}/licenses/LICENSE" in names
+    # One wheel for every platform: nothing in it is compiled.
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_the_metadata_say_what_the_package_says_of_itself(wheel: Path) -> None:
+    import sknet_triton
+
+    archive = zipfile.ZipFile(wheel)
+    (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(archive.read(path))
+    assert metadata["Name"] == "sknet-triton"
+    assert metadata["Version"] == sknet_triton.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    required = [r for r in metadata.get_all("Requires-Dist") or [] if "extra ==" not in r]
+    assert {re.split(r"[ ;<>=]", r)[0] for r in required} == {"torch", "triton", "pandas"}
+    (triton,) = (r for r in required if r.startswith("triton"))
+    assert "sys_platform == 'linux'" in triton.replace('"', "'")
+
+
+# Works on a path made of the installed wheel and a list of other folders, and on nothing else: -I
+# and -S leave the checkout, the user's folder and every .pth file out.
+FRESH = """
+import sys
+sys.path[:0] = sys.argv[1:]
+"""
+
+FORWARD_AND_BACKWARD = """
+import torch, sknet_triton, sknet_kernels
+where = {m.__file__.rsplit("/", 2)[0] for m in (sknet_triton, sknet_kernels)}
+assert where == {sys.argv[1]}, where
+net = sknet_triton.SKNet((sknet_triton.StageSpec(32, 1, 2),), num_classes=3)
+net(torch.randn(2, 3, 32, 32)).sum().backward()
+assert all(p.grad is not None for p in net.parameters())
+print("trained", "triton" in sys.modules)
+"""
+
+
+def test_the_installed_wheel_imports_from_its_own_place(installed: Path) -> None:
+    site = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    code = FRESH + FORWARD_AND_BACKWARD
+    out = run(sys.executable, "-I", "-S", "-c", code, installed, *site, cwd=installed)
+    assert out == "trained False\n"
+
+
+@pytest.fixture(scope="module")
+def without_triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a link to everything that is installed, except triton and this project."""
+    links = tmp_path_factory.mktemp("without_triton")
+    for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for path in Path(site).iterdir():
+            ours = path.name.startswith(("triton", "pytorch_triton", "sknet", "_sknet"))
+            link = links / path.name
+            if not ours and path.suffix != ".pth" and not link.exists():
+                link.symlink_to(path, target_is_directory=path.is_dir())
+    return links
+
+
+def test_everything_but_the_kernels_works_where_triton_is_absent(
+    installed: Path, without_triton: Path
+) -> None:
+    code = (
+        FRESH
+        + 'import importlib.util\nassert importlib.util.find_spec("triton") is None\n'
+        + FORWARD_AND_BACKWARD
+        + """
+import torch.utils.flop_counter
+from sknet_triton import functional, sknet50, use_backend
+branches = [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]
+for name in ("auto", "reference"):
+    with use_backend(name):
+        assert functional.sk_fuse(branches).tolist() == [[2.0, 2.0]]
+with use_backend("triton"):
+    try:
+        functional.sk_fuse(branches)
+    except ImportError as error:
+        print(error)
+assert sum(p.numel() for p in sknet50(device="meta").parameters()) == 27_479_784
+compiled = torch.compile(sknet_triton.SKConv(32, 32), fullgraph=True, backend="aot_eager")
+compiled(torch.randn(2, 32, 6, 5)).sum().backward()
+print("compiled", importlib.util.find_spec("triton"))
+"""
+    )
+    out = run(sys.executable, "-I", "-S", "-c", code, installed, without_triton, cwd=installed)
+    assert out == (
+        "trained False\n"
+        "backend: 'triton' needs the package triton, which is not installed\n"
+        "compiled None\n"
+    )
+
+
+def test_constraints_pin_every_requirement_once_and_exactly() -> None:
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    assert {"torch", "triton", "pandas", "numpy", "pytest"} <= pinned.keys()
+    assert all(re.fullmatch(r"[\d.]+(\.post\d+)?", version) for version in pinned.values())
+    for requirement in importlib.metadata.requires("sknet-triton") or []:
+        name = re.split(r"[ ;<>=\[]", requirement)[0]
+        assert name == "sknet-triton" or name in pinned, f"constraints.txt does not pin {name}"

@@ -1,0 +1,72 @@
+"""The README: its code prints what stands below it, and its commands are whole."""
+
+import contextlib
+import io
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sknet_triton import backend
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+# A python block, and the text block after it if nothing but blank lines stands between.
+EXAMPLES = re.findall(r"```python\n(.*?)```\n(?:\s*```text\n(.*?)```)?", README, re.DOTALL)
+
+
+def heading_of(code: str) -> str:
+    before = README[: README.index(code)]
+    headings: list[str] = re.findall(r"^#+ (.*)$", before, re.MULTILINE)
+    return headings[-1].replace(" ", "-")
+
+
+@pytest.fixture(autouse=True)
+def _the_backend_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_chosen", None)
+
+
+@pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=[heading_of(c) for c, _ in EXAMPLES])
+def test_the_code_prints_what_the_readme_says(code: str, printed: str) -> None:
+    if "torch.compile" in code and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("Inductor compiles for the CPU with a C++ compiler, and there is none")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    assert out.getvalue() == printed
+
+
+def test_every_printing_example_shows_its_result() -> None:
+    assert len(EXAMPLES) == README.count("```python")
+    for code, printed in EXAMPLES:
+        assert ("print(" in code) == bool(printed), code
+
+
+def test_the_commands_start_from_a_bare_python() -> None:
+    commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert len(commands) == 2
+    for command, last in zip(commands, ("perf run --preset quick", "pytest"), strict=True):
+        assert command.startswith("python3 -m venv .venv &&\n")
+        assert command.rstrip().endswith(f".venv/bin/python -m {last}")
+        # One command: a step that fails ends it.
+        assert all(line.endswith("&&") for line in command.rstrip().splitlines()[:-1])
+        assert subprocess.run(["sh", "-n", "-c", command], check=False).returncode == 0
+
+
+def test_ci_finds_the_test_command_between_its_markers() -> None:
+    between = re.search(
+        r"<!-- test-command: begin -->\n```sh\n(.*?)```\n<!-- test-command: end -->",
+        README,
+        re.DOTALL,
+    )
+    assert between is not None
+    assert "pytest" in between[1]
+    assert "test-command: begin" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_table_has_its_markers() -> None:
+    assert README.count("<!-- table: begin -->") == README.count("<!-- table: end -->") == 1
+    assert README.index("<!-- table: begin -->") < README.index("<!-- table: end -->")
