@@ -96,14 +96,14 @@ def _fuse(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
     return [
         launch
         for config in _reductions(xs, facts, sums=1)
-        for launch in sk_fuse_fwd_launches(setting.pooled(), xs, config)
+        for launch in sk_fuse_fwd_launches(setting.pooled(), xs, config=config)
     ]
 
 
 def _select(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
     xs = setting.branches()
     config = LaunchConfig.elementwise(problem_of(xs), facts)
-    return [sk_select_fwd_launch(setting.branch(), xs, setting.logits(), config)]
+    return [sk_select_fwd_launch(setting.branch(), xs, setting.logits(), config=config)]
 
 
 def _select_bwd(setting: _Setting, facts: DeviceFacts) -> list[Launch]:

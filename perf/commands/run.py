@@ -1,0 +1,167 @@
+"""Measure: a sweep over cases and providers, written to one CSV and shown as a table.
+
+Without arguments it runs the preset quick. --level picks from the preset; every other choice
+replaces the preset's own values, in every case that has such a value. A range START:STOP:STEP
+includes STOP.
+"""
+
+import argparse
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from perf import cases, env, schema, tables
+from perf.contest import Conditions
+from perf.errors import UsageError
+from perf.presets import PRESETS, Grid, Job, jobs
+from perf.progress import Progress
+from perf.providers import PROVIDERS
+from perf.ranks import this_rank
+from perf.store import Store, open_store
+from perf.sweep import Outcome, sweep, unfinished
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the axes, the output and the limits."""
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="quick", help="cases to start from (default: quick)")
+    add("--level", nargs="+", choices=cases.LEVELS, help="keep only these levels of the preset")
+    add("--batch", nargs="+", type=sizes, metavar="N", help="batch sizes, or START:STOP:STEP")
+    add("--resolution", nargs="+", type=sizes, metavar="N", help="image sizes, or START:STOP:STEP")
+    add("--stage", nargs="+", type=int, choices=cases.STAGES, help="SKNet stages (op and layer)")
+    add("--branches", nargs="+", type=sizes, metavar="M", help="numbers of branches M")
+    add("--dtype", nargs="+", choices=cases.DTYPES)
+    add("--layout", nargs="+", choices=cases.LAYOUTS)
+    add("--mode", nargs="+", choices=cases.MODES, help="infer: forward; train: and backward")
+    add("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
+    add("--out", type=Path, metavar="FILE.csv", help="default: named after preset and machine")
+    add("--resume", action="store_true", help="go on with --out and skip the rows it has")
+    add("--seed", type=int, default=0, help="of inputs, parameters and the order (default: 0)")
+    add(
+        "--threads",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="of PyTorch, where there is no GPU (default: 1)",
+    )
+    add("--budget", type=positive_seconds, metavar="SECONDS", help="end in time with what is done")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the sweep, prints the table and the path of the CSV."""
+    rank = this_rank()
+    device = env.default_device(rank.local)
+    if device.type == "cpu":
+        # More threads wait for each other at every operation, and on a machine with anything else
+        # to do they measure the scheduler: a digits step took 8 ms or 200 ms with two threads.
+        torch.set_num_threads(args.threads)
+    preset = PRESETS[args.preset]
+    todo = jobs(selected(preset.grids, args), args.seed)
+    path = args.out or Path(default_name(args, device))
+    store = _open(path, args.resume)
+    conditions = Conditions(device, args.seed, preset.seconds, preset.rounds)
+    progress = Progress(len(unfinished(todo, store)))
+    outcome = sweep(
+        todo, store, conditions, ranks=rank.count, budget=args.budget, progress=progress
+    )
+    progress.close()
+    _report(store, todo, outcome)
+    return INTERRUPTED if outcome.ending == "interrupt" else 0
+
+
+def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...]:
+    """Returns the grids of the chosen levels with the axes that the command line gives.
+
+    Raises:
+        UsageError: no grid of the preset has a chosen level.
+    """
+    levels = args.level or cases.LEVELS
+    kept = [grid for grid in grids if grid.level in levels]
+    missing = [level for level in args.level or () if level not in {g.level for g in kept}]
+    if missing:
+        raise UsageError(f"--level: the preset {args.preset} has no {', '.join(missing)} cases")
+    given = {
+        "batches": _flat(args.batch),
+        "resolutions": _flat(args.resolution),
+        "Ms": _flat(args.branches),
+        "stages": args.stage,
+        "dtypes": args.dtype,
+        "layouts": args.layout,
+        "modes": args.mode,
+        "providers": args.provider,
+    }
+    axes = {name: tuple(values) for name, values in given.items() if values}
+    return tuple(replace(grid, **axes) for grid in kept)
+
+
+def default_name(args: argparse.Namespace, device: torch.device) -> str:
+    """Returns a file name that says what was measured where: preset, levels, device, torch."""
+    what = "-".join((args.preset, *(args.level or ())))
+    where = re.sub(r"\W+", "-", env.gpu_name(device).lower()) or "cpu"
+    return f"perf-{what}-{where}-torch{torch.__version__.partition('+')[0]}.csv"
+
+
+def positive(text: str) -> int:
+    """Parses a positive number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def sizes(text: str) -> list[int]:
+    """Parses a positive number, or a range START:STOP:STEP that includes STOP."""
+    match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text)
+    numbers = [int(group) for group in match.groups() if group] if match else []
+    if not numbers or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor a range")
+    if len(numbers) == 1:
+        return numbers
+    start, stop, step = numbers
+    if start > stop:
+        raise argparse.ArgumentTypeError(f"the range {text!r} is empty")
+    return list(range(start, stop + 1, step))
+
+
+def positive_seconds(text: str) -> float:
+    """Parses a positive number of seconds."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = float("nan")
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return seconds
+
+
+def _flat(lists: list[list[int]] | None) -> list[int]:
+    return [size for sizes in lists or () for size in sizes]
+
+
+def _open(path: Path, resume: bool) -> Store:
+    if not path.parent.is_dir():
+        raise UsageError(f"--out: {path.parent} is no directory")
+    try:
+        return open_store(path, resume=resume)
+    except (FileExistsError, schema.SchemaError) as error:
+        raise UsageError(f"--out: {error}") from error
+
+
+def _report(store: Store, todo: list[Job], outcome: Outcome) -> None:
+    frame = schema.read(store.path)
+    print(tables.table(frame))
+    for line in tables.not_measured(frame):
+        print(line)
+    if outcome.missing:
+        why = {"interrupt": "interrupted", "budget": "the budget is spent"}[outcome.ending]
+        rows = sum(len(job.providers) for job in todo)
+        rest = sum(len(job.providers) for job in outcome.missing)
+        print(f"{why}: {rows - rest} of {rows} rows done; missing (--resume measures them):")
+        for job in outcome.missing:
+            print(f"  {job.case.label}: {', '.join(job.providers)}")
+    print(store.path)

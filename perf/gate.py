@@ -1,0 +1,209 @@
+"""The correctness gate: a provider is compared with float64 before anybody times it.
+
+The oracle is the baseline's module in float64, on parameters and inputs that were first rounded
+to the case's dtype, so that an error is an error of the computation. The bounds are relative to
+what plain PyTorch achieves in the case's dtype on the same data, in the worse of both layouts:
+
+- Output, largest error over the largest value: at most 2 x plain's + 8 roundings. A different
+  order of the same sums errs like plain does; the largest of many such errors varies by less than
+  the factor 2, and 8 roundings leave room where plain happens to be exact.
+- Gradients, each tensor's error in the 2-norm over its norm: at most 2 x plain's + 8 roundings
+  + the condition. A ReLU whose input lies within rounding of zero passes its gradient on in one
+  correct run and not in another; one such element moves a gradient by far more than rounding
+  does (1e-3 against 1e-6, measured on SKConv in float32). The condition is how far the float64
+  gradients move when the inputs move by 4 x plain's relative output error, so that more ReLUs
+  change sides than between two correct runs. Ops have no ReLU, and there it is a few roundings.
+  Where few ReLUs are near zero the condition may miss the one that a correct provider hits, so a
+  gradient beyond its bound is judged again on other inputs, at most twice; a fault is there on
+  every draw, such a ReLU on few.
+
+Through a whole network in 16 bits plain's own gradients are mostly rounding; the bound in the row
+then shows how little was proved, and the op rows prove the 16-bit gradients.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from perf import workloads
+from perf.cases import LAYOUTS, Case
+
+ROUNDINGS = 8
+CONDITION_STEP = 4
+DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The output of one run and, in training, its gradients by name."""
+
+    out: Tensor
+    grads: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors of a provider beside what it was allowed; a gradient's where there is one."""
+
+    out_err: float
+    out_err_bound: float
+    grad_err: float | None
+    grad_err_bound: float | None
+
+    @property
+    def out_passed(self) -> bool:
+        """Whether the output's error is within its bound; NaN is not."""
+        return self.out_err <= self.out_err_bound
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is within its bound."""
+        if not self.out_passed:
+            return False
+        if self.grad_err is None or self.grad_err_bound is None:
+            return True
+        return self.grad_err <= self.grad_err_bound
+
+    @property
+    def reason(self) -> str:
+        """What went beyond its bound, in one line."""
+        if not self.out_passed:
+            return f"output off by {self.out_err:.1e} of its top, bound {self.out_err_bound:.1e}"
+        return f"a gradient off by {self.grad_err:.1e} of its norm, bound {self.grad_err_bound:.1e}"
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What the right answer is, and how well plain PyTorch meets it."""
+
+    exact: Evaluation
+    roundoff: float
+    plain_out_err: float
+    plain_grad_err: Mapping[str, float]
+    condition: float
+
+    def judge(self, evaluation: Evaluation) -> Verdict:
+        """Compares a provider's run with the oracle; of the gradients the worst one counts."""
+        floor = ROUNDINGS * self.roundoff
+        out_err = output_error(evaluation.out, self.exact.out)
+        out_bound = 2 * self.plain_out_err + floor
+        errors = gradient_errors(evaluation.grads, self.exact.grads)
+        bounds = {
+            name: 2 * err + floor + self.condition for name, err in self.plain_grad_err.items()
+        }
+        if not errors:
+            return Verdict(out_err, out_bound, None, None)
+        # max() alone would let a NaN slip by, which is worse than any number.
+        worst = max(
+            errors, key=lambda name: (math.isnan(errors[name]), errors[name] / bounds[name])
+        )
+        return Verdict(out_err, out_bound, errors[worst], bounds[worst])
+
+
+def evaluate(
+    call: workloads.Call,
+    module: nn.Module,
+    case: Case,
+    inputs: tuple[Tensor, ...],
+    seed: int,
+) -> Evaluation:
+    """Runs ``call``, which computes with the parameters of ``module``, once."""
+    if case.mode == "infer":
+        with torch.no_grad():
+            return Evaluation(call(*inputs), {})
+    wanted = differentiated(module, case, inputs)
+    out = call(*wanted.inputs)
+    dout = arriving_gradient(out, case, seed)
+    grads = torch.autograd.grad(out, list(wanted.tensors.values()), dout)
+    return Evaluation(out.detach(), dict(zip(wanted.tensors, grads, strict=True)))
+
+
+def arriving_gradient(out: Tensor, case: Case, seed: int) -> Tensor:
+    """Draws the gradient of ``out``: the same numbers in every dtype, rounded to the case's."""
+    drawn = torch.randn(out.shape, generator=_generator(out.device, seed), device=out.device)
+    return drawn.to(workloads.DTYPE_OF[case.dtype]).to(out.dtype)
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """The inputs of a training step and every tensor whose gradient it computes, by name."""
+
+    inputs: tuple[Tensor, ...]
+    tensors: Mapping[str, Tensor]
+
+
+def differentiated(module: nn.Module, case: Case, inputs: tuple[Tensor, ...]) -> Differentiated:
+    """Returns the inputs as leaves of the graph, and what is differentiated."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
+    if workloads.WORKLOADS[case.workload].input_grads:
+        inputs = tuple(x.detach().requires_grad_() for x in inputs)
+        tensors |= {f"input {i}": x for i, x in enumerate(inputs)}
+    return Differentiated(inputs, tensors)
+
+
+def consult(
+    make_module: Callable[[Case], nn.Module], case: Case, inputs: tuple[Tensor, ...], seed: int
+) -> Oracle:
+    """Runs plain PyTorch in the case's dtype and in float64, and returns the oracle.
+
+    Args:
+        make_module: builds plain PyTorch's module, placed as a case says, afresh every time.
+        case: the case.
+        inputs: its inputs.
+        seed: draws the gradient that arrives, and the direction in which the inputs move.
+    """
+    exact_inputs = tuple(x.double() for x in inputs)
+    exact = _evaluate_plain(make_module(case).double(), case, exact_inputs, seed)
+    roundoff = workloads.ROUNDOFF_OF[case.dtype]
+    out_err, grad_err = 0.0, dict.fromkeys(exact.grads, 0.0)
+    for layout in LAYOUTS:
+        laid_out = replace(case, layout=layout)
+        rough = _evaluate_plain(make_module(laid_out), laid_out, inputs, seed)
+        out_err = max(out_err, output_error(rough.out, exact.out))
+        for name, err in gradient_errors(rough.grads, exact.grads).items():
+            grad_err[name] = max(grad_err[name], err)
+    condition = 0.0
+    if case.mode == "train":
+        moved = _moved(exact_inputs, CONDITION_STEP * max(out_err, roundoff), seed)
+        near = _evaluate_plain(make_module(case).double(), case, moved, seed)
+        condition = max(gradient_errors(near.grads, exact.grads).values())
+    return Oracle(exact, roundoff, out_err, grad_err, condition)
+
+
+def output_error(out: Tensor, exact: Tensor) -> float:
+    """Returns the largest error as a share of the largest exact value."""
+    return ((out.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def gradient_errors(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns each gradient's error in the 2-norm as a share of the exact gradient's norm."""
+    return {
+        # A gradient that is zero, like that of a softmax over one branch, has no relative error.
+        name: (grads[name].double() - truth).norm().item() / (truth.norm().item() or 1.0)
+        for name, truth in exact.items()
+    }
+
+
+def _evaluate_plain(
+    module: nn.Module, case: Case, inputs: tuple[Tensor, ...], seed: int
+) -> Evaluation:
+    exact = inputs[0].dtype == torch.float64
+    xs = tuple(workloads.laid_out(x, case) for x in inputs)
+    with nullcontext() if exact else workloads.precision(case, inputs[0].device):
+        return evaluate(module, module, case, xs, seed)
+
+
+def _moved(inputs: tuple[Tensor, ...], step: float, seed: int) -> tuple[Tensor, ...]:
+    generator = _generator(inputs[0].device, seed + 1)
+    return tuple(
+        x + step * x.std() * torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+        for x in inputs
+    )
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed + 2)

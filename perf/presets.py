@@ -1,0 +1,184 @@
+"""The sweeps as data: which cases, in which order, and how long each is sampled."""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from perf.cases import LEVEL_OF, Case, DType, Layout, Level, Mode, make_case
+
+CORE = ("eager", "compile", "reference", "reference+compile", "triton", "triton+compile")
+UNCOMPILED = ("eager", "reference", "triton")
+ON_GPU = ("eager", "compile", "compile-max-autotune", "triton", "triton+compile")
+GRAPHED = (*ON_GPU, "triton+cudagraph")
+YARDSTICKS = (*GRAPHED, "timm-sk", "timm-se")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of its axes. Workloads of one grid have one level."""
+
+    workloads: tuple[str, ...]
+    modes: tuple[Mode, ...] = ("infer", "train")
+    dtypes: tuple[DType, ...] = ("fp32",)
+    layouts: tuple[Layout, ...] = ("nchw",)
+    Ms: tuple[int, ...] = (2,)
+    batches: tuple[int, ...] = (8,)
+    resolutions: tuple[int, ...] = (224,)
+    stages: tuple[int, ...] = (1,)
+    providers: tuple[str, ...] = CORE
+
+    @property
+    def level(self) -> Level:
+        """The level of the grid's workloads."""
+        return LEVEL_OF[self.workloads[0]]
+
+    def cases(self) -> Iterator[Case]:
+        """Yields the cases, each once: axes that a workload does not have are left out."""
+        axes = itertools.product(
+            self.workloads,
+            self.modes,
+            self.dtypes,
+            self.layouts,
+            self.Ms,
+            self.batches,
+            self.resolutions,
+            self.stages,
+        )
+        seen = set()
+        for workload, mode, dtype, layout, M, batch, resolution, stage in axes:
+            case = make_case(
+                workload,
+                mode,
+                dtype=dtype,
+                layout=layout,
+                M=M,
+                batch=batch,
+                resolution=resolution,
+                stage=stage,
+            )
+            if case not in seen:
+                seen.add(case)
+                yield case
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Grids, the most valuable first, and how each provider of a case is sampled."""
+
+    grids: tuple[Grid, ...]
+    seconds: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case and the providers that are to carry it out."""
+
+    case: Case
+    providers: tuple[str, ...]
+
+
+def jobs(grids: tuple[Grid, ...], seed: int) -> list[Job]:
+    """Returns the cases of all grids in their order, shuffled within each grid, each case once."""
+    shuffle = random.Random(seed).shuffle
+    wanted: dict[Case, tuple[str, ...]] = {}
+    for grid in grids:
+        cases = list(grid.cases())
+        shuffle(cases)
+        for case in cases:
+            before = wanted.get(case, ())
+            wanted[case] = (*before, *(name for name in grid.providers if name not in before))
+    return [Job(case, providers) for case, providers in wanted.items()]
+
+
+PRESETS = {
+    # A laptop: under three minutes on two cores without a GPU, most of it torch.compile.
+    "quick": Preset(
+        grids=(
+            Grid(("sk_fuse", "sk_select"), resolutions=(112,)),
+            Grid(("sk_conv",), resolutions=(64,)),
+            Grid(("sknet26",), modes=("infer",), batches=(8,), resolutions=(64,)),
+            Grid(("sknet26",), modes=("train",), resolutions=(64,), providers=UNCOMPILED),
+            Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
+        ),
+        seconds=0.4,
+        rounds=4,
+    ),
+    # One GPU: as much of this as fits, in this order, under --budget 500.
+    "full": Preset(
+        grids=(
+            Grid(
+                ("sk_fuse", "sk_select"),
+                dtypes=("bf16",),
+                layouts=("channels_last", "nchw"),
+                batches=(32, 128),
+                providers=GRAPHED,
+            ),
+            Grid(
+                ("sk_conv",),
+                dtypes=("bf16",),
+                layouts=("channels_last",),
+                batches=(32,),
+                providers=YARDSTICKS,
+            ),
+            Grid(
+                ("sknet50",),
+                dtypes=("autocast",),
+                layouts=("channels_last",),
+                batches=(64,),
+                providers=(*CORE, "timm-sk", "timm-se"),
+            ),
+            Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
+            Grid(
+                ("sk_fuse", "sk_select"),
+                dtypes=("bf16",),
+                layouts=("channels_last", "nchw"),
+                batches=(32,),
+                stages=(2, 3, 4),
+                providers=("eager", "compile", "triton"),
+            ),
+            Grid(
+                ("sk_fuse", "sk_select"),
+                dtypes=("fp32", "fp16"),
+                layouts=("nchw",),
+                Ms=(2, 3),
+                batches=(32,),
+                providers=("eager", "compile", "triton"),
+            ),
+            Grid(
+                ("sk_fuse", "sk_select"),
+                dtypes=("bf16",),
+                layouts=("channels_last",),
+                batches=(1, 8, 256),
+                resolutions=(160, 224, 320),
+                providers=("eager", "compile", "triton"),
+            ),
+            Grid(
+                ("sk_unit",),
+                dtypes=("bf16", "tf32"),
+                layouts=("channels_last",),
+                batches=(32,),
+                stages=(1, 3),
+                providers=ON_GPU,
+            ),
+            Grid(
+                ("sknet50",),
+                dtypes=("bf16",),
+                layouts=("channels_last",),
+                batches=(1, 8, 128),
+                resolutions=(224, 320),
+                providers=("eager", "triton", "triton+cudagraph", "timm-sk", "timm-se"),
+            ),
+            Grid(
+                ("sknet26", "sknet101"),
+                dtypes=("autocast",),
+                layouts=("channels_last",),
+                batches=(32,),
+                providers=("eager", "triton"),
+            ),
+        ),
+        seconds=0.3,
+        rounds=3,
+    ),
+}

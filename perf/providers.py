@@ -1,0 +1,92 @@
+"""Who carries a case out: whose code, on which backend, wrapped in what."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+import sknet_triton as skt
+from perf import competitors
+from perf.cases import Case
+from perf.workloads import Call, Source
+
+Wrap = Literal["none", "compile", "max-autotune", "cudagraph"]
+
+BASELINE = "eager"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to carry a case out.
+
+    Attributes:
+        name: as the CSV and the command line call it.
+        source: whose module it is.
+        backend: what carries out the stages of our modules.
+        wrap: what is done to the module before it is called.
+    """
+
+    name: str
+    source: Source
+    backend: skt.Backend = "reference"
+    wrap: Wrap = "none"
+
+    @property
+    def oracle(self) -> Source:
+        """Whose module in float64 says what is right: plain PyTorch's for ours."""
+        return "plain" if self.source == "ours" else self.source
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first call is a compilation."""
+        return self.wrap in ("compile", "max-autotune")
+
+    def unavailable(self, case: Case, device: torch.device) -> str | None:
+        """Tells why this provider cannot carry out ``case`` on ``device``; None where it can."""
+        if self.source == "timm-sk" or self.source == "timm-se":
+            return competitors.unavailable(self.source, case)
+        if self.backend == "triton" and importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if (self.backend == "triton" or self.wrap not in ("none", "compile")) and (
+            device.type != "cuda"
+        ):
+            return f"{self.name} needs a GPU, and there is none"
+        if self.wrap == "cudagraph" and case.level == "workload":
+            return "a graph replays one fixed batch and cannot learn the digits"
+        return None
+
+    def wrapped(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+        """Returns ``module`` as this provider calls it."""
+        options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        match self.wrap:
+            case "none":
+                return module
+            case "compile":
+                return torch.compile(module, **options)
+            case "max-autotune":
+                return torch.compile(module, mode="max-autotune", **options)
+            case "cudagraph":
+                return cast(Call, torch.cuda.make_graphed_callables(module, inputs))
+
+    def active(self) -> skt.use_backend:
+        """Returns a context in which our modules take this provider's backend."""
+        return skt.use_backend(self.backend)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider(BASELINE, "plain"),
+        Provider("compile", "plain", wrap="compile"),
+        Provider("compile-max-autotune", "plain", wrap="max-autotune"),
+        Provider("reference", "ours"),
+        Provider("reference+compile", "ours", wrap="compile"),
+        Provider("triton", "ours", backend="triton"),
+        Provider("triton+compile", "ours", backend="triton", wrap="compile"),
+        Provider("triton+cudagraph", "ours", backend="triton", wrap="cudagraph"),
+        Provider("timm-sk", "timm-sk"),
+        Provider("timm-se", "timm-se"),
+    )
+}

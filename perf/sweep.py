@@ -1,0 +1,90 @@
+"""The sweep: goes through the jobs, keeps every row, and ends in time or by ^C with what it has."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Literal
+
+from perf import env
+from perf.contest import Conditions, measure_case
+from perf.presets import Job
+from perf.progress import Progress
+from perf.providers import PROVIDERS
+from perf.schema import Row, key_of
+from perf.store import Store
+
+Ending = Literal["complete", "budget", "interrupt"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended and which jobs, with which providers, have no row yet."""
+
+    ending: Ending
+    missing: list[Job]
+
+
+class BudgetSpentError(BaseException):
+    """The time is up. Not an Exception, so that no failing case can pass for it or catch it."""
+
+
+def sweep(
+    jobs: Sequence[Job],
+    store: Store,
+    conditions: Conditions,
+    *,
+    ranks: int,
+    budget: float | None,
+    progress: Progress,
+) -> Outcome:
+    """Measures every job that ``store`` has no row of, and appends its rows at once."""
+    missing = unfinished(jobs, store)
+    ending: Ending = "complete"
+    try:
+        with _deadline(budget):
+            for job in missing:
+                with progress.working_on(job):
+                    _measure(job, store, conditions, ranks)
+    except KeyboardInterrupt:
+        ending = "interrupt"
+    except BudgetSpentError:
+        ending = "budget"
+    return Outcome(ending, unfinished(jobs, store))
+
+
+def unfinished(jobs: Sequence[Job], store: Store) -> list[Job]:
+    """Returns the jobs without those providers that have a row."""
+    rest = []
+    for job in jobs:
+        names = tuple(name for name in job.providers if key_of(job.case, name) not in store.keys)
+        if names:
+            rest.append(Job(job.case, names))
+    return rest
+
+
+def _measure(job: Job, store: Store, conditions: Conditions, ranks: int) -> None:
+    providers = tuple(PROVIDERS[name] for name in job.providers)
+    results = measure_case(job.case, providers, conditions)
+    now = env.snapshot(conditions.device, conditions.seed, ranks)
+    store.append(Row(job.case, name, results[name], now) for name in job.providers)
+
+
+@contextmanager
+def _deadline(seconds: float | None) -> Iterator[None]:
+    """Raises `BudgetSpentError` inside the block after ``seconds``, in the middle of a case too."""
+    if seconds is None:
+        yield
+        return
+
+    def expire(signum: int, frame: FrameType | None) -> None:
+        raise BudgetSpentError
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -1,0 +1,104 @@
+"""A report as text, from its CSV alone."""
+
+import pandas as pd
+from tabulate import tabulate
+
+from perf.providers import BASELINE
+from perf.schema import CASE_COLUMNS
+
+_COLUMNS = {
+    "case": "left",
+    "provider": "left",
+    "ms": "right",
+    "p20 to p80": "right",
+    f"x {BASELINE}": "right",
+    "images/s": "right",
+    "% of copy": "right",
+    "note": "left",
+}
+
+
+def table(frame: pd.DataFrame, style: str = "simple") -> str:
+    """Returns the measured rows of ``frame`` as a table in one of tabulate's styles.
+
+    Cases follow each other in the order of the report; ``x eager`` is the speed-up over the
+    baseline in the same case.
+    """
+    lines = [line for _, case in by_case(frame) for line in _lines(case)]
+    return tabulate(
+        lines,
+        list(_COLUMNS),
+        tablefmt=style,
+        colalign=list(_COLUMNS.values()),
+        disable_numparse=True,
+    )
+
+
+def not_measured(frame: pd.DataFrame) -> list[str]:
+    """Returns a line for each status and reason of the rows that have no time."""
+    rest = frame[frame.status != "ok"]
+    lines = []
+    for (status, reason), rows in rest.groupby(["status", "reason"], sort=False):
+        names = ", ".join(rows.provider.unique())
+        count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+        lines.append(f"{status}: {names} ({count}): {reason}")
+    return lines
+
+
+def by_case(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Returns the rows of each case under its label, in the order of the report."""
+    groups = frame.groupby(list(CASE_COLUMNS), sort=False)
+    return [(case_label(rows.iloc[0]), rows) for _, rows in groups]
+
+
+def case_label(row: pd.Series) -> str:
+    """Returns the case of a row in one short line."""
+    stage = f" stage {row.stage}" if row.stage else ""
+    return (
+        f"{row.workload}{stage} {row['mode']} {row['dtype']} {row.layout} "
+        f"M={row.M} B={row.B} {row.resolution}px"
+    )
+
+
+def speedups(case: pd.DataFrame) -> "pd.Series[float]":
+    """Returns how many times as fast as the baseline each row of one case is."""
+    baseline = case.loc[case.provider == BASELINE, "ms_p50"]
+    if baseline.empty:
+        return pd.Series(float("nan"), index=case.index)
+    return float(baseline.iloc[0]) / case.ms_p50
+
+
+def _lines(case: pd.DataFrame) -> list[list[str]]:
+    measured = case.assign(speedup=speedups(case))
+    lines: list[list[str]] = []
+    for _, row in measured[measured.status == "ok"].iterrows():
+        lines.append(
+            [
+                case_label(row) if not lines else "",
+                row.provider,
+                _number(row.ms_p50),
+                f"{_number(row.ms_p20)} to {_number(row.ms_p80)}",
+                _number(row.speedup),
+                _number(row.images_per_s, 0),
+                _number(row.pct_copy, 0),
+                _note(row),
+            ]
+        )
+    return lines
+
+
+def _note(row: pd.Series) -> str:
+    notes = []
+    if pd.notna(row.accuracy):
+        notes.append(f"held-out accuracy {row.accuracy:.1%}")
+    if pd.notna(row.compile_s):
+        notes.append(f"compiled in {row.compile_s:.0f} s")
+    return ", ".join(notes)
+
+
+def _number(value: float, decimals: int | None = None) -> str:
+    if pd.isna(value):
+        return ""
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

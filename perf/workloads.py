@@ -1,0 +1,268 @@
+"""What a case computes: the module, its inputs, and the bytes that its mathematics moves.
+
+Every provider of a case gets the same parameters and the same inputs, both from the seed.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import sknet_triton as skt
+from perf import baseline, competitors, digits
+from perf.cases import DIGITS_RESOLUTION, Case
+
+Call = Callable[..., Tensor]
+Source = Literal["plain", "ours", "timm-sk", "timm-se"]
+
+DTYPE_OF = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "autocast": torch.float32,
+}
+# Half the spacing of the numbers at one, of the dtype or of the format it is computed in.
+ROUNDOFF_OF = {
+    "fp32": 2.0**-24,
+    "tf32": 2.0**-11,
+    "bf16": 2.0**-8,
+    "fp16": 2.0**-11,
+    "autocast": 2.0**-8,
+}
+
+CALIBRATION_BATCH = 4
+
+
+class SKFuse(nn.Module):
+    """`functional.sk_fuse` as a module, as the harness runs modules."""
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        """M branches [B, C, H, W] -> [B, C]."""
+        return skt.functional.sk_fuse(branches)
+
+
+class SKSelect(nn.Module):
+    """`functional.sk_select` as a module."""
+
+    def forward(self, logits: Tensor, *branches: Tensor) -> Tensor:
+        """Logits [B, M, C] and M branches [B, C, H, W] -> [B, C, H, W]."""
+        return skt.functional.sk_select(branches, logits)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How to build one workload.
+
+    Attributes:
+        ours: builds the module of sknet_triton.
+        plain: builds the baseline from it, with the same parameters.
+        inputs: draws the inputs in float32.
+        input_grads: whether the backward pass goes down to the inputs.
+        passes: branch tensors read or written once (MATH.md, "What that costs") in infer and in
+            train; None where convolutions move more than the stages do.
+    """
+
+    ours: Callable[[Case], nn.Module]
+    plain: Callable[[nn.Module], nn.Module]
+    inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]]
+    input_grads: bool
+    passes: Callable[[Case], int] | None = None
+
+
+def _branches(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return tuple(_normal(generator, case.B, case.C, case.H, case.W) for _ in range(case.M))
+
+
+def _logits_and_branches(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return (_normal(generator, case.B, case.M, case.C), *_branches(case, generator))
+
+
+def _image(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return (_normal(generator, case.B, case.C, case.H, case.W),)
+
+
+def _unit_input(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return (_normal(generator, case.B, 2 * case.C, case.H, case.W),)
+
+
+def _digit_images(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
+    images = digits.load()[0].images
+    rows = torch.randint(len(images), (case.B,), generator=generator, device=generator.device)
+    return (images.to(generator.device)[rows],)
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+# Reading M branches; training adds nothing, because the gradient of an average is a broadcast.
+def _fuse_passes(case: Case) -> int:
+    return case.M
+
+
+# Reading M branches and writing one; training adds reading dout and the branches for dlogits and
+# dx in one go, and writing M gradients.
+def _select_passes(case: Case) -> int:
+    return case.M + 1 + (2 * case.M + 1 if case.mode == "train" else 0)
+
+
+WORKLOADS = {
+    "sk_fuse": Workload(
+        ours=lambda case: SKFuse(),
+        plain=lambda ours: baseline.PlainFuse(),
+        inputs=_branches,
+        input_grads=True,
+        passes=_fuse_passes,
+    ),
+    "sk_select": Workload(
+        ours=lambda case: SKSelect(),
+        plain=lambda ours: baseline.PlainSelect(),
+        inputs=_logits_and_branches,
+        input_grads=True,
+        passes=_select_passes,
+    ),
+    "sk_conv": Workload(
+        ours=lambda case: skt.SKConv(case.C, case.C, M=case.M),
+        plain=baseline.with_plain_convs,
+        inputs=_image,
+        input_grads=True,
+    ),
+    "sk_unit": Workload(
+        ours=lambda case: skt.SKUnit(2 * case.C, case.C, M=case.M),
+        plain=baseline.with_plain_convs,
+        inputs=_unit_input,
+        input_grads=True,
+    ),
+    "sknet26": Workload(
+        ours=lambda case: skt.sknet26(M=case.M),
+        plain=baseline.with_plain_convs,
+        inputs=_image,
+        input_grads=False,
+    ),
+    "sknet50": Workload(
+        ours=lambda case: skt.sknet50(M=case.M),
+        plain=baseline.with_plain_convs,
+        inputs=_image,
+        input_grads=False,
+    ),
+    "sknet101": Workload(
+        ours=lambda case: skt.sknet101(M=case.M),
+        plain=baseline.with_plain_convs,
+        inputs=_image,
+        input_grads=False,
+    ),
+    "digits": Workload(
+        ours=lambda case: digits.DigitsNet(M=case.M),
+        plain=baseline.with_plain_convs,
+        inputs=_digit_images,
+        input_grads=False,
+    ),
+}
+
+
+def unsupported(case: Case, device: torch.device) -> str | None:
+    """Tells why no provider can carry out ``case`` on ``device``; None where one can."""
+    if case.dtype == "tf32" and device.type != "cuda":
+        return "tf32 needs an NVIDIA GPU"
+    if case.dtype == "autocast" and case.level == "op":
+        return "autocast concerns layers: an op sees the dtype that its caller chose"
+    if case.mode == "train" and case.level != "op" and case.B == 1:
+        return "training needs a batch of at least 2, for the batch norm of fc1"
+    if case.level == "workload" and (case.mode, case.dtype) != ("train", "fp32"):
+        return "the digits are trained, in fp32"
+    if case.level == "workload" and importlib.util.find_spec("sklearn") is None:
+        return "scikit-learn is not installed"
+    return None
+
+
+def parameters(case: Case, source: Source, seed: int) -> nn.Module:
+    """Returns the module of ``case`` in float32 on the CPU, with parameters that all matter.
+
+    Affine batch norms, attention logits of order one and running statistics of real activations:
+    a provider that leaves one of them out cannot agree with the oracle.
+    """
+    workload = WORKLOADS[case.workload]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if source in ("timm-sk", "timm-se"):
+            module = competitors.build(source, case)
+        else:
+            module = workload.ours(case)
+        _randomise(module)
+        _calibrate(module, workload.inputs(_small(case), torch.Generator().manual_seed(seed)))
+    return workload.plain(module) if source == "plain" else module
+
+
+def inputs(case: Case, seed: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Returns the inputs of ``case``, in its dtype and layout, drawn on ``device``."""
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    drawn = WORKLOADS[case.workload].inputs(case, generator)
+    return tuple(laid_out(x.to(DTYPE_OF[case.dtype]), case) for x in drawn)
+
+
+def laid_out(x: Tensor, case: Case) -> Tensor:
+    """Returns ``x`` in the case's layout, which concerns tensors [B, C, H, W] only."""
+    if case.layout == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def place_module(module: nn.Module, case: Case, device: torch.device) -> nn.Module:
+    """Casts ``module``, moves it, lays it out and sets it to train or evaluate, in place."""
+    module.to(device, DTYPE_OF[case.dtype]).train(case.mode == "train")
+    if case.layout == "channels_last":
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
+
+
+def precision(case: Case, device: torch.device) -> AbstractContextManager[object]:
+    """Returns a context that computes as the case's dtype says: autocast, TF32, or neither."""
+    stack = ExitStack()
+    tf32 = case.dtype == "tf32"
+    stack.enter_context(torch.backends.cudnn.flags(benchmark=True, allow_tf32=tf32))
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    stack.callback(torch.set_float32_matmul_precision, previous)
+    if case.dtype == "autocast":
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+    return stack
+
+
+def bytes_needed(case: Case) -> int | None:
+    """Returns the bytes that the mathematics of ``case`` has to move, where it is an op."""
+    passes = WORKLOADS[case.workload].passes
+    if passes is None:
+        return None
+    return passes(case) * case.B * case.C * case.H * case.W * DTYPE_OF[case.dtype].itemsize
+
+
+def _small(case: Case) -> Case:
+    side = DIGITS_RESOLUTION if case.level == "workload" else min(case.H, 64)
+    return replace(case, B=CALIBRATION_BATCH, H=side, W=side)
+
+
+def _randomise(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            nn.init.uniform_(child.weight, 0.5, 1.5)
+            nn.init.normal_(child.bias, std=0.1)
+        if isinstance(child, skt.SKConv):
+            nn.init.kaiming_normal_(child.fc2.weight)
+
+
+def _calibrate(module: nn.Module, images: tuple[Tensor, ...]) -> None:
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    if not norms:
+        return
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        module.train()(*images)
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.momentum = momentum

@@ -1,0 +1,236 @@
+"""The gate lets what is right pass and stops what is wrong, in values and in gradients."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perf import baseline, contest, measure, workloads
+from perf.cases import Case, make_case
+from perf.contest import Conditions
+from perf.providers import PROVIDERS
+from sknet_triton import SKConv, SKUnit, sknet26
+
+CPU = torch.device("cpu")
+CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
+EAGER, REFERENCE = PROVIDERS["eager"], PROVIDERS["reference"]
+
+Forward = Callable[..., Tensor]
+Plant = Callable[[str, Forward], None]
+
+
+def small(workload: str, mode: str, **axes: object) -> Case:
+    return make_case(workload, mode, **{"batch": 4, "resolution": 32, **axes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a shared machine would make these tests crawl."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """Puts a wrong computation in the place of our module of a workload."""
+
+    def put(workload: str, forward: Forward) -> None:
+        class Planted(nn.Module):
+            def forward(self, *inputs: Tensor) -> Tensor:
+                out: Tensor = forward(*inputs)
+                return out
+
+        wrong = replace(workloads.WORKLOADS[workload], ours=lambda case: Planted())
+        monkeypatch.setitem(workloads.WORKLOADS, workload, wrong)
+
+    return put
+
+
+def average_without_division(*branches: Tensor) -> Tensor:
+    return torch.stack(branches).sum(dim=(0, 3, 4))
+
+
+def swapped_branches(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    out: Tensor = baseline.PlainSelect()(logits, b, a)
+    return out
+
+
+def no_softmax(logits: Tensor, *branches: Tensor) -> Tensor:
+    return (torch.stack(branches, dim=1) * logits[..., None, None]).sum(dim=1)
+
+
+def last_position_forgotten(*branches: Tensor) -> Tensor:
+    kept = [x.flatten(2)[..., :-1] for x in branches]
+    return torch.stack(kept).sum(dim=(0, 3)) / branches[0].shape[2:].numel()
+
+
+def nan_in_one_place(*branches: Tensor) -> Tensor:
+    out: Tensor = baseline.PlainFuse()(*branches)
+    mask = torch.zeros_like(out)
+    mask[0, 0] = float("nan")
+    return out + mask
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("workload", "forward"),
+    [
+        ("sk_fuse", average_without_division),
+        ("sk_fuse", last_position_forgotten),
+        ("sk_fuse", nan_in_one_place),
+        ("sk_select", swapped_branches),
+        ("sk_select", no_softmax),
+    ],
+)
+def test_planted_wrong_provider_is_unverified_and_never_timed(
+    plant: Plant,
+    monkeypatch: pytest.MonkeyPatch,
+    workload: str,
+    forward: Forward,
+    dtype: str,
+) -> None:
+    plant(workload, forward)
+    timed: list[str] = []
+
+    def spy(steps: Mapping[str, object], *rest: object) -> dict[str, list[float]]:
+        timed.extend(steps)
+        return {name: [1.0] for name in steps}
+
+    monkeypatch.setattr(measure, "interleaved", spy)
+    case = small(workload, "infer", dtype=dtype)
+    results = contest.measure_case(case, (EAGER, REFERENCE), CONDITIONS)
+    assert results["reference"].status == "unverified"
+    assert results["reference"].ms_p50 is None
+    assert "output off by" in results["reference"].reason
+    assert results["eager"].status == "ok"
+    assert timed == ["eager"]
+
+
+def test_right_output_with_wrong_gradient_is_unverified(
+    plant: Plant,
+) -> None:
+    def no_gradient_for_logits(logits: Tensor, *branches: Tensor) -> Tensor:
+        out: Tensor = baseline.PlainSelect()(logits, *branches)
+        return out + 1e-2 * (logits - logits.detach()).sum()
+
+    plant("sk_select", no_gradient_for_logits)
+    result = contest.measure_case(small("sk_select", "train"), (REFERENCE,), CONDITIONS)
+    assert result["reference"].status == "unverified"
+    assert "gradient off by" in result["reference"].reason
+
+
+def test_failing_provider_is_a_row_with_one_line_of_reason(
+    plant: Plant,
+) -> None:
+    def fail(*branches: Tensor) -> Tensor:
+        raise RuntimeError("first line\nsecond line")
+
+    def out_of_memory(*branches: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    plant("sk_fuse", fail)
+    plant("sk_select", out_of_memory)
+    failed = contest.measure_case(small("sk_fuse", "infer"), (EAGER, REFERENCE), CONDITIONS)
+    full = contest.measure_case(small("sk_select", "infer"), (EAGER, REFERENCE), CONDITIONS)
+    assert (failed["reference"].status, failed["eager"].status) == ("error", "ok")
+    assert failed["reference"].reason == "RuntimeError: first line"
+    assert (full["reference"].status, full["eager"].status) == ("oom", "ok")
+
+
+def test_provider_that_fails_while_timed_leaves_the_others() -> None:
+    calls = 0
+
+    def fail_later(*inputs: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise RuntimeError("tired")
+        return baseline.PlainFuse()(*inputs)  # type: ignore[no-any-return]
+
+    class Tiring(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return fail_later(*inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        tiring = replace(workloads.WORKLOADS["sk_fuse"], ours=lambda case: Tiring())
+        patch.setitem(workloads.WORKLOADS, "sk_fuse", tiring)
+        results = contest.measure_case(small("sk_fuse", "infer"), (EAGER, REFERENCE), CONDITIONS)
+    assert results["reference"].reason == "RuntimeError: tired"
+    assert results["eager"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("workload", "mode", "dtype", "layout"),
+    [
+        ("sk_fuse", "train", "fp32", "channels_last"),
+        ("sk_select", "train", "bf16", "nchw"),
+        ("sk_select", "train", "fp16", "channels_last"),
+        ("sk_conv", "train", "fp32", "channels_last"),
+        ("sk_conv", "infer", "autocast", "nchw"),
+        ("sk_unit", "train", "fp32", "nchw"),
+        ("sknet26", "infer", "fp32", "nchw"),
+    ],
+)
+def test_reference_passes_and_is_timed(workload: str, mode: str, dtype: str, layout: str) -> None:
+    case = small(workload, mode, dtype=dtype, layout=layout)
+    results = contest.measure_case(case, (EAGER, REFERENCE), CONDITIONS)
+    for result in results.values():
+        assert (result.status, result.reason) == ("ok", "")
+        assert result.out_err is not None
+        assert result.ms_p20 is not None
+        assert result.ms_p50 is not None
+        assert result.ms_p80 is not None
+        assert 0 < result.ms_p20 <= result.ms_p50 <= result.ms_p80
+        assert (result.grad_err is None) == (mode == "infer")
+        assert (result.saved_mb is None) == (mode == "infer")
+        assert (result.gbps is None) == (case.level != "op")
+        assert (result.images_per_s is None) == (case.level == "op")
+
+
+@pytest.mark.parametrize("M", [1, 3])
+def test_gate_takes_other_numbers_of_branches(M: int) -> None:
+    case = small("sk_select", "train", M=M)
+    assert contest.measure_case(case, (REFERENCE,), CONDITIONS)["reference"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        small("sk_conv", "train", batch=1),
+        small("sk_fuse", "infer", dtype="tf32"),
+        small("sk_fuse", "infer", dtype="autocast"),
+        small("digits", "infer"),
+    ],
+)
+def test_impossible_case_is_unsupported_with_a_reason(case: Case) -> None:
+    result = contest.measure_case(case, (EAGER,), CONDITIONS)["eager"]
+    assert result.status == "unsupported"
+    assert result.reason
+
+
+@pytest.mark.parametrize(
+    "module",
+    [SKConv(64, 128, 2, M=3, G=8), SKUnit(64, 32, G=8), sknet26(num_classes=10)],
+    ids=["conv", "unit", "net"],
+)
+def test_plain_baseline_computes_the_same_from_the_same_state_dict(module: nn.Module) -> None:
+    module = module.double().eval()
+    plain = baseline.with_plain_convs(module)
+    assert plain.state_dict().keys() == module.state_dict().keys()
+    assert not any(isinstance(child, SKConv) for child in plain.modules())
+    channels = next(iter(module.parameters())).shape[1] * (8 if isinstance(module, SKConv) else 1)
+    x = torch.randn(2, channels, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(plain(x), module(x), rtol=1e-10, atol=1e-10)
+
+
+def test_digits_are_learned() -> None:
+    pytest.importorskip("sklearn")
+    case = make_case("digits", "train", batch=64)
+    result = contest.measure_case(case, (REFERENCE,), CONDITIONS)["reference"]
+    assert result.status == "ok"
+    assert result.accuracy is not None
+    assert result.accuracy >= 0.97

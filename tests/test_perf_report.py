@@ -1,0 +1,121 @@
+"""The CSV: columns, types, refusal of other schemas, torn tails, resuming."""
+
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from perf import env, schema, tables
+from perf.cases import Case, make_case
+from perf.schema import COLUMNS, Result, Row, SchemaError
+from perf.store import open_store
+
+ENV = env.snapshot(torch.device("cpu"), seed=3, ranks=1)
+CASE = make_case("sk_conv", "train", batch=8, resolution=64, stage=2)
+
+
+def row(provider: str = "eager", case: Case = CASE, **result: object) -> Row:
+    return Row(case, provider, Result(**{"status": "ok", "ms_p50": 1.5, **result}), ENV)  # type: ignore[arg-type]
+
+
+def test_columns_are_the_fields_in_order() -> None:
+    assert COLUMNS[: len(fields(Case))] == tuple(f.name for f in fields(Case))
+    assert COLUMNS[len(fields(Case))] == "provider"
+    assert COLUMNS[-1] == "timestamp_utc"
+    assert len(set(COLUMNS)) == len(COLUMNS)
+
+
+def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    reason = 'says "no", twice'
+    open_store(path, resume=False).append(
+        [row(n=7, gbps=12.5), row("triton", status="unsupported", reason=reason, ms_p50=None)]
+    )
+    frame = schema.read(path)
+    assert tuple(frame.columns) == COLUMNS
+    assert frame.B.tolist() == [8, 8]
+    assert frame.reason.tolist() == ["", reason]
+    assert frame.ms_p50[0] == 1.5
+    assert pd.isna(frame.ms_p50[1])
+    assert pd.isna(frame.n[1])
+    assert frame.n[0] == 7
+    assert frame.git_dirty.dtype == bool
+    assert frame.gpu.tolist() == ["", ""]
+    assert frame.seed.tolist() == [3, 3]
+
+
+def test_another_schema_is_refused_by_the_columns_that_differ(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    names = ["speed" if name == "gbps" else name for name in COLUMNS]
+    path.write_text(",".join(names) + "\n")
+    with pytest.raises(SchemaError, match="missing: gbps; unknown: speed"):
+        schema.read(path)
+    with pytest.raises(SchemaError, match="missing: gbps; unknown: speed"):
+        open_store(path, resume=True)
+    path.write_text(",".join(reversed(COLUMNS)) + "\n")
+    with pytest.raises(SchemaError, match="reordered"):
+        schema.read(path)
+
+
+def test_existing_report_is_refused_without_resume(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    open_store(path, resume=False).append([row()])
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="--resume"):
+        open_store(path, resume=False)
+    assert path.read_bytes() == before
+
+
+def test_report_torn_at_any_byte_resumes_with_its_whole_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # this disk keeps its power
+    path = tmp_path / "a.csv"
+    rows = [row("eager"), row("reference", reason="a, b"), row("compile")]
+    open_store(path, resume=False).append(rows)
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        store = open_store(path, resume=True)
+        done = [r for r in rows if schema.key_of(r.case, r.provider) in store.keys]
+        assert len(done) == max(whole[:length].count(b"\n") - 1, 0)
+        store.append(r for r in rows if r not in done)
+        assert path.read_bytes() == whole
+
+
+def test_draft_of_a_killed_start_is_no_report(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"")
+    assert open_store(path, resume=True).keys == set()
+    assert schema.read(path).empty
+
+
+@pytest.mark.parametrize(
+    ("message", "line"), [("a\nb", "a"), ("\n\n  a  \n", "a"), ("", ""), ("a\r\nb", "a")]
+)
+def test_reason_is_one_line(message: str, line: str) -> None:
+    assert schema.one_line(message) == line
+
+
+def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    other = replace(CASE, B=1)
+    absent: dict[str, Any] = {"status": "unsupported", "reason": "no GPU", "ms_p50": None}
+    open_store(path, resume=False).append(
+        [
+            row("eager", ms_p50=4.0),
+            row("reference", ms_p50=2.0, ms_p20=1.9, ms_p80=2.1),
+            row("triton", **absent),
+            row("triton", other, **absent),
+        ]
+    )
+    frame = schema.read(path)
+    text = tables.table(frame)
+    assert text.count(CASE.label) == 1
+    reference = next(line for line in text.splitlines() if "reference" in line)
+    assert reference.split() == ["reference", "2", "1.9", "to", "2.1", "2"]
+    assert tables.not_measured(frame) == ["unsupported: triton (2 rows): no GPU"]

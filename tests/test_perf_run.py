@@ -1,0 +1,217 @@
+"""The run command: what it selects, writes, refuses and says."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from perf import schema, sweep, workloads
+from perf.__main__ import main
+from perf.cases import Case, make_case, stage_shape
+from perf.contest import Conditions
+from perf.presets import PRESETS, Grid, jobs
+from perf.providers import PROVIDERS, Provider
+from perf.schema import Result
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
+UNCOMPILED = ["--provider", "eager", "reference", "triton"]
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """Replaces measuring by made-up rows and returns the list of cases that were asked for."""
+    asked: list[Case] = []
+
+    def made_up(
+        case: Case, providers: tuple[Provider, ...], conditions: Conditions
+    ) -> dict[str, Result]:
+        asked.append(case)
+        return {provider.name: Result("ok", ms_p50=1.0) for provider in providers}
+
+    monkeypatch.setattr(sweep, "measure_case", made_up)
+    return asked
+
+
+def test_a_small_sweep_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "a.csv"
+    done = subprocess.run(
+        [sys.executable, "-m", "perf", *TINY, *UNCOMPILED, "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[-1] == str(out)
+    assert "\r" not in done.stdout
+    assert "unsupported: triton (2 rows)" in done.stdout
+    frame = schema.read(out)
+    assert set(zip(frame.workload, frame.provider, strict=True)) == {
+        (workload, provider)
+        for workload in ("sk_fuse", "sk_select")
+        for provider in ("eager", "reference", "triton")
+    }
+    measured = frame[frame.status == "ok"]
+    assert len(measured) == 4
+    assert (measured.out_err <= measured.out_err_bound).all()
+    assert (measured.bytes_needed > 0).all()
+    assert (frame.torch != "").all()
+
+
+def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Path) -> None:
+    out = tmp_path / "a.csv"
+    command = [sys.executable, "-m", "perf", "run", "--level", "op", "--batch", "1:64:1"]
+    process = subprocess.Popen(
+        [*command, *UNCOMPILED, "--resolution", "32", "--out", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (out.exists() and out.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr == ""
+    rows = len(schema.read(out))
+    assert f"interrupted: {rows} of 768 rows done; missing" in stdout
+    assert stdout.splitlines()[-1] == str(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "'0' is neither a positive number nor a range"),
+        (["--batch", "8:1:1"], "range '8:1:1' is empty"),
+        (["--resolution", "many"], "'many' is neither"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--provider", "magic"], "invalid choice: 'magic'"),
+        (["--budget", "-1"], "'-1' is not a positive number of seconds"),
+        (["--preset", "full", "--level", "op", "--out", "nowhere/a.csv"], "is no directory"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_write_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", *arguments])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_report_is_named_after_its_environment_and_not_overwritten(
+    instant: list[Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--level", "op"]) == 0
+    (report,) = tmp_path.iterdir()
+    assert report.name.startswith("perf-quick-op-")
+    assert "torch2" in report.name
+    before = report.read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--level", "op"])
+    assert stopped.value.code == 2
+    assert "--resume" in capsys.readouterr().err
+    assert report.read_bytes() == before
+
+
+def test_resume_measures_only_what_is_missing(instant: list[Case], tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "a.csv")]
+    assert main([*TINY, "--provider", "eager", *out]) == 0
+    first = list(instant)
+    assert main([*TINY, "--provider", "eager", *out, "--resume"]) == 0
+    assert instant == first
+    assert main([*TINY, "--provider", "eager", "reference", *out, "--resume"]) == 0
+    assert sorted(map(str, instant[len(first) :])) == sorted(map(str, first))
+    frame = schema.read(tmp_path / "a.csv")
+    assert not frame.duplicated(list(schema.KEY_COLUMNS)).any()
+    assert len(frame) == 2 * len(first)
+
+
+def test_budget_ends_in_the_middle_of_a_case_and_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(
+        case: Case, providers: tuple[Provider, ...], conditions: Conditions
+    ) -> dict[str, Result]:
+        time.sleep(0.3 if case.B == 1 else 30)
+        return {provider.name: Result("ok", ms_p50=1.0) for provider in providers}
+
+    monkeypatch.setattr(sweep, "measure_case", slow)
+    start = time.perf_counter()
+    grid = ["--batch", "1", "--stage", "1", "2", "--mode", "infer"]
+    out = tmp_path / "a.csv"
+    arguments = ["run", "--level", "op", *grid, "--provider", "eager", "--out", str(out)]
+    assert main([*arguments, "--budget", "0.75"]) == 0
+    assert time.perf_counter() - start < 5
+    assert "the budget is spent: 2 of 4 rows done; missing" in capsys.readouterr().out
+    assert len(schema.read(out)) == 2
+
+
+def test_flags_replace_an_axis_of_the_preset(instant: list[Case], tmp_path: Path) -> None:
+    arguments = ["--level", "layer", "model", "--batch", "2:6:2", "--dtype", "bf16", "fp32"]
+    assert main(["run", *arguments, "--out", str(tmp_path / "a.csv")]) == 0
+    assert {case.level for case in instant} == {"layer", "model"}
+    assert {case.B for case in instant} == {2, 4, 6}
+    assert {case.dtype for case in instant} == {"bf16", "fp32"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_providers_that_exist_and_each_case_once(name: str) -> None:
+    todo = jobs(PRESETS[name].grids, seed=0)
+    assert len({job.case for job in todo}) == len(todo)
+    for job in todo:
+        assert set(job.providers) <= set(PROVIDERS)
+        assert len(set(job.providers)) == len(job.providers)
+
+
+def test_order_is_shuffled_by_the_seed_within_a_grid_only() -> None:
+    grids = (Grid(("sk_fuse",), batches=tuple(range(1, 20))), Grid(("sk_conv",)))
+    first, again, other = jobs(grids, 0), jobs(grids, 0), jobs(grids, 1)
+    assert first == again
+    assert first != other
+    assert set(first) == set(other)
+    assert [job.case.level for job in first] == ["op"] * 38 + ["layer"] * 2
+
+
+def test_stage_shapes_are_those_of_the_network() -> None:
+    at_224 = [stage_shape(stage, 224) for stage in (1, 2, 3, 4)]
+    assert at_224 == [(128, 56), (256, 28), (512, 14), (1024, 7)]
+    assert stage_shape(4, 33) == (1024, 2)
+    assert make_case("sk_conv", "infer", resolution=64, stage=2).H == 8
+
+
+def test_select_moves_the_passes_of_the_mathematics() -> None:
+    infer = make_case("sk_select", "infer", M=3, dtype="bf16", batch=2, resolution=32)
+    train = make_case("sk_select", "train", M=3, dtype="bf16", batch=2, resolution=32)
+    one_pass = 2 * 128 * 8 * 8 * 2
+    assert workloads.bytes_needed(infer) == 4 * one_pass
+    assert workloads.bytes_needed(train) == 11 * one_pass
+
+
+def test_help_and_env_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--help"])
+    assert stopped.value.code == 0
+    assert "--budget" in capsys.readouterr().out
+    assert main(["env"]) == 0
+    assert "git_sha" in capsys.readouterr().out
