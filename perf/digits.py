@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sknet_triton import SKUnit
 
-EPOCHS = 10
+EPOCHS = 6
 CLASSES = 10
 
 

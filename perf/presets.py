@@ -64,11 +64,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Preset:
-    """Grids, the most valuable first, and how each provider of a case is sampled."""
+    """Grids, the most valuable first, how each provider of a case is sampled, and a time limit."""
 
     grids: tuple[Grid, ...]
     seconds: float
     rounds: int
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,25 @@ def jobs(grids: tuple[Grid, ...], seed: int) -> list[Job]:
 
 
 PRESETS = {
-    # A laptop: under three minutes on two cores without a GPU, most of it torch.compile.
+    # A laptop: two minutes on two cores without a GPU, most of it torch.compile, three at most.
     "quick": Preset(
         grids=(
             Grid(("sk_fuse", "sk_select"), resolutions=(112,)),
-            Grid(("sk_conv",), resolutions=(64,)),
-            Grid(("sknet26",), modes=("infer",), batches=(8,), resolutions=(64,)),
-            Grid(("sknet26",), modes=("train",), resolutions=(64,), providers=UNCOMPILED),
             Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
+            Grid(("sk_conv",), modes=("train",), resolutions=(64,)),
+            Grid(("sk_conv",), modes=("infer",), resolutions=(64,), providers=UNCOMPILED),
+            Grid(("sknet26",), modes=("infer",), resolutions=(64,)),
+            Grid(
+                ("sknet26",),
+                modes=("train",),
+                batches=(4,),
+                resolutions=(64,),
+                providers=UNCOMPILED,
+            ),
         ),
         seconds=0.4,
         rounds=4,
+        budget=170,
     ),
     # One GPU: as much of this as fits, in this order, under --budget 500.
     "full": Preset(

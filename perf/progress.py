@@ -12,10 +12,9 @@ from perf.presets import Job
 class Progress:
     """A bar over cases with the remaining time; invisible where stderr is no terminal."""
 
-    def __init__(self, total: int) -> None:
-        self._bar = tqdm(
-            total=total, unit="case", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
-        )
+    def __init__(self, total: int, *, shown: bool) -> None:
+        hidden = not (shown and sys.stderr.isatty())
+        self._bar = tqdm(total=total, unit="case", file=sys.stderr, disable=hidden, leave=False)
 
     @contextmanager
     def working_on(self, job: Job) -> Iterator[None]:

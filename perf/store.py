@@ -44,6 +44,34 @@ def open_store(path: Path, *, resume: bool) -> Store:
     return Store(path, schema.keys(text))
 
 
+def merge(path: Path, parts: Iterable[Path]) -> None:
+    """Moves the whole rows of ``parts`` to the end of the report; of equal keys the first stays.
+
+    A kill in between leaves the parts, and doing it again changes nothing.
+
+    Raises:
+        SchemaError: a part has other columns.
+    """
+    parts = list(parts)
+    if not parts:
+        return
+    seen: set[Key] = set()
+    lines = [schema.header()]
+    for source in (path, *parts):
+        text = schema.complete_lines(source) if source.exists() else ""
+        if not text:
+            continue
+        schema.check_header(text, source)
+        for line in text.splitlines(keepends=True)[1:]:
+            (key,) = schema.keys(schema.header() + line)
+            if key not in seen:
+                seen.add(key)
+                lines.append(line)
+    _replace(path, "".join(lines))
+    for part in parts:
+        part.unlink()
+
+
 def _append(path: Path, text: str) -> None:
     with path.open("ab", buffering=0) as file:
         file.write(text.encode())

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
@@ -18,14 +17,6 @@ from perf.store import Store
 Ending = Literal["complete", "budget", "interrupt"]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a sweep ended and which jobs, with which providers, have no row yet."""
-
-    ending: Ending
-    missing: list[Job]
-
-
 class BudgetSpentError(BaseException):
     """The time is up. Not an Exception, so that no failing case can pass for it or catch it."""
 
@@ -38,20 +29,18 @@ def sweep(
     ranks: int,
     budget: float | None,
     progress: Progress,
-) -> Outcome:
-    """Measures every job that ``store`` has no row of, and appends its rows at once."""
-    missing = unfinished(jobs, store)
-    ending: Ending = "complete"
+) -> Ending:
+    """Measures every job that ``store`` has no row of, appends its rows, and tells why it ended."""
     try:
         with _deadline(budget):
-            for job in missing:
+            for job in unfinished(jobs, store):
                 with progress.working_on(job):
                     _measure(job, store, conditions, ranks)
     except KeyboardInterrupt:
-        ending = "interrupt"
+        return "interrupt"
     except BudgetSpentError:
-        ending = "budget"
-    return Outcome(ending, unfinished(jobs, store))
+        return "budget"
+    return "complete"
 
 
 def unfinished(jobs: Sequence[Job], store: Store) -> list[Job]:

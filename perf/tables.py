@@ -3,6 +3,7 @@
 import pandas as pd
 from tabulate import tabulate
 
+from perf.cases import LEVELS
 from perf.providers import BASELINE
 from perf.schema import CASE_COLUMNS
 
@@ -21,8 +22,7 @@ _COLUMNS = {
 def table(frame: pd.DataFrame, style: str = "simple") -> str:
     """Returns the measured rows of ``frame`` as a table in one of tabulate's styles.
 
-    Cases follow each other in the order of the report; ``x eager`` is the speed-up over the
-    baseline in the same case.
+    ``x eager`` is the speed-up over the baseline in the same case.
     """
     lines = [line for _, case in by_case(frame) for line in _lines(case)]
     return tabulate(
@@ -46,8 +46,9 @@ def not_measured(frame: pd.DataFrame) -> list[str]:
 
 
 def by_case(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Returns the rows of each case under its label, in the order of the report."""
-    groups = frame.groupby(list(CASE_COLUMNS), sort=False)
+    """Returns the rows of each case under its label, ordered by level and the other axes."""
+    ordered = frame.assign(level=pd.Categorical(frame.level, LEVELS, ordered=True))
+    groups = ordered.groupby(list(CASE_COLUMNS), sort=True, observed=True)
     return [(case_label(rows.iloc[0]), rows) for _, rows in groups]
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Protocol
 
-from perf.commands import env, run
+from perf.commands import compare, env, plot, run, summary
 
 
 class Command(Protocol):
@@ -23,4 +23,4 @@ class Command(Protocol):
         """
 
 
-COMMANDS: tuple[Command, ...] = (run, env)
+COMMANDS: tuple[Command, ...] = (run, compare, plot, summary, env)

@@ -2,7 +2,7 @@
 
 Without arguments it runs the preset quick. --level picks from the preset; every other choice
 replaces the preset's own values, in every case that has such a value. A range START:STOP:STEP
-includes STOP.
+includes STOP. Under torchrun the cases are shared out over the processes.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from perf.errors import UsageError
 from perf.presets import PRESETS, Grid, Job, jobs
 from perf.progress import Progress
 from perf.providers import PROVIDERS
-from perf.ranks import this_rank
-from perf.store import Store, open_store
-from perf.sweep import Outcome, sweep, unfinished
+from perf.ranks import Rank, part_of, parts_of, this_rank, together, wait_for_all
+from perf.store import Store, merge, open_store
+from perf.sweep import Ending, sweep, unfinished
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -50,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of PyTorch, where there is no GPU (default: 1)",
     )
-    add("--budget", type=positive_seconds, metavar="SECONDS", help="end in time with what is done")
+    add(
+        "--budget",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help="end in time with what is done (default: the preset's)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -64,15 +69,22 @@ def main(args: argparse.Namespace) -> int:
     preset = PRESETS[args.preset]
     todo = jobs(selected(preset.grids, args), args.seed)
     path = args.out or Path(default_name(args, device))
-    store = _open(path, args.resume)
     conditions = Conditions(device, args.seed, preset.seconds, preset.rounds)
-    progress = Progress(len(unfinished(todo, store)))
-    outcome = sweep(
-        todo, store, conditions, ranks=rank.count, budget=args.budget, progress=progress
-    )
-    progress.close()
-    _report(store, todo, outcome)
-    return INTERRUPTED if outcome.ending == "interrupt" else 0
+    with together(rank):
+        if rank.index == 0:
+            _check_output(path, args.resume)
+        wait_for_all(rank)
+        store = _open(path, rank, args.resume)
+        share = todo[rank.index :: rank.count]
+        progress = Progress(len(unfinished(share, store)), shown=rank.index == 0)
+        budget = args.budget or preset.budget
+        ending = sweep(share, store, conditions, ranks=rank.count, budget=budget, progress=progress)
+        progress.close()
+        wait_for_all(rank)
+        if rank.index == 0:
+            merge(path, parts_of(path))
+            _report(path, todo, ending)
+    return INTERRUPTED if ending == "interrupt" else 0
 
 
 def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...]:
@@ -143,25 +155,45 @@ def _flat(lists: list[list[int]] | None) -> list[int]:
     return [size for sizes in lists or () for size in sizes]
 
 
-def _open(path: Path, resume: bool) -> Store:
+def _check_output(path: Path, resume: bool) -> None:
+    """Refuses what cannot be written, and collects what ranks of an earlier run left behind."""
     if not path.parent.is_dir():
         raise UsageError(f"--out: {path.parent} is no directory")
+    parts = parts_of(path)
+    for left in (path, *parts):
+        if left.exists() and not resume:
+            raise UsageError(
+                f"--out: {left} exists; go on with it by --resume, or choose another --out"
+            )
     try:
-        return open_store(path, resume=resume)
-    except (FileExistsError, schema.SchemaError) as error:
+        merge(path, parts)
+        if path.exists():
+            schema.check_header(schema.complete_lines(path) or schema.header(), path)
+    except schema.SchemaError as error:
         raise UsageError(f"--out: {error}") from error
 
 
-def _report(store: Store, todo: list[Job], outcome: Outcome) -> None:
-    frame = schema.read(store.path)
+def _open(path: Path, rank: Rank, resume: bool) -> Store:
+    """Opens this rank's part, which counts the rows of the report as its own."""
+    store = open_store(part_of(path, rank), resume=resume)
+    if rank.count > 1 and path.exists():
+        store.keys |= schema.keys(schema.complete_lines(path))
+    return store
+
+
+def _report(path: Path, todo: list[Job], ending: Ending) -> None:
+    frame = schema.read(path)
     print(tables.table(frame))
     for line in tables.not_measured(frame):
         print(line)
-    if outcome.missing:
-        why = {"interrupt": "interrupted", "budget": "the budget is spent"}[outcome.ending]
+    missing = unfinished(todo, open_store(path, resume=True))
+    if missing:
+        why = {"interrupt": "interrupted", "budget": "the budget is spent", "complete": "cut short"}
         rows = sum(len(job.providers) for job in todo)
-        rest = sum(len(job.providers) for job in outcome.missing)
-        print(f"{why}: {rows - rest} of {rows} rows done; missing (--resume measures them):")
-        for job in outcome.missing:
+        rest = sum(len(job.providers) for job in missing)
+        print(
+            f"{why[ending]}: {rows - rest} of {rows} rows done; missing (--resume measures them):"
+        )
+        for job in missing:
             print(f"  {job.case.label}: {', '.join(job.providers)}")
-    print(store.path)
+    print(path)

@@ -1,0 +1,38 @@
+"""Print a report as Markdown, for a README."""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from perf import tables
+from perf.commands.files import read_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the report."""
+    parser.add_argument("report", type=Path, metavar="FILE.csv")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the environment, the table, and what was not measured and why."""
+    frame = read_report(args.report)
+    print(f"{_environment(frame)}\n")
+    print(tables.table(frame, style="github"))
+    for line in tables.not_measured(frame):
+        print(f"\n{line}")
+    return 0
+
+
+def _environment(frame: pd.DataFrame) -> str:
+    where = (
+        _values(frame, "gpu") or f"{_values(frame, 'cpu')}, {_values(frame, 'threads')} thread(s)"
+    )
+    versions = ", ".join(f"{name} {_values(frame, name)}" for name in ("torch", "triton", "python"))
+    dirty = " with changes" if frame.git_dirty.any() else ""
+    commit = ", ".join(sha[:10] for sha in frame.git_sha.unique())
+    return f"{where}; {versions}; commit {commit}{dirty}; {frame.timestamp_utc.max()[:10]}"
+
+
+def _values(frame: pd.DataFrame, column: str) -> str:
+    return ", ".join(str(value) for value in frame[column].unique() if value != "")

@@ -1,0 +1,132 @@
+"""Two reports: what is a regression, what is noise, and what cannot be compared."""
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perf import baseline, env, workloads
+from perf.__main__ import main
+from perf.cases import make_case
+from perf.schema import Result, Row
+from perf.store import open_store
+
+ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
+CASE = make_case("sk_conv", "infer", batch=8, resolution=64)
+CALL_SECONDS = 0.01
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a report of one row and returns its path."""
+    names = itertools.count()
+
+    def report(p50: float | None = 1.0, spread: float = 0.02, **changes: Any) -> Path:
+        path = tmp_path / f"{next(names)}.csv"
+        times = {}
+        if p50 is not None:
+            times = {"ms_p50": p50, "ms_p20": p50 * (1 - spread), "ms_p80": p50 * (1 + spread)}
+        provider = changes.pop("provider", "eager")
+        environment = replace(ENV, torch=changes.pop("torch", ENV.torch))
+        result = Result(**{"status": "ok", **times, **changes})
+        open_store(path, resume=False).append([Row(CASE, provider, result, environment)])
+        return path
+
+    return report
+
+
+def compare(old: Path, new: Path, *arguments: str) -> int:
+    return main(["compare", str(old), str(new), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("p50", "spread", "limit", "status"),
+    [
+        (1.20, 0.02, "5%", 1),
+        (1.20, 0.02, "25%", 0),
+        (1.20, 0.15, "5%", 0),
+        (1.04, 0.001, "5%", 0),
+        (1.04, 0.001, "3", 1),
+        (0.50, 0.02, "5%", 0),
+    ],
+    ids=["slower", "allowed", "noise", "small", "small-but-gated", "faster"],
+)
+def test_exit_status(write: Write, p50: float, spread: float, limit: str, status: int) -> None:
+    assert compare(write(), write(p50, spread), "--max-regression", limit) == status
+
+
+def test_row_that_is_no_longer_ok_is_a_regression(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(write(), write(None, status="unverified", reason="output off")) == 1
+    assert "unverified: output off" in capsys.readouterr().out
+
+
+def test_row_that_was_not_ok_before_is_not_compared(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        compare(write(None, status="oom", reason="full"), write())
+    assert stopped.value.code == 2
+    assert "no measured row in common" in capsys.readouterr().err
+
+
+def test_other_environment_is_said(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(write(), write(torch="9.9.9")) == 0
+    out = capsys.readouterr().out
+    assert f"different environment: torch: {ENV.torch} -> 9.9.9" in out
+
+
+@pytest.mark.parametrize("text", ["", "no report\n"], ids=["empty", "other"])
+def test_no_report_is_one_line_and_exit_2(
+    write: Write, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text(text)
+    for new in (other, tmp_path / "absent.csv"):
+        with pytest.raises(SystemExit) as stopped:
+            compare(write(), new)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_planted_slowdown_is_found_and_a_repeat_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measured(name: str, slowdown: float) -> Path:
+        class Sleeping(nn.Module):
+            def forward(self, *branches: Tensor) -> Tensor:
+                time.sleep(CALL_SECONDS * slowdown)
+                out: Tensor = baseline.PlainFuse()(*branches)
+                return out
+
+        planted = replace(workloads.WORKLOADS["sk_fuse"], ours=lambda case: Sleeping())
+        monkeypatch.setitem(workloads.WORKLOADS, "sk_fuse", planted)
+        path = tmp_path / name
+        size = ["--batch", "1", "--resolution", "32", "--mode", "infer"]
+        chosen = ["--level", "op", "--provider", "reference", *size]
+        assert main(["run", *chosen, "--out", str(path)]) == 0
+        return path
+
+    old, repeat, slow = measured("old.csv", 1), measured("new.csv", 1), measured("slow.csv", 1.2)
+    only_planted = "--max-regression", "10%"
+    assert compare(old, slow, *only_planted) == 1
+    assert compare(slow, old, *only_planted) == 0
+    # sk_select is not planted and short, so that on a busy machine it may differ by itself.
+    assert "slower" not in _verdicts(old, repeat)
+    assert _verdicts(old, slow) == ["slower"]
+
+
+def _verdicts(old: Path, new: Path) -> list[str]:
+    from perf import comparison, schema
+
+    rows = comparison.compare(schema.read(old), schema.read(new), 0.1).rows
+    return list(rows[rows.workload == "sk_fuse"].verdict)

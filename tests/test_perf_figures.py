@@ -1,0 +1,86 @@
+"""Figures and the Markdown summary come from the CSV alone."""
+
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from perf import env
+from perf.__main__ import main
+from perf.cases import make_case
+from perf.figures import look
+from perf.providers import PROVIDERS
+from perf.schema import Result, Row
+from perf.store import open_store
+
+ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """A report of two batches and two resolutions, with a provider that is not supported."""
+    path = tmp_path / "report.csv"
+    store = open_store(path, resume=False)
+    for batch in (1, 8):
+        for resolution in (64, 224):
+            case = make_case("sk_fuse", "infer", batch=batch, resolution=resolution)
+            for i, name in enumerate(("eager", "reference"), start=1):
+                ms = batch * resolution / 1e3 / i
+                times = {"ms_p50": ms, "ms_p20": 0.9 * ms, "ms_p80": 1.1 * ms}
+                bytes_ = {"bytes_needed": 10**6, "copy_gbps": 10.0, "pct_copy": 40.0 * i}
+                store.append([Row(case, name, Result("ok", **times, **bytes_), ENV)])  # type: ignore[arg-type]
+            store.append([Row(case, "triton", Result("unsupported", "no GPU"), ENV)])
+    return path
+
+
+def test_every_figure_is_a_png_and_an_svg(
+    report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plot", str(report), "--out", str(tmp_path / "figures")]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    names = {path.stem.removeprefix("report-") for path in paths}
+    assert names == {
+        "speedup",
+        "bandwidth",
+        "passes",
+        "latency-over-batch",
+        "latency-over-resolution",
+        "speedup-over-batch",
+        "speedup-over-resolution",
+    }
+    for path in paths:
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(PNG)
+        else:
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_report_without_a_measured_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    case = make_case("sk_fuse", "infer")
+    open_store(path, resume=False).append([Row(case, "triton", Result("unsupported", "no"), ENV)])
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot", str(path)])
+    assert stopped.value.code == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_providers_look_different() -> None:
+    looks = [look(name) for name in PROVIDERS]
+    assert len(set(looks)) == len(looks)
+
+
+def test_summary_is_markdown_with_its_environment(
+    report: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["summary", str(report)]) == 0
+    first, _, header, rule, *rows = capsys.readouterr().out.splitlines()
+    assert ENV.torch in first
+    assert "commit 0123456789" in first
+    assert header.startswith("| case")
+    assert set(rule) <= set("|-:")
+    assert len([row for row in rows if row.startswith("|")]) == 8
+    assert rows[-1] == "unsupported: triton (4 rows): no GPU"
