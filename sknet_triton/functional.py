@@ -7,6 +7,8 @@ crop, whose rows do not lie evenly in memory, costs one copy of that branch on t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from sknet_kernels.config import MAX_BRANCHES
 from sknet_triton import reference
 from sknet_triton.backend import takes_triton
+from sknet_triton.reference.sk_fuse_select import Parameters, Results, Settings
 
 
 def sk_fuse(branches: Sequence[Tensor] | Tensor, *, branch_dim: int | None = None) -> Tensor:
@@ -68,6 +71,172 @@ def sk_select(
         out: Tensor = ops.sk_select(xs, logits)
         return out
     return reference.sk_select(xs, logits)
+
+
+@dataclass(frozen=True)
+class BatchNormArgs:
+    """What `sk_fuse_select` needs of one batch norm over n channels.
+
+    Attributes:
+        weight: [n], or None for ones.
+        bias: [n], or None for zeros.
+        running_mean: [n]; needed where ``batch_stats`` is False.
+        running_var: [n]; needed where ``batch_stats`` is False.
+        eps: added to the variance.
+        batch_stats: whether to normalise by the statistics of the batch, as in training.
+        group: name of the process group whose joint batch is meant; empty for this process.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    eps: float = 1e-5
+    batch_stats: bool = True
+    group: str = ""
+
+
+class FuseSelect(NamedTuple):
+    """What `sk_fuse_select` returns.
+
+    Attributes:
+        out: V, [B, C, *spatial] in the dtype and layout of the first branch.
+        mean: the batch's mean of every branch [M, C]; None where running statistics were taken.
+        var: the unbiased variance, likewise, as ``running_var`` keeps it.
+        fc1_mean: the batch's mean of fc1's output [d], or None.
+        fc1_var: the unbiased variance, likewise.
+    """
+
+    out: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    fc1_mean: Tensor | None
+    fc1_var: Tensor | None
+
+
+def sk_fuse_select(
+    branches: Sequence[Tensor] | Tensor,
+    norms: Sequence[BatchNormArgs],
+    fc1_weight: Tensor,
+    fc1_norm: BatchNormArgs,
+    fc2_weight: Tensor,
+    *,
+    fc1_bias: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+    branch_dim: int | None = None,
+) -> FuseSelect:
+    """Carries out everything between the branches' convolutions and V (section 3.1).
+
+    u_i = ReLU(norm_i(branch_i)); s = average over space of their sum;
+    z = ReLU(fc1_norm(fc1 s)); a = softmax over i of fc2 z; V = sum of a_i u_i. Training moves
+    6M + 3 passes over a branch and saves the branches and small tensors; inference moves 2M + 1.
+    The MLP is computed in float32 (float64 for float64 branches), under autocast too.
+
+    Args:
+        branches: as in `sk_fuse`: the convolutions' outputs, not normalised.
+        norms: one a branch; they agree in eps, batch_stats and group.
+        fc1_weight: [d, C].
+        fc1_norm: of fc1's output.
+        fc2_weight: [M * C, d], branch-major.
+        fc1_bias: [d].
+        fc2_bias: [M * C].
+        branch_dim: as in `sk_fuse`.
+
+    Raises:
+        TypeError: as in `sk_fuse`.
+        ValueError: as in `sk_fuse`; a shape does not fit; the norms disagree; running statistics
+            are missing; or a batch has one value a channel where its statistics are taken.
+    """
+    xs = _checked_branches(branches, branch_dim)
+    norm = norms[0] if norms else fc1_norm
+    _check_section(xs, norms, fc1_weight, fc1_norm, fc2_weight)
+    parameters = Parameters(
+        torch.stack([_or_constant(n.weight, xs[0].shape[1], fc1_weight, 1.0) for n in norms]),
+        torch.stack([_or_constant(n.bias, xs[0].shape[1], fc1_weight, 0.0) for n in norms]),
+        None if norm.batch_stats else torch.stack([_given(n.running_mean) for n in norms]),
+        None if norm.batch_stats else torch.stack([_given(n.running_var) for n in norms]),
+        fc1_weight,
+        fc1_bias,
+        _or_constant(fc1_norm.weight, fc1_weight.shape[0], fc1_weight, 1.0),
+        _or_constant(fc1_norm.bias, fc1_weight.shape[0], fc1_weight, 0.0),
+        None if fc1_norm.batch_stats else _given(fc1_norm.running_mean),
+        None if fc1_norm.batch_stats else _given(fc1_norm.running_var),
+        fc2_weight,
+        fc2_bias,
+    )
+    settings = Settings(
+        norm.eps, fc1_norm.eps, norm.batch_stats, fc1_norm.batch_stats, norm.group or fc1_norm.group
+    )
+    if _takes_triton(xs):
+        from sknet_triton import ops
+
+        results = Results(*ops.sk_fuse_select(xs, *parameters, *settings))
+    else:
+        # torch leaves Function.apply untyped.
+        results = Results(*reference.SKFuseSelect.apply(*settings, *parameters, *xs))  # type: ignore[no-untyped-call]
+    return _with_unbiased_variances(results, settings, xs[0].shape[2:].numel())
+
+
+def _with_unbiased_variances(r: Results, settings: Settings, positions: int) -> FuseSelect:
+    mean, var, fc1_mean, fc1_var = None, None, None, None
+    if settings.batch_stats:
+        count = r.images * positions
+        mean, var = r.mean, r.var * (count / (count - 1))
+    if settings.fc1_batch_stats:
+        fc1_mean, fc1_var = r.fc1_mean, r.fc1_var * (r.images / (r.images - 1))
+    return FuseSelect(r.out, mean, var, fc1_mean, fc1_var)
+
+
+def _or_constant(x: Tensor | None, size: int, like: Tensor, value: float) -> Tensor:
+    return like.new_full((size,), value) if x is None else x
+
+
+def _given(statistic: Tensor | None) -> Tensor:
+    if statistic is None:
+        raise ValueError(
+            "norms: running_mean and running_var are needed where batch_stats is False, got None"
+        )
+    return statistic
+
+
+def _check_section(
+    xs: list[Tensor],
+    norms: Sequence[BatchNormArgs],
+    fc1_weight: Tensor,
+    fc1_norm: BatchNormArgs,
+    fc2_weight: Tensor,
+) -> None:
+    (B, C), M = xs[0].shape[:2], len(xs)
+    if len(norms) != M:
+        raise ValueError(f"norms: expected one a branch, {M}, got {len(norms)}")
+    for i, n in enumerate(norms):
+        ours, first = (n.eps, n.batch_stats, n.group), norms[0]
+        if ours != (first.eps, first.batch_stats, first.group):
+            raise ValueError(
+                f"norms[{i}]: expected eps, batch_stats and group of norms[0], "
+                f"{(first.eps, first.batch_stats, first.group)}, got {ours}"
+            )
+    taken = [n.group for n in (norms[0], fc1_norm) if n.batch_stats]
+    if len(set(taken)) > 1:
+        raise ValueError(
+            f"fc1_norm: expected the group of the norms, {taken[0]!r}, got {taken[1]!r}"
+        )
+    if fc1_weight.dim() != 2 or fc1_weight.shape[1] != C:
+        raise ValueError(
+            f"fc1_weight: expected shape [d, C] with C = {C}, got {tuple(fc1_weight.shape)}"
+        )
+    if tuple(fc2_weight.shape) != (M * C, fc1_weight.shape[0]):
+        raise ValueError(
+            f"fc2_weight: expected shape [M * C, d] = {(M * C, fc1_weight.shape[0])}, "
+            f"got {tuple(fc2_weight.shape)}"
+        )
+    if norms[0].batch_stats and not norms[0].group and B * xs[0].shape[2:].numel() < 2:
+        raise ValueError(
+            "branches: batch statistics need more than one value a channel, "
+            f"got shape {tuple(xs[0].shape)}"
+        )
+    if fc1_norm.batch_stats and not fc1_norm.group and B < 2:
+        raise ValueError(f"branches: fc1's batch statistics need a batch of at least 2, got {B}")
 
 
 def _checked_branches(branches: Sequence[Tensor] | Tensor, branch_dim: int | None) -> list[Tensor]:

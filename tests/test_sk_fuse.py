@@ -35,16 +35,16 @@ def test_split_over_programs_is_right_and_repeatable(
     xs = Case((2, 5, 7, 8), M=3, layout=layout, dtype=torch.bfloat16).branches(device)
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
     assert config.span(56) * splits >= 56
-    out = sk_fuse_fwd(xs, config)
+    out = sk_fuse_fwd(xs, config=config)
     assert_matches("pooled", out, lambda f: textbook(mapped(f, xs)), ROUNDINGS)
-    assert torch.equal(out, sk_fuse_fwd(xs, config))
+    assert torch.equal(out, sk_fuse_fwd(xs, config=config))
 
 
 def test_a_split_without_positions_adds_nothing(device: torch.device) -> None:
     xs = Case((1, 2, 9)).branches(device)
     config = LaunchConfig(block_c=2, block_s=4, splits=4, num_warps=1)
     assert cdiv(9, config.span(9)) < config.splits
-    assert_matches("pooled", sk_fuse_fwd(xs, config), lambda f: textbook(mapped(f, xs)), ROUNDINGS)
+    assert_matches("pooled", sk_fuse_fwd(xs, config=config), lambda f: textbook(mapped(f, xs)), ROUNDINGS)
 
 
 def test_float16_sum_beyond_its_range(device: torch.device) -> None:

@@ -22,6 +22,9 @@ _ACCESS_BYTES = 16
 _MAX_WARPS = 4
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _BYTES_PER_PARTIAL_BYTE = 100
+_LEAST_TILES_PER_PART = 4
+# Running sums that a program of 128 threads holds: 64 registers a thread.
+_MOST_ACCUMULATORS = 8192
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class LaunchConfig:
     @classmethod
     def elementwise(cls, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
         """For a kernel whose programs each own one tile."""
-        block_c, block_s = _tile(problem)
+        block_c, block_s = _tile(problem, sums=1)
         splits = max(1, cdiv(problem.S, block_s))
         return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
 
@@ -76,7 +79,7 @@ class LaunchConfig:
         A row is split over programs as far as the device needs to be full, while the partial sums
         written and read again stay a small share of the branches' own bytes.
         """
-        block_c, block_s = _tile(problem)
+        block_c, block_s = _tile(problem, sums)
         rows = max(1, problem.B * cdiv(problem.C, block_c))
         wanted = cdiv(device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, rows)
         partial_bytes = 2 * sums * max(4, problem.itemsize)
@@ -89,6 +92,17 @@ class LaunchConfig:
         blocks = cdiv(problem.S, block_s)
         span = cdiv(blocks, max(1, min(wanted, affordable, blocks)))
         splits = cdiv(blocks, span)
+        return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
+
+    @classmethod
+    def moments(cls, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
+        """For a kernel that reduces images and positions alike, ``splits`` parts a channel."""
+        block_c, block_s = _tile(problem, sums=2)
+        tiles = problem.B * cdiv(problem.S, block_s)
+        columns = max(1, cdiv(problem.C, block_c))
+        wanted = cdiv(device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, columns)
+        parts = max(1, min(wanted, tiles // _LEAST_TILES_PER_PART))
+        splits = max(1, cdiv(tiles, max(1, cdiv(tiles, parts))))
         return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
 
     def span(self, S: int) -> int:
@@ -106,8 +120,10 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _tile(problem: Problem) -> tuple[int, int]:
+def _tile(problem: Problem, sums: int) -> tuple[int, int]:
     elements = next(size for limit, size in _TILE_ELEMENTS if problem.num_branches <= limit)
+    while elements * sums > _MOST_ACCUMULATORS:
+        elements //= 2
     elements = elements * 4 // max(4, problem.itemsize)
     widest_c, widest_s = next_power_of_two(max(1, problem.C)), next_power_of_two(problem.S)
     if problem.channels_last:

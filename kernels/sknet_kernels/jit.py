@@ -39,6 +39,31 @@ def tile_pointers(ptr, stride_b, stride_c, stride_s, pid_b, offs_c, offs_s, ALIG
 
 
 @triton.jit
+def norm_rows(norm_ptr, offs_c, mask_c, C, ROW: tl.constexpr, NUM_BRANCHES: tl.constexpr):
+    """Returns row ROW of norm [M, 4, C] as NUM_BRANCHES vectors [BLOCK_C].
+
+    The rows are the batch's mean, rstd, scale = gamma * rstd, and beta.
+    """
+    rows = ()
+    for i in tl.static_range(NUM_BRANCHES):
+        offs = tl.cast(C, tl.int64) * (4 * i + ROW) + offs_c
+        rows = rows + (tl.load(norm_ptr + offs, mask=mask_c, other=0.0),)
+    return rows
+
+
+@triton.jit
+def normalised(x, mean, scale, beta):
+    """Returns (x - mean) * scale + beta for a tile [BLOCK_C, BLOCK_S] and vectors [BLOCK_C]."""
+    return (x - mean[:, None]) * scale[:, None] + beta[:, None]
+
+
+@triton.jit
+def relu(y):
+    """Returns max(y, 0), NaN where y is NaN."""
+    return tl.where(y <= 0.0, 0.0, y)
+
+
+@triton.jit
 def branch_softmax(
     logits_ptr, stride_m, stride_c, offs_c, mask_c, NUM_BRANCHES: tl.constexpr, ACC: tl.constexpr
 ):

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from sknet_kernels.arguments import accumulator, branch_arguments, common_alignment, problem_of
 from sknet_kernels.config import DeviceFacts, LaunchConfig, cdiv
-from sknet_kernels.jit import known_multiple, program_coordinates, tile_pointers
+from sknet_kernels.jit import (
+    known_multiple,
+    norm_rows,
+    normalised,
+    program_coordinates,
+    relu,
+    tile_pointers,
+)
 from sknet_kernels.launch import Launch
 from sknet_kernels.layout import as_bcs
 
@@ -22,21 +29,25 @@ def _sk_fuse_fwd_kernel(
     x_strides_b,
     x_strides_c,
     x_strides_s,
+    norm_ptr,
     B,
     C,
     S,
     span,
     NUM_BRANCHES: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     SPLITS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out[b, c] = (1 / S) * sum over i and s of x_i[b, c, s].
+    """out[b, c] = (1 / S) * sum over i and s of u_i[b, c, s].
 
-    Shapes: x_i [B, C, S] of any strides; out [B, C] contiguous, or with SPLITS > 1 the partial
-    sums [SPLITS, B, C], not yet divided. Sums are kept in ACC. Passes moved: M read.
+    u_i is x_i, or with HAS_NORM max((x_i - mean_i) * scale_i + beta_i, 0).
+    Shapes: x_i [B, C, S] of any strides; norm [M, 4, C] as in `norm_rows`; out [B, C] contiguous,
+    or with SPLITS > 1 the partial sums [SPLITS, B, C], not yet divided. Sums are kept in ACC.
+    Passes moved: M read.
     Source: Li et al. 2019, eqs. 1 and 2.
     """
     # One program owns BLOCK_C channels of one image over `span` positions.
@@ -45,6 +56,10 @@ def _sk_fuse_fwd_kernel(
     mask_c = offs_c < C
     start = pid_s * span
     stop = tl.minimum(start + span, known_multiple(S, ALIGN))
+    if HAS_NORM:
+        means = norm_rows(norm_ptr, offs_c, mask_c, C, 0, NUM_BRANCHES)
+        scales = norm_rows(norm_ptr, offs_c, mask_c, C, 2, NUM_BRANCHES)
+        betas = norm_rows(norm_ptr, offs_c, mask_c, C, 3, NUM_BRANCHES)
     total = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     for first in range(start, stop, BLOCK_S):
         offs_s = first + tl.arange(0, BLOCK_S)
@@ -61,7 +76,11 @@ def _sk_fuse_fwd_kernel(
                 ALIGN,
             )
             x = tl.load(ptrs, mask=mask, other=0.0)
-            total += x.to(ACC)
+            if HAS_NORM:
+                y = normalised(x.to(ACC), means[i], scales[i], betas[i])
+                total += tl.where(mask, relu(y), 0.0)
+            else:
+                total += x.to(ACC)
     pooled = tl.sum(total, axis=1)
     if SPLITS == 1:
         pooled = pooled / S
@@ -94,17 +113,28 @@ def _sk_fuse_combine_kernel(
     tl.store(out_ptr + offs, (total / S).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def sk_fuse_fwd(branches: Sequence[Tensor], config: LaunchConfig | None = None) -> Tensor:
-    """Launches fuse: M tensors [B, C, *spatial] -> [B, C] in their dtype."""
+def sk_fuse_fwd(
+    branches: Sequence[Tensor],
+    norm: Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> Tensor:
+    """Launches fuse: M tensors [B, C, *spatial] -> [B, C].
+
+    With ``norm`` [M, 4, C] the branches are normalised and rectified on the fly, and the result
+    keeps the dtype of the sums; without it, the dtype of the branches.
+    """
     xs = [as_bcs(x) for x in branches]
-    out = xs[0].new_empty(xs[0].shape[:2])
-    for launch in sk_fuse_fwd_launches(out, xs, config):
+    out = xs[0].new_empty(xs[0].shape[:2], dtype=xs[0].dtype if norm is None else norm.dtype)
+    for launch in sk_fuse_fwd_launches(out, xs, norm, config):
         launch.run(out.device)
     return out
 
 
 def sk_fuse_fwd_launches(
-    out: Tensor, xs: Sequence[Tensor], config: LaunchConfig | None = None
+    out: Tensor,
+    xs: Sequence[Tensor],
+    norm: Tensor | None = None,
+    config: LaunchConfig | None = None,
 ) -> list[Launch]:
     """Returns the launches that fill ``out`` [B, C] from ``xs`` [B, C, S]."""
     problem = problem_of(xs)
@@ -118,6 +148,7 @@ def sk_fuse_fwd_launches(
         arguments={
             "out_ptr": target,
             **branch_arguments("x", xs),
+            "norm_ptr": norm,
             "B": problem.B,
             "C": problem.C,
             "S": problem.S,
@@ -125,6 +156,7 @@ def sk_fuse_fwd_launches(
         },
         constants={
             "NUM_BRANCHES": problem.num_branches,
+            "HAS_NORM": norm is not None,
             "SPLITS": config.splits,
             "ACC": tl_acc,
             "ALIGN": common_alignment(xs),

@@ -20,7 +20,10 @@ from sknet_kernels.jit import (
     branch_softmax,
     branch_softmax_bwd,
     known_multiple,
+    norm_rows,
+    normalised,
     program_coordinates,
+    relu,
     tile_pointers,
     zero_tiles,
 )
@@ -44,18 +47,22 @@ def _sk_select_fwd_kernel(
     logits_stride_b,
     logits_stride_m,
     logits_stride_c,
+    norm_ptr,
     C,
     S,
     blocks_s,
     NUM_BRANCHES: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out[b, c, s] = sum over i of a_i[b, c] * x_i[b, c, s], with a = softmax over i of logits.
+    """out[b, c, s] = sum over i of a_i[b, c] * u_i[b, c, s], with a = softmax over i of logits.
 
-    Shapes: x_i and out [B, C, S], logits [B, M, C], all of any strides. Arithmetic in ACC.
+    u_i is x_i, or with HAS_NORM max((x_i - mean_i) * scale_i + beta_i, 0).
+    Shapes: x_i and out [B, C, S], logits [B, M, C], all of any strides; norm [M, 4, C] as in
+    `norm_rows`. Arithmetic in ACC.
     Passes moved: M read, 1 written. Source: Li et al. 2019, eqs. 5 and 6.
     """
     # One program owns a tile of BLOCK_C channels and BLOCK_S positions of one image.
@@ -73,6 +80,10 @@ def _sk_select_fwd_kernel(
         NUM_BRANCHES,
         ACC,
     )
+    if HAS_NORM:
+        means = norm_rows(norm_ptr, offs_c, mask_c, C, 0, NUM_BRANCHES)
+        scales = norm_rows(norm_ptr, offs_c, mask_c, C, 2, NUM_BRANCHES)
+        betas = norm_rows(norm_ptr, offs_c, mask_c, C, 3, NUM_BRANCHES)
     out = tl.zeros([BLOCK_C, BLOCK_S], ACC)
     for i in tl.static_range(NUM_BRANCHES):
         ptrs = tile_pointers(
@@ -86,7 +97,10 @@ def _sk_select_fwd_kernel(
             ALIGN,
         )
         x = tl.load(ptrs, mask=mask, other=0.0)
-        out += attn[i][:, None] * x.to(ACC)
+        u = x.to(ACC)
+        if HAS_NORM:
+            u = relu(normalised(u, means[i], scales[i], betas[i]))
+        out += attn[i][:, None] * u
     ptrs = tile_pointers(
         out_ptr, out_stride_b, out_stride_c, out_stride_s, pid_b, offs_c, offs_s, ALIGN
     )
@@ -236,11 +250,17 @@ def _sk_select_bwd_combine_kernel(
 
 
 def sk_select_fwd(
-    branches: Sequence[Tensor], logits: Tensor, config: LaunchConfig | None = None
+    branches: Sequence[Tensor],
+    logits: Tensor,
+    norm: Tensor | None = None,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Launches select: M tensors [B, C, *spatial] and logits [B, M, C] -> [B, C, *spatial]."""
+    """Launches select: M tensors [B, C, *spatial] and logits [B, M, C] -> [B, C, *spatial].
+
+    With ``norm`` [M, 4, C] the branches are normalised and rectified on the fly.
+    """
     out = empty_like_branch(branches[0])
-    launch = sk_select_fwd_launch(as_bcs(out), [as_bcs(x) for x in branches], logits, config)
+    launch = sk_select_fwd_launch(as_bcs(out), [as_bcs(x) for x in branches], logits, norm, config)
     launch.run(out.device)
     return out
 
@@ -265,7 +285,11 @@ def sk_select_bwd(
 
 
 def sk_select_fwd_launch(
-    out: Tensor, xs: Sequence[Tensor], logits: Tensor, config: LaunchConfig | None = None
+    out: Tensor,
+    xs: Sequence[Tensor],
+    logits: Tensor,
+    norm: Tensor | None = None,
+    config: LaunchConfig | None = None,
 ) -> Launch:
     """Returns the launch that fills ``out`` [B, C, S] from ``xs`` [B, C, S]."""
     problem = problem_of(xs)
@@ -277,12 +301,14 @@ def sk_select_fwd_launch(
             **tensor_arguments("out", out, "bcs"),
             **branch_arguments("x", xs),
             **tensor_arguments("logits", logits, "bmc"),
+            "norm_ptr": norm,
             "C": problem.C,
             "S": problem.S,
             "blocks_s": config.splits,
         },
         constants={
             "NUM_BRANCHES": problem.num_branches,
+            "HAS_NORM": norm is not None,
             "ACC": accumulator(xs[0].dtype)[1],
             "ALIGN": common_alignment([out, *xs]),
             "BLOCK_C": config.block_c,

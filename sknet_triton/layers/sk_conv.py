@@ -3,12 +3,13 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sknet_triton import functional
+from sknet_triton.layers import section
 from sknet_triton.layers.blocks import conv_bn
 
 Aggregate = Literal["sk", "sum"]
@@ -124,23 +125,29 @@ class SKConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
-        maps = [branch(x) for branch in self.branches]
         if self.aggregate == "sum":
-            return _sum(maps)
+            return _sum([branch(x) for branch in self.branches])
+        if section.is_plain(self):
+            self._check_batch(x.shape[0])
+            return section.run(self, [cast(Any, branch).conv(x) for branch in self.branches])
+        maps = [branch(x) for branch in self.branches]
         logits = self.logits(functional.sk_fuse(maps))
         return functional.sk_select(maps, logits)
 
     def logits(self, pooled: Tensor) -> Tensor:
         """Maps the pooled sum [B, out_channels] to logits [B, M, out_channels] (eqs. 3 and 5)."""
+        self._check_batch(pooled.shape[0])
+        wide: Tensor = self.fc2(self.fc1(pooled[:, :, None, None]))
+        return wide.reshape(pooled.shape[0], self.M, self.out_channels)
+
+    def _check_batch(self, size: int) -> None:
         bn = getattr(self.fc1, "bn", None)
-        if isinstance(bn, nn.BatchNorm2d) and bn.training and pooled.shape[0] == 1:
+        if isinstance(bn, nn.BatchNorm2d) and bn.training and size == 1:
             raise ValueError(
                 "x: SKConv in training needs a batch of at least 2, because fc1's batch norm sees "
                 "one value per channel and image, got 1; SKConv(..., fc_norm='layer') takes any "
                 "batch, and so does .eval()"
             )
-        wide: Tensor = self.fc2(self.fc1(pooled[:, :, None, None]))
-        return wide.reshape(pooled.shape[0], self.M, self.out_channels)
 
     def extra_repr(self) -> str:
         """Shows what the child modules do not."""

@@ -7,6 +7,7 @@ into the kernel, which has no neighbour worth fusing: convolutions stand before 
 """
 
 from sknet_triton.ops.sk_fuse import sk_fuse
+from sknet_triton.ops.sk_fuse_select import sk_fuse_select, sk_fuse_select_bwd
 from sknet_triton.ops.sk_select import sk_select, sk_select_bwd
 
-__all__ = ["sk_fuse", "sk_select", "sk_select_bwd"]
+__all__ = ["sk_fuse", "sk_fuse_select", "sk_fuse_select_bwd", "sk_select", "sk_select_bwd"]

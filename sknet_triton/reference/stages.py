@@ -1,0 +1,131 @@
+"""The five passes over full-size tensors that fuse_select is made of, and their PyTorch form.
+
+``norm`` is [M, 4, C] in the accumulation dtype: the batch's mean, rstd, scale = gamma * rstd, and
+beta. u_i = max((x_i - mean_i) * scale_i + beta_i, 0), and k_i is 0 where u_i is, else 1.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sknet_triton.reference.common import accumulation_dtype, over_space
+from sknet_triton.reference.sk_select import attention
+
+
+@dataclass(frozen=True)
+class Stages:
+    """An implementation of the passes: these in PyTorch, or the Triton launchers.
+
+    Attributes:
+        moments: branches -> mean and biased variance [M, C].
+        fuse: branches, norm -> the average of the sum of u_i, [B, C] in the dtype of norm.
+        select: branches, logits [B, M, C], norm -> sum of softmax(logits)_i * u_i.
+        sums: dout, branches, norm -> [4, B, M, C], the sums over space of dout k, k, dout k xhat
+            and k xhat.
+        gradients: dout, branches, norm, attn [B, M, C], share [B, C], drift [M, 2, C] or None ->
+            scale_i (k (attn_i dout + share) - drift_i0 - xhat_i drift_i1) for every branch.
+    """
+
+    moments: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
+    fuse: Callable[[Sequence[Tensor], Tensor], Tensor]
+    select: Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]
+    sums: Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
+    gradients: Callable[
+        [Tensor, Sequence[Tensor], Tensor, Tensor, Tensor, Tensor | None], list[Tensor]
+    ]
+
+
+def moments(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns mean and biased variance of every channel of every branch, [M, C]."""
+    dims = (0, *_space(branches[0]))
+    dtype = accumulation_dtype(branches[0].dtype)
+    pairs = [torch.var_mean(x.to(dtype), dims, correction=0) for x in branches]
+    return torch.stack([mean for _, mean in pairs]), torch.stack([var for var, _ in pairs])
+
+
+def fuse(branches: Sequence[Tensor], norm: Tensor) -> Tensor:
+    """Returns the average over space of the sum of u_i, [B, C] in the dtype of ``norm``."""
+    space = _space(branches[0])
+    total = torch.sum(_activated(branches[0], norm[0]), space)
+    for i, x in enumerate(branches[1:], start=1):
+        total = total + torch.sum(_activated(x, norm[i]), space)
+    return total / branches[0].shape[2:].numel()
+
+
+def select(branches: Sequence[Tensor], logits: Tensor, norm: Tensor) -> Tensor:
+    """Returns the sum of softmax(logits)_i * u_i in the dtype of the branches."""
+    axes = branches[0].dim() - 2
+    attn = attention(logits, norm.dtype)
+    out = over_space(attn[:, 0], axes) * _activated(branches[0], norm[0])
+    for i, x in enumerate(branches[1:], start=1):
+        out = out + over_space(attn[:, i], axes) * _activated(x, norm[i])
+    return out.to(branches[0].dtype)
+
+
+def sums(dout: Tensor, branches: Sequence[Tensor], norm: Tensor) -> Tensor:
+    """Returns the sums over space of dout k, k, dout k xhat and k xhat, [4, B, M, C]."""
+    space = _space(dout)
+    wide = dout.to(norm.dtype)
+    columns = []
+    for i, x in enumerate(branches):
+        xhat, y = _normalised(x, norm[i])
+        off = y <= 0
+        passed, kept = wide.masked_fill(off, 0), xhat.masked_fill(off, 0)
+        on = torch.ones_like(xhat).masked_fill(off, 0)
+        columns.append(
+            torch.stack(
+                [
+                    torch.sum(passed, space),
+                    torch.sum(on, space),
+                    torch.sum(passed * xhat, space),
+                    torch.sum(kept, space),
+                ]
+            )
+        )
+    return torch.stack(columns, dim=2)
+
+
+def gradients(
+    dout: Tensor,
+    branches: Sequence[Tensor],
+    norm: Tensor,
+    attn: Tensor,
+    share: Tensor,
+    drift: Tensor | None,
+) -> list[Tensor]:
+    """Returns scale_i (k (attn_i dout + share) - drift_i0 - xhat_i drift_i1) for every branch."""
+    axes = dout.dim() - 2
+    wide = dout.to(norm.dtype)
+    dbranches = []
+    for i, x in enumerate(branches):
+        xhat, y = _normalised(x, norm[i])
+        dy = over_space(attn[:, i], axes) * wide + over_space(share, axes)
+        dy = dy.masked_fill(y <= 0, 0)
+        if drift is not None:
+            dy = dy - _over_batch(drift[i, 0], axes) - xhat * _over_batch(drift[i, 1], axes)
+        dbranches.append((_over_batch(norm[i, 2], axes) * dy).to(x.dtype))
+    return dbranches
+
+
+REFERENCE = Stages(moments, fuse, select, sums, gradients)
+
+
+def _space(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.dim()))
+
+
+def _over_batch(per_channel: Tensor, axes: int) -> Tensor:
+    return over_space(per_channel[None], axes)
+
+
+def _normalised(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns xhat and y = gamma * xhat + beta of one branch; ``norm`` is [4, C]."""
+    mean, rstd, scale, beta = (_over_batch(row, x.dim() - 2) for row in norm)
+    centred = x.to(norm.dtype) - mean
+    return centred * rstd, centred * scale + beta
+
+
+def _activated(x: Tensor, norm: Tensor) -> Tensor:
+    return torch.relu(_normalised(x, norm)[1])
