@@ -24,7 +24,8 @@ def unavailable(source: Competitor, case: Case) -> str | None:
         return f"{source} has no counterpart of {case.workload} with M={case.M}"
     try:
         import timm  # noqa: F401
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
+        # A torchvision that was built for another torch fails with a RuntimeError.
         return f"timm cannot be imported: {error}"
     return None
 

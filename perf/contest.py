@@ -223,7 +223,7 @@ class Contest:
         if provider.oracle not in self._flops:
             module = self._module(provider.oracle, self.case)
             self._flops[provider.oracle] = measure.flops(
-                module, self._inputs(0), self.case.mode == "train"
+                module, self._inputs(0), backward=self.case.mode == "train"
             )
         return self._flops[provider.oracle]
 

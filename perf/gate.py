@@ -17,8 +17,9 @@ what plain PyTorch achieves in the case's dtype on the same data, in the worse o
   gradient beyond its bound is judged again on other inputs, at most twice; a fault is there on
   every draw, such a ReLU on few.
 
-Through a whole network in 16 bits plain's own gradients are mostly rounding; the bound in the row
-then shows how little was proved, and the op rows prove the 16-bit gradients.
+Through a whole network, in 16 bits or with few positions for a batch norm to average over, plain's
+own gradients are mostly rounding. The bound in the row then shows how little was proved; the rows
+of ops and layers prove the gradients.
 """
 
 import math

@@ -122,11 +122,14 @@ def saved_mb(forward: Callable[[], Tensor], module: nn.Module) -> float:
     return sum(kept.values()) / MEBI
 
 
-def flops(module: nn.Module, inputs: tuple[Tensor, ...], backward: bool) -> int:
-    """Returns the FLOPs of the convolutions and matrix products, a multiply-add being two."""
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-        out = module(*inputs)
-        if backward:
-            out.sum().backward()
-    total: int = counter.get_total_flops()
-    return total
+def flops(module: nn.Module, inputs: tuple[Tensor, ...], *, backward: bool) -> int:
+    """Returns the FLOPs of the convolutions and matrix products, a multiply-add being two.
+
+    The backward pass counts as two forward passes, one product for the gradient of each factor.
+    It is not run for the count: FlopCounterMode takes the weights' gradient of a convolution in G
+    groups for one in a single group, and is off by a factor of up to G.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs)
+    forward: int = counter.get_total_flops()
+    return 3 * forward if backward else forward

@@ -34,7 +34,8 @@ class Result:
         gbps: those bytes over the median time.
         copy_gbps: bandwidth of a large copy, measured in the same process.
         pct_copy: gbps as a percentage of it; over 100 where the tensors stay in a cache.
-        gflops: 1e9 floating-point operations of one call, a multiply-add being two.
+        gflops: 1e9 floating-point operations of one call, a multiply-add being two, training
+            counted as three forward passes.
         tflops_per_s: those over the median time.
         launches: kernels, copies and fills of one call, on a GPU.
         peak_mb: most memory in MiB that one call holds, on a GPU.

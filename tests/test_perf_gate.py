@@ -234,3 +234,12 @@ def test_digits_are_learned() -> None:
     assert result.status == "ok"
     assert result.accuracy is not None
     assert result.accuracy >= 0.97
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("infer", 1), ("train", 3)])
+def test_flops_are_those_of_the_published_network(mode: str, passes: int) -> None:
+    case = make_case("sknet50", mode, batch=1, resolution=224)  # type: ignore[arg-type]
+    module = workloads.parameters(case, "plain", seed=0).eval()
+    inputs = workloads.inputs(case, 0, CPU)
+    counted = measure.flops(module, inputs, backward=mode == "train")
+    assert counted / 2 == pytest.approx(4.46e9 * passes, rel=0.005)
