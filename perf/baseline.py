@@ -30,6 +30,26 @@ class PlainSelect(nn.Module):
         return (torch.stack(branches, dim=1) * attn).sum(dim=1)
 
 
+class PlainFuseSelect(nn.Module):
+    """Everything between the convolutions and V, with the parameters of an `SKFuseSelect`."""
+
+    def __init__(self, norms: nn.ModuleList, fc1: nn.Module, fc1_norm: nn.Module, fc2: nn.Module):
+        super().__init__()
+        self.norms = norms
+        self.fc1 = fc1
+        self.fc1_norm = fc1_norm
+        self.fc2 = fc2
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        """M branches [B, C, H, W], not normalised -> [B, C, H, W]."""
+        maps = [norm(x).relu() for norm, x in zip(self.norms, branches, strict=True)]
+        stacked = torch.stack(maps, dim=1)
+        pooled = stacked.sum(dim=1).mean(dim=(2, 3))
+        logits = self.fc2(self.fc1_norm(self.fc1(pooled)).relu())
+        attn = torch.softmax(logits.view(len(pooled), len(maps), -1), dim=1)
+        return (stacked * attn[..., None, None]).sum(dim=1)
+
+
 class PlainSKConv(nn.Module):
     """SKConv with the parameter names of `sknet_triton.SKConv`, whose state dict it loads."""
 

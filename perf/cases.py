@@ -20,6 +20,7 @@ DIGITS_RESOLUTION = 8
 LEVEL_OF: dict[str, Level] = {
     "sk_fuse": "op",
     "sk_select": "op",
+    "sk_fuse_select": "op",
     "sk_conv": "layer",
     "sk_unit": "layer",
     "sknet26": "model",

@@ -18,6 +18,7 @@ def kernel_table() -> pd.DataFrame:
                 {
                     "target": target.name,
                     "kernel": spec.launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+                    "stage": spec.stage,
                     "M": spec.M,
                     "layout": spec.layout,
                     "dtype": str(spec.dtype).removeprefix("torch."),

@@ -97,10 +97,10 @@ PRESETS = {
     # A laptop: two minutes on two cores without a GPU, most of it torch.compile, three at most.
     "quick": Preset(
         grids=(
-            Grid(("sk_fuse", "sk_select"), resolutions=(112,)),
+            Grid(("sk_fuse", "sk_select", "sk_fuse_select"), resolutions=(112,)),
             Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
-            Grid(("sk_conv",), modes=("train",), resolutions=(64,)),
-            Grid(("sk_conv",), modes=("infer",), resolutions=(64,), providers=UNCOMPILED),
+            Grid(("sk_conv",), modes=("infer",), resolutions=(64,)),
+            Grid(("sk_conv",), modes=("train",), resolutions=(64,), providers=UNCOMPILED),
             Grid(("sknet26",), modes=("infer",), resolutions=(64,)),
             Grid(
                 ("sknet26",),
@@ -118,7 +118,7 @@ PRESETS = {
     "full": Preset(
         grids=(
             Grid(
-                ("sk_fuse", "sk_select"),
+                ("sk_fuse_select", "sk_fuse", "sk_select"),
                 dtypes=("bf16",),
                 layouts=("channels_last", "nchw"),
                 batches=(32, 128),
@@ -140,7 +140,7 @@ PRESETS = {
             ),
             Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
             Grid(
-                ("sk_fuse", "sk_select"),
+                ("sk_fuse_select", "sk_fuse", "sk_select"),
                 dtypes=("bf16",),
                 layouts=("channels_last", "nchw"),
                 batches=(32,),
@@ -148,7 +148,7 @@ PRESETS = {
                 providers=("eager", "compile", "triton"),
             ),
             Grid(
-                ("sk_fuse", "sk_select"),
+                ("sk_fuse_select", "sk_fuse", "sk_select"),
                 dtypes=("fp32", "fp16"),
                 layouts=("nchw",),
                 Ms=(2, 3),
@@ -156,7 +156,7 @@ PRESETS = {
                 providers=("eager", "compile", "triton"),
             ),
             Grid(
-                ("sk_fuse", "sk_select"),
+                ("sk_fuse_select", "sk_fuse", "sk_select"),
                 dtypes=("bf16",),
                 layouts=("channels_last",),
                 batches=(1, 8, 256),

@@ -10,6 +10,12 @@ from sknet_kernels.arguments import problem_of
 from sknet_kernels.config import DeviceFacts, LaunchConfig
 from sknet_kernels.launch import Launch
 from sknet_kernels.sk_fuse import sk_fuse_fwd_launches
+from sknet_kernels.sk_fuse_select import (
+    NUM_SUMS,
+    sk_fuse_select_dx_launch,
+    sk_fuse_select_sums_launch,
+)
+from sknet_kernels.sk_moments import sk_moments_launches
 from sknet_kernels.sk_select import sk_select_bwd_launches, sk_select_fwd_launch
 
 # 128 channels of 56 x 56: the first stage at 224 x 224, whose rows are aligned in both layouts.
@@ -70,6 +76,12 @@ class _Setting:
         B, C, _ = self.shape
         return torch.empty(B, self.M, C, dtype=self.dtype, device="meta")
 
+    def small(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+
+    def norm(self) -> Tensor:
+        return self.small(self.M, 4, self.shape[1])
+
 
 def specialisations(facts: DeviceFacts) -> Iterator[Specialisation]:
     """Yields the launches to compile for a device of ``facts``."""
@@ -125,10 +137,58 @@ def _reductions(xs: list[Tensor], facts: DeviceFacts, sums: int) -> list[LaunchC
     ]
 
 
-_REDUCTIONS = frozenset({"sk_fuse"})
+def _moments(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
+    xs = setting.branches()
+    mean, var = setting.small(setting.M, setting.shape[1]), setting.small(*setting.shape[:1])
+    return sk_moments_launches(mean, var, xs, LaunchConfig.moments(problem_of(xs), facts))
+
+
+def _fuse_norm(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
+    xs = setting.branches()
+    config = LaunchConfig.reduction(problem_of(xs), facts, sums=1)
+    pooled = setting.small(*setting.shape[:2])
+    return sk_fuse_fwd_launches(pooled, xs, setting.norm(), config)
+
+
+def _select_norm(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
+    xs = setting.branches()
+    config = LaunchConfig.elementwise(problem_of(xs), facts)
+    return [sk_select_fwd_launch(setting.branch(), xs, setting.logits(), setting.norm(), config)]
+
+
+def _sums(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
+    xs = setting.branches()
+    config = LaunchConfig.reduction(problem_of(xs), facts, sums=NUM_SUMS * setting.M)
+    return [sk_fuse_select_sums_launch(setting.branch(), xs, setting.norm(), config)]
+
+
+def _dx(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
+    xs, (B, C, _), M = setting.branches(), setting.shape, setting.M
+    config = LaunchConfig.elementwise(problem_of(xs), facts)
+    return [
+        sk_fuse_select_dx_launch(
+            setting.branches(),
+            setting.branch(),
+            xs,
+            setting.norm(),
+            setting.small(B, M, C),
+            setting.small(B, C),
+            drift,
+            config,
+        )
+        for drift in (setting.small(M, 2, C), None)
+    ]
+
+
+_REDUCTIONS = frozenset({"sk_fuse", "sk_moments", "sk_fuse_norm", "sk_fuse_select_sums"})
 
 _STAGES: dict[str, Callable[[_Setting, DeviceFacts], list[Launch]]] = {
     "sk_fuse": _fuse,
     "sk_select": _select,
     "sk_select_bwd": _select_bwd,
+    "sk_moments": _moments,
+    "sk_fuse_norm": _fuse_norm,
+    "sk_select_norm": _select_norm,
+    "sk_fuse_select_sums": _sums,
+    "sk_fuse_select_dx": _dx,
 }

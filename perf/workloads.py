@@ -37,6 +37,8 @@ ROUNDOFF_OF = {
 
 CALIBRATION_BATCH = 4
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
 
 class SKFuse(nn.Module):
     """`functional.sk_fuse` as a module, as the harness runs modules."""
@@ -52,6 +54,43 @@ class SKSelect(nn.Module):
     def forward(self, logits: Tensor, *branches: Tensor) -> Tensor:
         """Logits [B, M, C] and M branches [B, C, H, W] -> [B, C, H, W]."""
         return skt.functional.sk_select(branches, logits)
+
+
+class SKFuseSelect(nn.Module):
+    """`functional.sk_fuse_select` as a module, with the sizes of an SKConv on C channels."""
+
+    def __init__(self, C: int, M: int) -> None:
+        super().__init__()
+        d = max(C // 16, 32)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(C) for _ in range(M))
+        self.fc1 = nn.Linear(C, d, bias=False)
+        self.fc1_norm = nn.BatchNorm1d(d)
+        self.fc2 = nn.Linear(d, M * C, bias=False)
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        """M branches [B, C, H, W], not normalised -> [B, C, H, W]."""
+        return skt.functional.sk_fuse_select(
+            branches,
+            [self._arguments(norm) for norm in self.norms],
+            self.fc1.weight,
+            self._arguments(self.fc1_norm),
+            self.fc2.weight,
+        ).out
+
+    def plain(self) -> nn.Module:
+        """Returns the baseline on these very parameters."""
+        return baseline.PlainFuseSelect(self.norms, self.fc1, self.fc1_norm, self.fc2)
+
+    def _arguments(self, norm: nn.Module) -> skt.functional.BatchNormArgs:
+        assert isinstance(norm, _BATCH_NORMS)
+        return skt.functional.BatchNormArgs(
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            batch_stats=norm.training,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,6 +150,17 @@ def _select_passes(case: Case) -> int:
     return case.M + 1 + (2 * case.M + 1 if case.mode == "train" else 0)
 
 
+# Training reads the branches for their statistics, to fuse and to select, and writes V; backward
+# reads dout and the branches twice and writes M gradients. Inference needs no statistics.
+def _fuse_select_passes(case: Case) -> int:
+    return 6 * case.M + 3 if case.mode == "train" else 2 * case.M + 1
+
+
+def _plain_fuse_select(ours: nn.Module) -> nn.Module:
+    assert isinstance(ours, SKFuseSelect)
+    return ours.plain()
+
+
 WORKLOADS = {
     "sk_fuse": Workload(
         ours=lambda case: SKFuse(),
@@ -125,6 +175,13 @@ WORKLOADS = {
         inputs=_logits_and_branches,
         input_grads=True,
         passes=_select_passes,
+    ),
+    "sk_fuse_select": Workload(
+        ours=lambda case: SKFuseSelect(case.C, case.M),
+        plain=_plain_fuse_select,
+        inputs=_branches,
+        input_grads=True,
+        passes=_fuse_select_passes,
     ),
     "sk_conv": Workload(
         ours=lambda case: skt.SKConv(case.C, case.C, M=case.M),
@@ -171,7 +228,7 @@ def unsupported(case: Case, device: torch.device) -> str | None:
         return "tf32 needs an NVIDIA GPU"
     if case.dtype == "autocast" and case.level == "op":
         return "autocast concerns layers: an op sees the dtype that its caller chose"
-    if case.mode == "train" and case.level != "op" and case.B == 1:
+    if case.mode == "train" and case.workload not in ("sk_fuse", "sk_select") and case.B == 1:
         return "training needs a batch of at least 2, for the batch norm of fc1"
     if case.level == "workload" and (case.mode, case.dtype) != ("train", "fp32"):
         return "the digits are trained, in fp32"
@@ -248,7 +305,7 @@ def _small(case: Case) -> Case:
 
 def _randomise(module: nn.Module) -> None:
     for child in module.modules():
-        if isinstance(child, nn.BatchNorm2d):
+        if isinstance(child, _BATCH_NORMS):
             nn.init.uniform_(child.weight, 0.5, 1.5)
             nn.init.normal_(child.bias, std=0.1)
         if isinstance(child, skt.SKConv):
@@ -256,7 +313,7 @@ def _randomise(module: nn.Module) -> None:
 
 
 def _calibrate(module: nn.Module, images: tuple[Tensor, ...]) -> None:
-    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    norms = [child for child in module.modules() if isinstance(child, _BATCH_NORMS)]
     if not norms:
         return
     usual = [norm.momentum for norm in norms]

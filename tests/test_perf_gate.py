@@ -169,6 +169,8 @@ def test_provider_that_fails_while_timed_leaves_the_others() -> None:
         ("sk_fuse", "train", "fp32", "channels_last"),
         ("sk_select", "train", "bf16", "nchw"),
         ("sk_select", "train", "fp16", "channels_last"),
+        ("sk_fuse_select", "train", "fp32", "nchw"),
+        ("sk_fuse_select", "infer", "bf16", "channels_last"),
         ("sk_conv", "train", "fp32", "channels_last"),
         ("sk_conv", "infer", "autocast", "nchw"),
         ("sk_unit", "train", "fp32", "nchw"),

@@ -59,7 +59,7 @@ def test_killed_ten_times_and_resumed_is_the_undisturbed_run(
         os.waitpid(child, 0)
     assert main(arguments) == 0
     assert sorted_keys(killed) == sorted_keys(undisturbed)
-    assert len(sorted_keys(killed)) == len(set(sorted_keys(killed))) == 320
+    assert len(sorted_keys(killed)) == len(set(sorted_keys(killed))) == 480
 
 
 def test_parts_of_a_rank_that_died_are_collected_on_resume(
@@ -97,7 +97,7 @@ def test_two_ranks_share_the_cases_and_merge_their_parts(tmp_path: Path) -> None
     assert done.stdout.splitlines()[-1] == str(out)
     assert done.stdout.count("% of copy") == 1
     frame = schema.read(out)
-    assert len(frame) == 4
+    assert len(frame) == 6
     assert set(frame.ranks) == {2}
     assert set(frame.status) == {"ok"}
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
