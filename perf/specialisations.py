@@ -38,6 +38,12 @@ class Specialisation:
     launch: Launch
 
     @property
+    def splits(self) -> int:
+        """Programs that share a row of the branches, or parts that share a channel."""
+        arguments = {**self.launch.arguments, **self.launch.constants}
+        return int(next(arguments[k] for k in ("splits", "SPLITS", "PARTS") if k in arguments))
+
+    @property
     def is_fast(self) -> bool:
         """Whether every access to a branch must be 16 bytes wide."""
         return self.shape == FAST_SHAPE and self.dtype == torch.bfloat16
@@ -98,9 +104,8 @@ def _settings() -> Iterator[_Setting]:
         for layout in LAYOUTS:
             for dtype in DTYPES:
                 yield _Setting(M, layout, dtype, FAST_SHAPE)
-    for layout in LAYOUTS:
-        for shape in OTHER_SHAPES:
-            yield _Setting(2, layout, torch.bfloat16, shape)
+    for shape in OTHER_SHAPES:
+        yield _Setting(2, "contiguous", torch.bfloat16, shape)
 
 
 def _fuse(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
