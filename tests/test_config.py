@@ -46,11 +46,24 @@ def test_configurations_are_legal(device: DeviceFacts) -> None:
             assert config.span(problem.S) * (config.splits - 1) < problem.S, problem
 
 
-def test_elementwise_programs_own_one_tile_each() -> None:
+def test_elementwise_programs_fill_the_device_and_no_more() -> None:
+    enough = 2 * H200.multiprocessors * 8
     for problem in PROBLEMS:
         config = LaunchConfig.elementwise(problem, H200)
-        assert config.span(problem.S) == config.block_s, problem
-        assert config.splits == cdiv(problem.S, config.block_s), problem
+        rows = max(1, problem.B * cdiv(problem.C, config.block_c))
+        tiles = cdiv(problem.S, config.block_s)
+        assert config.splits <= max(1, cdiv(enough, rows)), problem
+        # Even spans can leave up to half of the programs that were wanted.
+        assert config.splits * rows >= min(tiles * rows, enough) / 2, problem
+
+
+def test_moments_split_images_and_positions_into_parts() -> None:
+    for problem in PROBLEMS:
+        config = LaunchConfig.moments(problem, H200)
+        tiles = problem.B * cdiv(problem.S, config.block_s)
+        per_part = cdiv(tiles, config.splits)
+        assert per_part * config.splits >= tiles, problem
+        assert config.splits == 1 or per_part * (config.splits - 1) < tiles, problem
 
 
 def test_partial_sums_stay_under_a_hundredth_of_the_branches() -> None:

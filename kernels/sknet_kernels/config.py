@@ -21,10 +21,11 @@ _MAX_BLOCK_C_CHANNELS_LAST = 128
 _ACCESS_BYTES = 16
 _MAX_WARPS = 4
 _PROGRAMS_PER_MULTIPROCESSOR = 8
+_WAVES = 2
 _BYTES_PER_PARTIAL_BYTE = 100
 _LEAST_TILES_PER_PART = 4
-# Running sums that a program of 128 threads holds: 64 registers a thread.
-_MOST_ACCUMULATORS = 8192
+# Running sums that a program holds, tiles times their elements. More of them spill registers.
+_MOST_ACCUMULATORS = 6144
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,14 @@ class LaunchConfig:
 
     @classmethod
     def elementwise(cls, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
-        """For a kernel whose programs each own one tile."""
+        """For a kernel that writes what it reads: a row is split as far as the device needs.
+
+        Programs are several waves, for balance, but no more: each reads its channels' parameters.
+        """
         block_c, block_s = _tile(problem, sums=1)
-        splits = max(1, cdiv(problem.S, block_s))
+        rows = max(1, problem.B * cdiv(problem.C, block_c))
+        wanted = cdiv(_WAVES * device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, rows)
+        splits = _even_splits(problem.S, block_s, wanted)
         return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
 
     @classmethod
@@ -89,9 +95,7 @@ class LaunchConfig:
             * problem.itemsize
             // (_BYTES_PER_PARTIAL_BYTE * partial_bytes)
         )
-        blocks = cdiv(problem.S, block_s)
-        span = cdiv(blocks, max(1, min(wanted, affordable, blocks)))
-        splits = cdiv(blocks, span)
+        splits = _even_splits(problem.S, block_s, min(wanted, affordable))
         return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
 
     @classmethod
@@ -120,6 +124,12 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _even_splits(S: int, block_s: int, wanted: int) -> int:
+    """Returns at most ``wanted`` splits of a row that each own a tile at least."""
+    blocks = cdiv(S, block_s)
+    return cdiv(blocks, cdiv(blocks, max(1, min(wanted, blocks))))
+
+
 def _tile(problem: Problem, sums: int) -> tuple[int, int]:
     elements = next(size for limit, size in _TILE_ELEMENTS if problem.num_branches <= limit)
     while elements * sums > _MOST_ACCUMULATORS:
@@ -130,7 +140,7 @@ def _tile(problem: Problem, sums: int) -> tuple[int, int]:
         block_c = min(widest_c, _MAX_BLOCK_C_CHANNELS_LAST)
         return block_c, min(widest_s, elements // block_c)
     if problem.S % 4:
-        elements //= 2  # unaligned rows are read element by element, an address each
+        elements //= 4  # unaligned rows are read element by element, an address each
     block_s = _tightest(problem.S, min(widest_s, elements), _MIN_ROW_BYTES // problem.itemsize)
     return min(widest_c, elements // block_s), block_s
 

@@ -39,6 +39,16 @@ def tile_pointers(ptr, stride_b, stride_c, stride_s, pid_b, offs_c, offs_s, ALIG
 
 
 @triton.jit
+def channel_rows(ptr, offs_c, mask_c, C, COUNT: tl.constexpr):
+    """Returns the rows of a contiguous [COUNT, C] as COUNT vectors [BLOCK_C]."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        offs = tl.cast(C, tl.int64) * i + offs_c
+        rows = rows + (tl.load(ptr + offs, mask=mask_c, other=0.0),)
+    return rows
+
+
+@triton.jit
 def norm_rows(norm_ptr, offs_c, mask_c, C, ROW: tl.constexpr, NUM_BRANCHES: tl.constexpr):
     """Returns row ROW of norm [M, 4, C] as NUM_BRANCHES vectors [BLOCK_C].
 

@@ -21,6 +21,7 @@ from sknet_kernels.arguments import (
 )
 from sknet_kernels.config import DeviceFacts, LaunchConfig, cdiv
 from sknet_kernels.jit import (
+    channel_rows,
     known_multiple,
     norm_rows,
     normalised,
@@ -69,7 +70,6 @@ def _sk_fuse_select_sums_kernel(
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     means = norm_rows(norm_ptr, offs_c, mask_c, C, 0, NUM_BRANCHES)
-    rstds = norm_rows(norm_ptr, offs_c, mask_c, C, 1, NUM_BRANCHES)
     scales = norm_rows(norm_ptr, offs_c, mask_c, C, 2, NUM_BRANCHES)
     betas = norm_rows(norm_ptr, offs_c, mask_c, C, 3, NUM_BRANCHES)
     start = pid_s * span
@@ -97,18 +97,23 @@ def _sk_fuse_select_sums_kernel(
             x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
             off = (normalised(x, means[i], scales[i], betas[i]) <= 0.0) | ~mask
             passed = tl.where(off, 0.0, dout)
-            xhat = tl.where(off, 0.0, (x - means[i][:, None]) * rstds[i][:, None])
+            centred = tl.where(off, 0.0, x - means[i][:, None])
             grown = grown + (
                 sums[4 * i] + passed,
                 sums[4 * i + 1] + tl.where(off, 0.0, 1.0).to(ACC),
-                sums[4 * i + 2] + passed * xhat,
-                sums[4 * i + 3] + xhat,
+                sums[4 * i + 2] + passed * centred,
+                sums[4 * i + 3] + centred,
             )
         sums = grown
+    # rstd is applied to the sums rather than to every xhat: one register a channel less.
+    rstds = norm_rows(norm_ptr, offs_c, mask_c, C, 1, NUM_BRANCHES)
     for i in tl.static_range(NUM_BRANCHES):
         for j in tl.static_range(4):
+            total = tl.sum(sums[4 * i + j], axis=1)
+            if j >= 2:
+                total *= rstds[i]
             row = ((pid_s * 4 + j) * B + pid_b) * NUM_BRANCHES + i
-            tl.store(sums_ptr + row * C + offs_c, tl.sum(sums[4 * i + j], axis=1), mask=mask_c)
+            tl.store(sums_ptr + row * C + offs_c, total, mask=mask_c)
 
 
 @triton.jit
@@ -131,7 +136,8 @@ def _sk_fuse_select_dx_kernel(
     drift_ptr,
     C,
     S,
-    blocks_s,
+    span,
+    splits,
     NUM_BRANCHES: tl.constexpr,
     HAS_DRIFT: tl.constexpr,
     ACC: tl.constexpr,
@@ -147,55 +153,56 @@ def _sk_fuse_select_dx_kernel(
     [B, M, C], share [B, C] and drift [M, 2, C] contiguous, in ACC. Passes moved: M + 1 read, M
     written. Source: the derivative of Li et al. 2019, eqs. 1 to 6, through batch norm and ReLU.
     """
-    # One program owns a tile of BLOCK_C channels and BLOCK_S positions of one image.
-    pid_b, pid_c, pid_s = program_coordinates(C, blocks_s, BLOCK_C)
+    # One program owns BLOCK_C channels of one image over `span` positions.
+    pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_c = offs_c < C
-    mask = mask_c[:, None] & (offs_s < known_multiple(S, ALIGN))[None, :]
     means = norm_rows(norm_ptr, offs_c, mask_c, C, 0, NUM_BRANCHES)
-    rstds = norm_rows(norm_ptr, offs_c, mask_c, C, 1, NUM_BRANCHES)
     scales = norm_rows(norm_ptr, offs_c, mask_c, C, 2, NUM_BRANCHES)
     betas = norm_rows(norm_ptr, offs_c, mask_c, C, 3, NUM_BRANCHES)
-    ptrs = tile_pointers(
-        dout_ptr, dout_stride_b, dout_stride_c, dout_stride_s, pid_b, offs_c, offs_s, ALIGN
-    )
-    dout = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
     share = tl.load(share_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0)
-    for i in tl.static_range(NUM_BRANCHES):
+    attn = channel_rows(attn_ptr + pid_b * NUM_BRANCHES * C, offs_c, mask_c, C, NUM_BRANCHES)
+    if HAS_DRIFT:
+        drifts = channel_rows(drift_ptr, offs_c, mask_c, C, 2 * NUM_BRANCHES)
+        rstds = norm_rows(norm_ptr, offs_c, mask_c, C, 1, NUM_BRANCHES)
+    start = pid_s * span
+    stop = tl.minimum(start + span, known_multiple(S, ALIGN))
+    for first in range(start, stop, BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        mask = mask_c[:, None] & (offs_s < stop)[None, :]
         ptrs = tile_pointers(
-            x_ptrs[i],
-            x_strides_b[i],
-            x_strides_c[i],
-            x_strides_s[i],
-            pid_b,
-            offs_c,
-            offs_s,
-            ALIGN,
+            dout_ptr, dout_stride_b, dout_stride_c, dout_stride_s, pid_b, offs_c, offs_s, ALIGN
         )
-        x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
-        offs = (pid_b * NUM_BRANCHES + i) * C + offs_c
-        attn = tl.load(attn_ptr + offs, mask=mask_c, other=0.0)
-        off = normalised(x, means[i], scales[i], betas[i]) <= 0.0
-        dy = tl.where(off, 0.0, attn[:, None] * dout + share[:, None])
-        if HAS_DRIFT:
-            offs = tl.cast(C, tl.int64) * (2 * i) + offs_c
-            dbeta = tl.load(drift_ptr + offs, mask=mask_c, other=0.0)
-            dgamma = tl.load(drift_ptr + tl.cast(C, tl.int64) + offs, mask=mask_c, other=0.0)
-            xhat = (x - means[i][:, None]) * rstds[i][:, None]
-            dy = dy - dbeta[:, None] - xhat * dgamma[:, None]
-        dx = (scales[i][:, None] * dy).to(dx_ptrs[i].dtype.element_ty)
-        ptrs = tile_pointers(
-            dx_ptrs[i],
-            dx_strides_b[i],
-            dx_strides_c[i],
-            dx_strides_s[i],
-            pid_b,
-            offs_c,
-            offs_s,
-            ALIGN,
-        )
-        tl.store(ptrs, dx, mask=mask)
+        dout = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+        for i in tl.static_range(NUM_BRANCHES):
+            ptrs = tile_pointers(
+                x_ptrs[i],
+                x_strides_b[i],
+                x_strides_c[i],
+                x_strides_s[i],
+                pid_b,
+                offs_c,
+                offs_s,
+                ALIGN,
+            )
+            x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+            off = normalised(x, means[i], scales[i], betas[i]) <= 0.0
+            dy = tl.where(off, 0.0, attn[i][:, None] * dout + share[:, None])
+            if HAS_DRIFT:
+                slope = rstds[i] * drifts[2 * i + 1]
+                dy = dy - drifts[2 * i][:, None] - (x - means[i][:, None]) * slope[:, None]
+            dx = (scales[i][:, None] * dy).to(dx_ptrs[i].dtype.element_ty)
+            ptrs = tile_pointers(
+                dx_ptrs[i],
+                dx_strides_b[i],
+                dx_strides_c[i],
+                dx_strides_s[i],
+                pid_b,
+                offs_c,
+                offs_s,
+                ALIGN,
+            )
+            tl.store(ptrs, dx, mask=mask)
 
 
 def sk_fuse_select_sums(
@@ -298,7 +305,8 @@ def sk_fuse_select_dx_launch(
             "drift_ptr": drift,
             "C": problem.C,
             "S": problem.S,
-            "blocks_s": config.splits,
+            "span": config.span(problem.S),
+            "splits": config.splits,
         },
         constants={
             "NUM_BRANCHES": problem.num_branches,

@@ -49,10 +49,11 @@ def _sk_moments_kernel(
     mask_c = offs_c < C
     size = known_multiple(S, ALIGN)
     tiles_per_image = tl.cdiv(S, BLOCK_S)
-    first = part.to(tl.int64) * tiles_per_part
-    last = tl.minimum(first + tiles_per_part, B * tiles_per_image.to(tl.int64))
+    first = part * tiles_per_part
+    last = tl.minimum(first + tiles_per_part, B * tiles_per_image)
     for i in tl.static_range(NUM_BRANCHES):
-        start_b, start_s = first // tiles_per_image, (first % tiles_per_image) * BLOCK_S
+        start_b = (first // tiles_per_image).to(tl.int64)
+        start_s = (first % tiles_per_image).to(tl.int64) * BLOCK_S
         shift_ptrs = (
             x_ptrs[i]
             + start_b * x_strides_b[i]
@@ -64,7 +65,7 @@ def _sk_moments_kernel(
         squares = tl.zeros([BLOCK_C, BLOCK_S], ACC)
         count = tl.zeros([BLOCK_S], tl.int64)
         for tile in range(first, last):
-            offs_s = (tile % tiles_per_image) * BLOCK_S + tl.arange(0, BLOCK_S)
+            offs_s = (tile % tiles_per_image).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
             mask_s = offs_s < size
             mask = mask_c[:, None] & mask_s[None, :]
             ptrs = tile_pointers(
@@ -72,7 +73,7 @@ def _sk_moments_kernel(
                 x_strides_b[i],
                 x_strides_c[i],
                 x_strides_s[i],
-                tile // tiles_per_image,
+                (tile // tiles_per_image).to(tl.int64),
                 offs_c,
                 offs_s,
                 ALIGN,

@@ -50,7 +50,8 @@ def _sk_select_fwd_kernel(
     norm_ptr,
     C,
     S,
-    blocks_s,
+    span,
+    splits,
     NUM_BRANCHES: tl.constexpr,
     HAS_NORM: tl.constexpr,
     ACC: tl.constexpr,
@@ -65,12 +66,10 @@ def _sk_select_fwd_kernel(
     `norm_rows`. Arithmetic in ACC.
     Passes moved: M read, 1 written. Source: Li et al. 2019, eqs. 5 and 6.
     """
-    # One program owns a tile of BLOCK_C channels and BLOCK_S positions of one image.
-    pid_b, pid_c, pid_s = program_coordinates(C, blocks_s, BLOCK_C)
+    # One program owns BLOCK_C channels of one image over `span` positions.
+    pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_c = offs_c < C
-    mask = mask_c[:, None] & (offs_s < known_multiple(S, ALIGN))[None, :]
     attn = branch_softmax(
         logits_ptr + pid_b * logits_stride_b,
         logits_stride_m,
@@ -84,27 +83,31 @@ def _sk_select_fwd_kernel(
         means = norm_rows(norm_ptr, offs_c, mask_c, C, 0, NUM_BRANCHES)
         scales = norm_rows(norm_ptr, offs_c, mask_c, C, 2, NUM_BRANCHES)
         betas = norm_rows(norm_ptr, offs_c, mask_c, C, 3, NUM_BRANCHES)
-    out = tl.zeros([BLOCK_C, BLOCK_S], ACC)
-    for i in tl.static_range(NUM_BRANCHES):
+    start = pid_s * span
+    stop = tl.minimum(start + span, known_multiple(S, ALIGN))
+    for first in range(start, stop, BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        mask = mask_c[:, None] & (offs_s < stop)[None, :]
+        out = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+        for i in tl.static_range(NUM_BRANCHES):
+            ptrs = tile_pointers(
+                x_ptrs[i],
+                x_strides_b[i],
+                x_strides_c[i],
+                x_strides_s[i],
+                pid_b,
+                offs_c,
+                offs_s,
+                ALIGN,
+            )
+            u = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+            if HAS_NORM:
+                u = relu(normalised(u, means[i], scales[i], betas[i]))
+            out += attn[i][:, None] * u
         ptrs = tile_pointers(
-            x_ptrs[i],
-            x_strides_b[i],
-            x_strides_c[i],
-            x_strides_s[i],
-            pid_b,
-            offs_c,
-            offs_s,
-            ALIGN,
+            out_ptr, out_stride_b, out_stride_c, out_stride_s, pid_b, offs_c, offs_s, ALIGN
         )
-        x = tl.load(ptrs, mask=mask, other=0.0)
-        u = x.to(ACC)
-        if HAS_NORM:
-            u = relu(normalised(u, means[i], scales[i], betas[i]))
-        out += attn[i][:, None] * u
-    ptrs = tile_pointers(
-        out_ptr, out_stride_b, out_stride_c, out_stride_s, pid_b, offs_c, offs_s, ALIGN
-    )
-    tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -304,7 +307,8 @@ def sk_select_fwd_launch(
             "norm_ptr": norm,
             "C": problem.C,
             "S": problem.S,
-            "blocks_s": config.splits,
+            "span": config.span(problem.S),
+            "splits": config.splits,
         },
         constants={
             "NUM_BRANCHES": problem.num_branches,
