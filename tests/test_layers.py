@@ -1,5 +1,6 @@
 """SKConv and SKUnit against the paper's equations, written out in `tests.plain_sknet`."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -132,6 +133,113 @@ def test_sk_conv_equals_the_equations_forward_and_backward(name: str) -> None:
     assert_equal_to_equations(
         build(case), lambda x, p: plain_sk_conv(x, p, case.plain()), case.input(), EXACT
     )
+
+
+@pytest.mark.parametrize("name", ["M1", "M3", "M2-stride2", "eval", "table6-5x5"])
+def test_a_hook_inside_changes_no_number_and_sees_what_it_hooks(name: str) -> None:
+    # With a hook on a norm the stages run apart, as they do where a module was replaced.
+    case = CASES[name]
+    module, x = build(case), case.input()
+    seen: list[Tensor] = []
+    norm = module.branches[0].get_submodule("bn")
+    norm.register_forward_hook(lambda _module, _args, out: seen.append(out.clone()))
+    assert_equal_to_equations(module, lambda x, p: plain_sk_conv(x, p, case.plain()), x, EXACT)
+    (out,) = seen
+    first = plain_maps(x, leaves(module), case.plain())[0]
+    assert largest_error(out.detach().clamp(min=0), first.detach()) < EXACT
+
+
+def norms_of(module: SKConv) -> list[nn.BatchNorm2d]:
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def set_momentum(value: float | None) -> Callable[[SKConv], None]:
+    def change(module: SKConv) -> None:
+        for norm in norms_of(module):
+            norm.momentum = value  # None means a cumulative average
+
+    return change
+
+
+def freeze(prefix: str) -> Callable[[SKConv], None]:
+    def change(module: SKConv) -> None:
+        module.get_submodule(prefix).eval()
+
+    return change
+
+
+def without_statistics(module: SKConv) -> None:
+    for name in ("branches.0", "branches.1", "fc1"):
+        block = module.get_submodule(name)
+        old = block.get_submodule("bn")
+        assert isinstance(old, nn.BatchNorm2d)
+        new = nn.BatchNorm2d(old.num_features, track_running_stats=False).double()
+        block.add_module("bn", new)
+
+
+def without_weights(module: SKConv) -> None:
+    norm = nn.BatchNorm2d(module.out_channels, affine=False).double()
+    module.branches[1].add_module("bn", norm)
+
+
+def frozen_weights(module: SKConv) -> None:
+    for norm in norms_of(module):
+        norm.requires_grad_(False)
+
+
+# What people do to batch norms, and what keeps the stages apart or together inside SKConv.
+CHANGES: dict[str, Callable[[SKConv], None]] = {
+    "as-built": lambda module: None,
+    "momentum-0.3": set_momentum(0.3),
+    "momentum-0": set_momentum(0.0),
+    "cumulative": set_momentum(None),
+    "branches-frozen": freeze("branches"),
+    "one-branch-frozen": freeze("branches.1"),
+    "fc1-frozen": freeze("fc1"),
+    "eval": freeze(""),
+    "no-running-statistics": without_statistics,
+    "a-norm-without-weights": without_weights,
+    "weights-frozen": frozen_weights,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_norms_keep_the_statistics_and_gradients_that_torch_keeps(name: str) -> None:
+    ours = build(CASES["M2-stride2"])
+    CHANGES[name](ours)
+    # A hook on every norm keeps the stages apart, and nn.BatchNorm2d itself does its work.
+    theirs = copy.deepcopy(ours)
+    for norm in norms_of(theirs):
+        norm.register_forward_hook(lambda _module, _args, _out: None)
+    for _ in range(2):  # the second step sees the statistics of the first
+        x = CASES["M2-stride2"].input()
+        weight = torch.randn(4, 8, 5, 3, dtype=torch.float64)
+        out, dx, grads = results(ours, x, weight)
+        expected_out, expected_dx, expected_grads = results(theirs, x, weight)
+        assert largest_error(out, expected_out) < EXACT
+        assert largest_error(dx, expected_dx) < EXACT
+        assert grads.keys() == expected_grads.keys()
+        for key, grad in grads.items():
+            assert largest_error(grad, expected_grads[key]) < EXACT, key
+    expected_state = theirs.state_dict()
+    assert ours.state_dict().keys() == expected_state.keys()
+    for key, value in ours.state_dict().items():
+        assert largest_error(value, expected_state[key].double()) < EXACT, key
+
+
+def test_running_statistics_move_by_the_formula() -> None:
+    module = build(CASES["M2"])
+    x = CASES["M2"].input()
+    before = {key: t.clone() for key, t in module.state_dict().items()}
+    module(x)
+    conv, norm = (module.branches[1].get_submodule(name) for name in ("conv", "bn"))
+    u = conv(x).detach().transpose(0, 1).flatten(1)
+    # Momentum 0.1; the variance is divided by n - 1, unlike the one that normalises.
+    mean = 0.9 * before["branches.1.bn.running_mean"] + 0.1 * u.mean(1)
+    var = 0.9 * before["branches.1.bn.running_var"] + 0.1 * u.var(1, correction=1)
+    assert largest_error(norm.get_buffer("running_mean"), mean) < EXACT
+    assert largest_error(norm.get_buffer("running_var"), var) < EXACT
+    assert norm.get_buffer("num_batches_tracked") == 1
 
 
 @pytest.mark.parametrize("name", ["M1", "M2", "M3", "M2-stride2", "table6-7x7"])
