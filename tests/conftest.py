@@ -1,4 +1,4 @@
-"""Where there is no GPU the kernels run in Triton's interpreter, chosen before triton is imported."""
+"""Without a GPU the kernels run in Triton's interpreter, chosen before triton is imported."""
 
 import os
 
@@ -6,6 +6,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    # The tensors are small: threads would only wait for one another.
+    torch.set_num_threads(1)
 
 from collections.abc import Callable
 from typing import Any

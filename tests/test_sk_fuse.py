@@ -44,7 +44,9 @@ def test_a_split_without_positions_adds_nothing(device: torch.device) -> None:
     xs = Case((1, 2, 9)).branches(device)
     config = LaunchConfig(block_c=2, block_s=4, splits=4, num_warps=1)
     assert cdiv(9, config.span(9)) < config.splits
-    assert_matches("pooled", sk_fuse_fwd(xs, config=config), lambda f: textbook(mapped(f, xs)), ROUNDINGS)
+    assert_matches(
+        "pooled", sk_fuse_fwd(xs, config=config), lambda f: textbook(mapped(f, xs)), ROUNDINGS
+    )
 
 
 def test_float16_sum_beyond_its_range(device: torch.device) -> None:

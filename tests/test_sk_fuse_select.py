@@ -16,7 +16,7 @@ from sknet_kernels.sk_fuse_select import (
 )
 from sknet_kernels.sk_moments import sk_moments
 from sknet_triton import SKConv, functional, ops, use_backend
-from sknet_triton.backend import Backend
+from sknet_triton.backend import Backend, current_backend
 from sknet_triton.layers import section
 from sknet_triton.reference import stages
 from tests.helpers import Case, assert_matches
@@ -164,6 +164,29 @@ def composed(sk: SKConv) -> SKConv:
     return twin
 
 
+@pytest.fixture
+def section_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes `sk_fuse_select` where eager PyTorch would rather call the modules."""
+    monkeypatch.setattr(section, "pays", lambda sk, x: True)
+
+
+def test_eager_pytorch_calls_the_modules_and_the_others_do_not(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sk, x = SKConv(3, 4, G=1, d=5, device=device), torch.randn(2, 3, 4, 4, device=device)
+    run, calls = section.run, []
+
+    def recorded(sk: SKConv, maps: list[Tensor]) -> Tensor:
+        calls.append(current_backend())
+        return run(sk, maps)
+
+    monkeypatch.setattr(section, "run", recorded)
+    for backend in BACKENDS:
+        with use_backend(backend):
+            sk(x)
+    assert calls == ["triton"]
+
+
 def outcome(sk: SKConv, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
     """Runs forward and backward; returns the output, every gradient and every buffer."""
     x = x.detach().requires_grad_()
@@ -240,7 +263,9 @@ VARIANTS: dict[str, tuple[Callable[[SKConv], Any], bool]] = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_skconv_equals_its_modules(name: str, backend: Backend, device: torch.device) -> None:
+def test_skconv_equals_its_modules(
+    name: str, backend: Backend, device: torch.device, section_in_eager: None
+) -> None:
     change, plain = VARIANTS[name]
     sk = scrambled(SKConv(3, 4, M=2, G=1, d=5, dtype=torch.float64, device=device))
     change(sk)
@@ -263,7 +288,11 @@ def test_skconv_equals_its_modules(name: str, backend: Backend, device: torch.de
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_skconv_in_low_precision_is_as_close_as_its_modules(
-    layout: str, dtype: torch.dtype, backend: Backend, device: torch.device
+    layout: str,
+    dtype: torch.dtype,
+    backend: Backend,
+    device: torch.device,
+    section_in_eager: None,
 ) -> None:
     exact = scrambled(SKConv(4, 8, M=2, G=2, d=5, dtype=torch.float64, device=device))
     sk = copy.deepcopy(exact).to(dtype)
@@ -421,6 +450,7 @@ def test_triton_equals_the_reference_with_every_gradient(
         torch.testing.assert_close(got, exact, rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.usefixtures("section_in_eager")
 def test_a_second_derivative_is_refused(device: torch.device) -> None:
     x = torch.randn(2, 2, 2, 2, dtype=torch.float64, device=device)
     for backend in BACKENDS:

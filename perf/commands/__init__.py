@@ -3,7 +3,7 @@
 import argparse
 from typing import Protocol
 
-from perf.commands import compare, env, plot, run, summary
+from perf.commands import compare, env, kernels, plot, run, summary, traffic
 
 
 class Command(Protocol):
@@ -23,4 +23,4 @@ class Command(Protocol):
         """
 
 
-COMMANDS: tuple[Command, ...] = (run, compare, plot, summary, env)
+COMMANDS: tuple[Command, ...] = (run, compare, plot, summary, traffic, kernels, env)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from sknet_triton import functional
+from sknet_triton.backend import takes_triton
 
 if TYPE_CHECKING:
     from sknet_triton.layers.sk_conv import SKConv
@@ -19,6 +20,17 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+def pays(sk: "SKConv", x: Tensor) -> bool:
+    """Tells whether `sk_fuse_select` is to be preferred to calling the modules one by one.
+
+    The Triton kernels and torch.compile fuse its formulas; in eager PyTorch each would be an
+    operator, and the modules are faster. torch's SyncBatchNorm takes no CPU tensors, this does.
+    """
+    if takes_triton(x) or torch.compiler.is_compiling():
+        return True
+    return any(type(m) is nn.SyncBatchNorm for m in sk.modules())
 
 
 def is_plain(sk: "SKConv") -> bool:

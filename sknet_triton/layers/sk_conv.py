@@ -127,7 +127,7 @@ class SKConv(nn.Module):
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
         if self.aggregate == "sum":
             return _sum([branch(x) for branch in self.branches])
-        if section.is_plain(self):
+        if section.pays(self, x) and section.is_plain(self):
             self._check_batch(x.shape[0])
             return section.run(self, [cast(Any, branch).conv(x) for branch in self.branches])
         maps = [branch(x) for branch in self.branches]

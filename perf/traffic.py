@@ -1,0 +1,130 @@
+"""Passes over a branch tensor that each plan for fuse_select moves, and what each one saves.
+
+Eager is counted operator by operator, torch.compile by Inductor's own count of the plan it makes,
+the Triton kernels by Triton's interpreter. One pass is B * C * H * W elements.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import compile_fx, metrics
+from torch._inductor.utils import fresh_cache
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sknet_triton as skt
+from perf.bytes import counted_bytes
+from perf.measure import MEBI, saved_mb
+from perf.workloads import SKFuseSelect
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One row of the table: passes in training and inference, and branch tensors saved."""
+
+    M: int
+    layout: str
+    dtype: str
+    plan: str
+    training: float
+    inference: float
+    saved: float
+
+
+class _Operands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Counts the bytes of every operator's tensor arguments and results, views left out."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return out
+
+
+Run = Callable[[Callable[..., Any]], None]
+Count = Callable[[nn.Module, Run], int]
+
+
+def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Traffic]:
+    """Yields a row for every plan, layout and M = 2, 3; needs ``TRITON_INTERPRET=1``."""
+    for M in (2, 3):
+        for layout, memory_format in LAYOUTS.items():
+            xs = [
+                torch.randn(shape).to(dtype).to(memory_format=memory_format).requires_grad_()
+                for _ in range(M)
+            ]
+            ours = SKFuseSelect(shape[1], M)
+            plans: list[tuple[str, nn.Module, skt.Backend, Count]] = [
+                ("eager", ours.plain(), "reference", _eager_bytes),
+                ("torch.compile", ours.plain(), "reference", _compiled_bytes),
+                ("reference + torch.compile", ours, "reference", _compiled_bytes),
+                ("Triton", ours, "triton", _kernel_bytes),
+            ]
+            for plan, module, backend, count in plans:
+                with skt.use_backend(backend):
+                    figures = _figures(module, xs, count)
+                yield Traffic(M, layout, str(dtype).removeprefix("torch."), plan, *figures)
+
+
+def _figures(module: nn.Module, xs: list[Tensor], count: Count) -> tuple[float, float, float]:
+    """Returns passes in training and in inference, and the branch tensors saved."""
+    one_pass = xs[0].numel() * xs[0].element_size()
+    dout = torch.randn_like(xs[0])
+
+    def train(run: Callable[..., Any]) -> None:
+        torch.autograd.backward(run(*xs), dout)
+
+    def infer(run: Callable[..., Any]) -> None:
+        with torch.no_grad():
+            run(*xs)
+
+    training = count(module.train(), train)
+    saved = saved_mb(lambda: module(*xs), module) * MEBI
+    inference = count(module.eval(), infer)
+    return training / one_pass, inference / one_pass, saved / one_pass
+
+
+def _eager_bytes(module: nn.Module, run: Run) -> int:
+    operands: Any = _Operands()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    with operands:
+        run(module)
+    return int(operands.bytes)
+
+
+def _compiled_bytes(module: nn.Module, run: Run) -> int:
+    torch.compiler.reset()
+    metrics.reset()
+    with fresh_cache(), _metrics_counted():  # a plan from the cache would not be counted
+        run(torch.compile(module, fullgraph=True))
+    moved: int = metrics.num_bytes_accessed
+    return moved
+
+
+@contextmanager
+def _metrics_counted() -> Iterator[None]:
+    """Makes Inductor count its bytes, as it does where it would log them."""
+    log = compile_fx.inductor_metrics_log
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+def _kernel_bytes(module: nn.Module, run: Run) -> int:
+    with counted_bytes() as count:
+        run(module)
+    return count.read + count.written
