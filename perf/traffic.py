@@ -63,21 +63,33 @@ def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Tr
                 torch.randn(shape).to(dtype).to(memory_format=memory_format).requires_grad_()
                 for _ in range(M)
             ]
-            ours = SKFuseSelect(shape[1], M)
-            plans: list[tuple[str, nn.Module, skt.Backend, Count]] = [
-                ("eager", ours.plain(), "reference", _eager_bytes),
-                ("torch.compile", ours.plain(), "reference", _compiled_bytes),
-                ("reference + torch.compile", ours, "reference", _compiled_bytes),
-                ("Triton", ours, "triton", _kernel_bytes),
-            ]
-            for plan, module, backend, count in plans:
-                with skt.use_backend(backend):
-                    figures = _figures(module, xs, count)
-                yield Traffic(M, layout, str(dtype).removeprefix("torch."), plan, *figures)
+            for plan in _plans(SKFuseSelect(shape[1], M)):
+                with skt.use_backend(plan.backend):
+                    figures = _figures(plan, xs)
+                yield Traffic(M, layout, str(dtype).removeprefix("torch."), plan.name, *figures)
 
 
-def _figures(module: nn.Module, xs: list[Tensor], count: Count) -> tuple[float, float, float]:
+@dataclass(frozen=True)
+class _Plan:
+    name: str
+    module: nn.Module
+    backend: skt.Backend
+    compiled: bool
+    count: Count
+
+
+def _plans(ours: SKFuseSelect) -> tuple[_Plan, ...]:
+    return (
+        _Plan("eager", ours.plain(), "reference", False, _eager_bytes),
+        _Plan("torch.compile", ours.plain(), "reference", True, _compiled_bytes),
+        _Plan("reference + torch.compile", ours, "reference", True, _compiled_bytes),
+        _Plan("Triton", ours, "triton", False, _kernel_bytes),
+    )
+
+
+def _figures(plan: _Plan, xs: list[Tensor]) -> tuple[float, float, float]:
     """Returns passes in training and in inference, and the branch tensors saved."""
+    module = plan.module
     one_pass = xs[0].numel() * xs[0].element_size()
     dout = torch.randn_like(xs[0])
 
@@ -88,9 +100,10 @@ def _figures(module: nn.Module, xs: list[Tensor], count: Count) -> tuple[float, 
         with torch.no_grad():
             run(*xs)
 
-    training = count(module.train(), train)
-    saved = saved_mb(lambda: module(*xs), module) * MEBI
-    inference = count(module.eval(), infer)
+    training = plan.count(module.train(), train)
+    run = torch.compile(module) if plan.compiled else module
+    saved = saved_mb(lambda: run(*xs), module) * MEBI
+    inference = plan.count(module.eval(), infer)
     return training / one_pass, inference / one_pass, saved / one_pass
 
 

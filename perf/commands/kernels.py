@@ -7,8 +7,12 @@ thread, 16 where `fast` is true.
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
+from perf import env
 from perf.errors import UsageError
 
 _SHOWN = [
@@ -45,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     table = kernel_table()
     print(table[_SHOWN].to_string(index=False))
     if args.out is not None:
-        table.to_csv(args.out, index=False)
+        where = asdict(env.snapshot(torch.device("cpu"), seed=0, ranks=1))
+        table.assign(**where).to_csv(args.out, index=False)
         print(f"\n{args.out}")
     return int(bool((table.spill_bytes + table.stack_bytes).any()))
