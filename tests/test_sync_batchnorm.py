@@ -1,0 +1,335 @@
+"""SyncBatchNorm in SKConv over two processes, against one process with the joined batch.
+
+The oracle is made of nn.BatchNorm2d modules called one by one. All cases run in one pair of
+processes, because starting a pair takes longer than the cases do.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from sknet_triton import SKConv, use_backend
+from sknet_triton.backend import Backend
+from sknet_triton.layers import section
+from tests.helpers import laid_out
+from tests.plain_sknet import scramble
+
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+EXACT = 1e-11  # float64 with a few hundred additions, in another order
+WORLD = 2
+
+# torch leaves it untyped. It works in place on all but a lone norm.
+convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed's gloo"
+)
+
+
+def for_norms(change: Callable[[Any], Any]) -> Callable[[SKConv], None]:
+    def apply(sk: SKConv) -> None:
+        for module in sk.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                change(module)
+
+    return apply
+
+
+def without_affine(bn: nn.BatchNorm2d) -> None:
+    bn.affine = False
+    bn.register_parameter("weight", None)
+    bn.register_parameter("bias", None)
+
+
+def without_tracking(bn: nn.BatchNorm2d) -> None:
+    bn.track_running_stats = False
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        bn.register_buffer(name, None)
+
+
+def unchanged(sk: SKConv) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the two processes do: how many images each has, and what was done to the norms."""
+
+    images: tuple[int, int] = (2, 3)
+    change: Callable[[SKConv], Any] = unchanged
+    options: dict[str, Any] = field(default_factory=dict)
+    layout: str = "contiguous"
+    compiled: bool = False
+
+    def module(self, device: torch.device) -> SKConv:
+        torch.manual_seed(1)
+        sk = SKConv(3, 4, G=1, d=5, device=device, dtype=torch.float64, **self.options)
+        scramble(sk)
+        self.change(sk)
+        return sk
+
+    def joined(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the whole batch, its second image far from the rest, and a gradient."""
+        torch.manual_seed(2)
+        x = torch.randn(sum(self.images), 3, 5, 4, dtype=torch.float64)
+        x[1] = 3 * x[1] + 2
+        dout = torch.randn_like(self.module(torch.device("cpu")).eval()(x).detach())
+        return laid_out(x.to(device), self.layout), dout.to(device)
+
+
+CASES = {
+    "unequal": Case(),
+    "one image on a rank": Case((1, 3)),
+    "one image on every rank": Case((1, 1)),
+    "equal": Case((2, 2)),
+    "M3 stride 2 channels_last": Case(options={"M": 3, "stride": 2}, layout="channels_last"),
+    "momentum None": Case(change=for_norms(lambda bn: setattr(bn, "momentum", None))),
+    "no affine": Case(change=for_norms(without_affine)),
+    "no tracking": Case(change=for_norms(without_tracking)),
+    "frozen branches": Case((1, 3), lambda sk: sk.branches.eval()),
+    "frozen fc1": Case((1, 3), lambda sk: sk.fc1.eval()),
+    "eval": Case((1, 3), lambda sk: sk.eval()),
+    "compiled": Case((1, 3), compiled=True),
+}
+
+
+def outcome(sk: SKConv, x: Tensor, dout: Tensor, compiled: bool = False) -> dict[str, Tensor]:
+    """Takes two steps; returns the second's output and gradients, and every buffer."""
+    run = torch.compile(sk, fullgraph=True, backend="aot_eager") if compiled else sk
+    for _ in range(2):
+        sk.zero_grad()
+        x = x.detach().requires_grad_()
+        out = run(x)
+        torch.autograd.backward(out, dout)
+    seen = {"out": out.detach(), "dx": cast(Tensor, x.grad)}
+    seen |= {f"{name}.grad": cast(Tensor, p.grad) for name, p in sk.named_parameters()}
+    return seen | {name: buffer.clone() for name, buffer in sk.named_buffers()}
+
+
+def modules_one_by_one(sk: SKConv, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
+    """The oracle: a do-nothing hook keeps SKConv from using `sk_fuse_select`."""
+    sk.fc2.register_forward_hook(lambda *_: None)
+    assert not section.is_plain(sk)
+    with use_backend("reference"):
+        return outcome(sk, x, dout)
+
+
+def synced(sk: SKConv, group: Any = None) -> SKConv:
+    return cast(SKConv, convert(sk, group))
+
+
+def share(x: Tensor, images: tuple[int, int], rank: int) -> Tensor:
+    return x.narrow(0, sum(images[:rank]), images[rank])
+
+
+# --- what the processes do ----------------------------------------------------------------------
+
+
+def worker(rank: int, folder: str, device_type: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=(Path(folder) / "rendezvous").as_uri(),
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )
+    device = torch.device(device_type)
+    seen: dict[str, Any] = {
+        f"{name} {backend}": run_case(case, backend, rank, device)
+        for name, case in CASES.items()
+        for backend in BACKENDS
+    }
+    together = dist.new_group(list(range(WORLD)))
+    seen["own group"] = run_case(CASES["unequal"], "reference", rank, device, together)
+    groups_of_one = [dist.new_group([r]) for r in range(WORLD)]
+    for backend in BACKENDS:
+        seen[f"alone {backend}"] = run_case(
+            CASES["unequal"], backend, rank, device, groups_of_one[rank]
+        )
+    seen["mixtures"] = {name: run_mixture(name, rank, device, together) for name in MIXTURES}
+    torch.save(seen, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_case(
+    case: Case, backend: Backend, rank: int, device: torch.device, group: Any = None
+) -> dict[str, Tensor]:
+    sk = synced(case.module(device), group)
+    assert section.is_plain(sk)
+    x, dout = (share(t, case.images, rank) for t in case.joined(device))
+    with use_backend(backend):
+        return outcome(sk, x, dout, case.compiled)
+
+
+def sync_branches(sk: SKConv, group: Any) -> None:
+    convert(sk.branches, group)
+
+
+def sync_fc1(sk: SKConv, group: Any) -> None:
+    convert(sk.fc1, group)
+
+
+def sync_over_two_groups(sk: SKConv, group: Any) -> None:
+    sync_branches(sk, group)
+    sync_fc1(sk, None)
+
+
+def sync_branches_beside_frozen_fc1(sk: SKConv, group: Any) -> None:
+    sync_branches(sk, group)
+    sk.fc1.eval()
+
+
+def sync_fc1_beside_frozen_branches(sk: SKConv, group: Any) -> None:
+    sync_fc1(sk, group)
+    sk.branches.eval()
+
+
+def sync_one_branch(sk: SKConv, group: Any) -> None:
+    convert(sk.branches[0], group)
+
+
+def sync_branches_in_eval(sk: SKConv, group: Any) -> None:
+    sync_branches(sk, group)
+    sk.eval()
+
+
+# What to do to an SKConv; whether `sk_fuse_select` may still be used.
+MIXTURES: dict[str, tuple[Callable[[SKConv, Any], None], bool]] = {
+    "branches": (sync_branches, False),
+    "fc1": (sync_fc1, False),
+    "two groups": (sync_over_two_groups, False),
+    "one branch": (sync_one_branch, False),
+    "branches beside frozen fc1": (sync_branches_beside_frozen_fc1, True),
+    "fc1 beside frozen branches": (sync_fc1_beside_frozen_branches, True),
+    "branches in eval": (sync_branches_in_eval, True),
+}
+
+
+def run_mixture(name: str, rank: int, device: torch.device, group: Any) -> dict[str, Any]:
+    case, (change, _) = CASES["unequal"], MIXTURES[name]
+    sk = case.module(device)
+    change(sk, group)
+    x, dout = (share(t, case.images, rank) for t in case.joined(device))
+    result: dict[str, Any] = {"plain": section.is_plain(sk)}
+    try:
+        with use_backend("reference"):
+            result["outcome"] = outcome(sk, x, dout)
+    except ValueError as error:
+        result["error"] = str(error)
+    return result
+
+
+# --- what is asked of them ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process saw in every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    cast(Any, spawn)(worker, (str(folder), device_type), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", map_location=device_type) for rank in range(WORLD)]
+
+
+def assert_joined(seen: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:
+    """Asserts that the processes' shares make up what one process sees."""
+    assert all(share.keys() == expected.keys() for share in seen)
+    for key, value in expected.items():
+        shares = [share[key] for share in seen]
+        if key in ("out", "dx"):
+            actual = [torch.cat(shares)]
+        elif key.endswith(".grad"):
+            actual = [torch.stack(shares).sum(0)]
+        else:
+            actual = shares  # every process keeps the statistics of the joined batch
+        for x in actual:
+            torch.testing.assert_close(x, value, rtol=EXACT, atol=EXACT, msg=key)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one_with_the_joined_batch(
+    name: str, backend: Backend, ranks: list[dict[str, Any]], device: torch.device
+) -> None:
+    case = CASES[name]
+    expected = modules_one_by_one(case.module(device), *case.joined(device))
+    assert_joined([seen[f"{name} {backend}"] for seen in ranks], expected)
+
+
+def test_a_group_of_its_own(ranks: list[dict[str, Any]], device: torch.device) -> None:
+    case = CASES["unequal"]
+    expected = modules_one_by_one(case.module(device), *case.joined(device))
+    assert_joined([seen["own group"] for seen in ranks], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_groups_of_one_every_process_is_alone(
+    backend: Backend, ranks: list[dict[str, Any]], device: torch.device
+) -> None:
+    case = CASES["unequal"]
+    for rank, seen in enumerate(ranks):
+        x, dout = (share(t, case.images, rank) for t in case.joined(device))
+        expected = modules_one_by_one(case.module(device), x, dout)
+        assert_joined([seen[f"alone {backend}"]], expected)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_norms_that_disagree_are_called_one_by_one(name: str, ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["mixtures"][name]["plain"] == MIXTURES[name][1]
+        # The modules themselves are right on a GPU; on a CPU torch's SyncBatchNorm says no.
+        if not MIXTURES[name][1] and not torch.cuda.is_available():
+            message = seen["mixtures"][name]["error"]
+            assert "SyncBatchNorm expected input tensor to be on GPU" in message
+
+
+FREEZES: dict[str, Callable[[SKConv], Any]] = {
+    "branches beside frozen fc1": lambda sk: sk.fc1.eval(),
+    "fc1 beside frozen branches": lambda sk: sk.branches.eval(),
+    "branches in eval": lambda sk: sk.eval(),
+}
+
+
+@pytest.mark.parametrize("name", FREEZES)
+def test_a_frozen_norm_agrees_with_any_group(
+    name: str, ranks: list[dict[str, Any]], device: torch.device
+) -> None:
+    case = CASES["unequal"]
+    sk = case.module(device)
+    FREEZES[name](sk)
+    expected = modules_one_by_one(sk, *case.joined(device))
+    assert_joined([seen["mixtures"][name]["outcome"] for seen in ranks], expected)
+
+
+# --- SyncBatchNorm in a single process ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["unequal", "momentum None", "frozen fc1", "eval"])
+def test_without_a_process_group_it_is_batch_norm(
+    name: str, backend: Backend, device: torch.device
+) -> None:
+    case = CASES[name]
+    sk = case.module(device)
+    expected = modules_one_by_one(copy.deepcopy(sk), *case.joined(device))
+    with use_backend(backend):
+        assert_joined([outcome(synced(sk), *case.joined(device))], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_image_in_a_single_process_is_refused(backend: Backend, device: torch.device) -> None:
+    sk = synced(CASES["unequal"].module(device))
+    x = CASES["unequal"].joined(device)[0][:1]
+    with use_backend(backend), pytest.raises(ValueError, match="a batch of at least 2"):
+        sk(x)
