@@ -257,6 +257,10 @@ VARIANTS: dict[str, tuple[Callable[[SKConv], Any], bool]] = {
     "group norm": (lambda sk: setattr(sk.branches[1], "bn", nn.GroupNorm(2, 4)), False),
     "no norm": (lambda sk: setattr(sk.branches[0], "bn", nn.Identity()), False),
     "other activation": (lambda sk: setattr(sk.branches[0], "act", nn.SiLU()), False),
+    "fc1 of 3 x 3": (
+        lambda sk: setattr(sk.fc1, "conv", nn.Conv2d(4, 5, 3, padding=1, bias=False)),
+        False,
+    ),
     "fc1 layer norm": (lambda sk: setattr(sk.fc1, "bn", nn.GroupNorm(1, 5)), False),
 }
 

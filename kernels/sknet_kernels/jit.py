@@ -39,6 +39,31 @@ def tile_pointers(ptr, stride_b, stride_c, stride_s, pid_b, offs_c, offs_s, ALIG
 
 
 @triton.jit
+def branch_pointers(
+    ptrs,
+    strides_b,
+    strides_c,
+    strides_s,
+    BRANCH: tl.constexpr,
+    pid_b,
+    offs_c,
+    offs_s,
+    ALIGN: tl.constexpr,
+):
+    """Returns the `tile_pointers` of one branch."""
+    return tile_pointers(
+        ptrs[BRANCH],
+        strides_b[BRANCH],
+        strides_c[BRANCH],
+        strides_s[BRANCH],
+        pid_b,
+        offs_c,
+        offs_s,
+        ALIGN,
+    )
+
+
+@triton.jit
 def channel_rows(ptr, offs_c, mask_c, C, COUNT: tl.constexpr):
     """Returns the rows of a contiguous [COUNT, C] as COUNT vectors [BLOCK_C]."""
     rows = ()

@@ -9,12 +9,12 @@ from torch import Tensor
 from sknet_kernels.arguments import accumulator, branch_arguments, common_alignment, problem_of
 from sknet_kernels.config import DeviceFacts, LaunchConfig, cdiv
 from sknet_kernels.jit import (
+    branch_pointers,
     known_multiple,
     norm_rows,
     normalised,
     program_coordinates,
     relu,
-    tile_pointers,
 )
 from sknet_kernels.launch import Launch
 from sknet_kernels.layout import as_bcs
@@ -65,15 +65,8 @@ def _sk_fuse_fwd_kernel(
         offs_s = first + tl.arange(0, BLOCK_S)
         mask = mask_c[:, None] & (offs_s < stop)[None, :]
         for i in tl.static_range(NUM_BRANCHES):
-            ptrs = tile_pointers(
-                x_ptrs[i],
-                x_strides_b[i],
-                x_strides_c[i],
-                x_strides_s[i],
-                pid_b,
-                offs_c,
-                offs_s,
-                ALIGN,
+            ptrs = branch_pointers(
+                x_ptrs, x_strides_b, x_strides_c, x_strides_s, i, pid_b, offs_c, offs_s, ALIGN
             )
             x = tl.load(ptrs, mask=mask, other=0.0)
             if HAS_NORM:

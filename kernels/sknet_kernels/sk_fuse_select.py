@@ -21,6 +21,7 @@ from sknet_kernels.arguments import (
 )
 from sknet_kernels.config import DeviceFacts, LaunchConfig, cdiv
 from sknet_kernels.jit import (
+    branch_pointers,
     channel_rows,
     known_multiple,
     norm_rows,
@@ -84,15 +85,8 @@ def _sk_fuse_select_sums_kernel(
         dout = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
-            ptrs = tile_pointers(
-                x_ptrs[i],
-                x_strides_b[i],
-                x_strides_c[i],
-                x_strides_s[i],
-                pid_b,
-                offs_c,
-                offs_s,
-                ALIGN,
+            ptrs = branch_pointers(
+                x_ptrs, x_strides_b, x_strides_c, x_strides_s, i, pid_b, offs_c, offs_s, ALIGN
             )
             x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
             off = (normalised(x, means[i], scales[i], betas[i]) <= 0.0) | ~mask
@@ -175,15 +169,8 @@ def _sk_fuse_select_dx_kernel(
         )
         dout = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
         for i in tl.static_range(NUM_BRANCHES):
-            ptrs = tile_pointers(
-                x_ptrs[i],
-                x_strides_b[i],
-                x_strides_c[i],
-                x_strides_s[i],
-                pid_b,
-                offs_c,
-                offs_s,
-                ALIGN,
+            ptrs = branch_pointers(
+                x_ptrs, x_strides_b, x_strides_c, x_strides_s, i, pid_b, offs_c, offs_s, ALIGN
             )
             x = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
             off = normalised(x, means[i], scales[i], betas[i]) <= 0.0
@@ -192,15 +179,8 @@ def _sk_fuse_select_dx_kernel(
                 slope = rstds[i] * drifts[2 * i + 1]
                 dy = dy - drifts[2 * i][:, None] - (x - means[i][:, None]) * slope[:, None]
             dx = (scales[i][:, None] * dy).to(dx_ptrs[i].dtype.element_ty)
-            ptrs = tile_pointers(
-                dx_ptrs[i],
-                dx_strides_b[i],
-                dx_strides_c[i],
-                dx_strides_s[i],
-                pid_b,
-                offs_c,
-                offs_s,
-                ALIGN,
+            ptrs = branch_pointers(
+                dx_ptrs, dx_strides_b, dx_strides_c, dx_strides_s, i, pid_b, offs_c, offs_s, ALIGN
             )
             tl.store(ptrs, dx, mask=mask)
 

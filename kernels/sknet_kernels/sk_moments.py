@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sknet_kernels.arguments import accumulator, branch_arguments, common_alignment, problem_of
 from sknet_kernels.config import DeviceFacts, LaunchConfig, cdiv
-from sknet_kernels.jit import known_multiple, tile_pointers
+from sknet_kernels.jit import branch_pointers, known_multiple
 from sknet_kernels.launch import Launch
 from sknet_kernels.layout import as_bcs
 
@@ -68,11 +68,12 @@ def _sk_moments_kernel(
             offs_s = (tile % tiles_per_image).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
             mask_s = offs_s < size
             mask = mask_c[:, None] & mask_s[None, :]
-            ptrs = tile_pointers(
-                x_ptrs[i],
-                x_strides_b[i],
-                x_strides_c[i],
-                x_strides_s[i],
+            ptrs = branch_pointers(
+                x_ptrs,
+                x_strides_b,
+                x_strides_c,
+                x_strides_s,
+                i,
                 (tile // tiles_per_image).to(tl.int64),
                 offs_c,
                 offs_s,

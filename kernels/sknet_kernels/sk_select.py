@@ -17,6 +17,7 @@ from sknet_kernels.arguments import (
 )
 from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, cdiv
 from sknet_kernels.jit import (
+    branch_pointers,
     branch_softmax,
     branch_softmax_bwd,
     known_multiple,
@@ -90,15 +91,8 @@ def _sk_select_fwd_kernel(
         mask = mask_c[:, None] & (offs_s < stop)[None, :]
         out = tl.zeros([BLOCK_C, BLOCK_S], ACC)
         for i in tl.static_range(NUM_BRANCHES):
-            ptrs = tile_pointers(
-                x_ptrs[i],
-                x_strides_b[i],
-                x_strides_c[i],
-                x_strides_s[i],
-                pid_b,
-                offs_c,
-                offs_s,
-                ALIGN,
+            ptrs = branch_pointers(
+                x_ptrs, x_strides_b, x_strides_c, x_strides_s, i, pid_b, offs_c, offs_s, ALIGN
             )
             u = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
             if HAS_NORM:
@@ -171,27 +165,13 @@ def _sk_select_bwd_kernel(
         dout = tl.load(ptrs, mask=mask, other=0.0).to(ACC)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
-            ptrs = tile_pointers(
-                x_ptrs[i],
-                x_strides_b[i],
-                x_strides_c[i],
-                x_strides_s[i],
-                pid_b,
-                offs_c,
-                offs_s,
-                ALIGN,
+            ptrs = branch_pointers(
+                x_ptrs, x_strides_b, x_strides_c, x_strides_s, i, pid_b, offs_c, offs_s, ALIGN
             )
             x = tl.load(ptrs, mask=mask, other=0.0)
             grown = grown + (products[i] + dout * x.to(ACC),)
-            ptrs = tile_pointers(
-                dx_ptrs[i],
-                dx_strides_b[i],
-                dx_strides_c[i],
-                dx_strides_s[i],
-                pid_b,
-                offs_c,
-                offs_s,
-                ALIGN,
+            ptrs = branch_pointers(
+                dx_ptrs, dx_strides_b, dx_strides_c, dx_strides_s, i, pid_b, offs_c, offs_s, ALIGN
             )
             dx = (attn[i][:, None] * dout).to(dx_ptrs[i].dtype.element_ty)
             tl.store(ptrs, dx, mask=mask)

@@ -41,9 +41,9 @@ def is_plain(sk: "SKConv") -> bool:
     """
     fc1, fc2 = sk.fc1, sk.fc2
     blocks = [*sk.branches, fc1]
-    if not all(_is_conv_bn_relu(block) for block in blocks) or type(fc2) is not nn.Conv2d:
+    if not all(_is_conv_bn_relu(block) for block in blocks) or _any_hook(sk):
         return False
-    if type(cast(Any, fc1).conv) is not nn.Conv2d or _any_hook(sk):
+    if not all(_is_linear(conv) for conv in (cast(Any, fc1).conv, fc2)):
         return False
     norms = [cast(Any, block).bn for block in blocks]
     first, fc1_norm = norms[0], norms[-1]
@@ -83,6 +83,15 @@ def _is_conv_bn_relu(block: nn.Module) -> bool:
         and names == ["conv", "bn", "act"]
         and type(block.bn) in _NORMS
         and type(block.act) is nn.ReLU
+    )
+
+
+def _is_linear(conv: nn.Module) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
     )
 
 
