@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Level = Literal["op", "layer", "model", "workload"]
-Mode = Literal["infer", "train"]
+Mode = Literal["infer", "train", "bwd"]
 DType = Literal["fp32", "tf32", "bf16", "fp16", "autocast"]
 Layout = Literal["nchw", "channels_last"]
 
@@ -37,7 +37,8 @@ class Case:
     ``resolution`` is that of the image; an op or a layer sees the map [B, C, H, W] that an SKNet
     has in ``stage`` at that resolution. ``stage`` is 0 where the whole network runs, and C, H, W
     are then those of its input. Mode infer is the forward pass without gradients, train the
-    forward and the backward pass; the digits workload trains to the end, optimiser included.
+    forward and the backward pass, bwd the backward pass of an op or a layer alone; the digits
+    workload trains to the end, optimiser included.
     """
 
     level: Level
@@ -52,6 +53,11 @@ class Case:
     C: int
     H: int
     W: int
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether a backward pass belongs to it."""
+        return self.mode != "infer"
 
     @property
     def label(self) -> str:

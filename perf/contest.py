@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from perf import digits, gate, measure, workloads
 from perf.cases import Case
@@ -81,7 +82,10 @@ def failure(error: Exception) -> Result:
     if out_of_memory and torch.cuda.is_available():
         torch.cuda.empty_cache()
     reason = one_line(f"{type(error).__name__}: {error}")
-    return Result("oom" if out_of_memory else "error", reason)
+    if out_of_memory:
+        return Result("oom", reason)
+    # PyTorch names it wherever a graph cannot run backward twice, which only mode bwd asks for.
+    return Result("unsupported" if "retain_graph" in str(error) else "error", reason)
 
 
 class Contest:
@@ -119,21 +123,29 @@ class Contest:
             return {name: self._guarded(self._learn, entry) for name, entry in entries.items()}
         failed: dict[str, Result] = {}
         times: dict[str, list[float]] = {}
-        while entries and not times:
+        steps: dict[str, measure.Step] = {}
+        for name, entry in entries.items():
             try:
-                times = self._interleave(entries)
+                steps[name] = self._step(entry)
+            except Exception as error:
+                failed[name] = failure(error)
+        while steps and not times:
+            try:
+                times = self._interleave(steps, entries)
             except measure.StepError as error:
                 failed[error.name] = failure(error.cause)
-                entries = {name: entry for name, entry in entries.items() if name != error.name}
+                del steps[error.name]
         counted = {
-            name: self._guarded(partial(self._timed, times[name]), entry)
-            for name, entry in entries.items()
+            name: self._guarded(partial(self._timed, times[name], step), entries[name])
+            for name, step in steps.items()
         }
         return failed | counted
 
-    def _interleave(self, entries: dict[str, Entry]) -> dict[str, list[float]]:
+    def _interleave(
+        self, steps: dict[str, measure.Step], entries: dict[str, Entry]
+    ) -> dict[str, list[float]]:
         return measure.interleaved(
-            {name: self._step(entry) for name, entry in entries.items()},
+            steps,
             lambda name: self._context(entries[name].provider),
             self.conditions.device,
             self.conditions.seconds,
@@ -147,10 +159,9 @@ class Contest:
         except Exception as error:
             return failure(error)
 
-    def _timed(self, times: list[float], entry: Entry) -> Result:
+    def _timed(self, times: list[float], step: measure.Step, entry: Entry) -> Result:
         """Returns the entry's result with its times and all that follows from them."""
         device = self.conditions.device
-        step = self._step(entry)
         return replace(
             self._with_times(entry, times),
             launches=measure.launches(step, device),
@@ -182,14 +193,12 @@ class Contest:
         )
         needed = workloads.bytes_needed(self.case)
         if needed is not None:
-            gbps, copy = needed / seconds / 1e9, measure.copy_gbps(self.conditions.device)
-            return replace(
-                result,
-                bytes_needed=needed,
-                gbps=gbps,
-                copy_gbps=copy,
-                pct_copy=100 * gbps / copy,
-            )
+            copy = measure.copy_gbps(self.conditions.device)
+            result = replace(result, bytes_needed=needed, copy_gbps=copy)
+            if needed == 0:
+                return result
+            gbps = needed / seconds / 1e9
+            return replace(result, gbps=gbps, pct_copy=100 * gbps / copy)
         flops = self._count_flops(entry.provider)
         return replace(result, gflops=flops / 1e9, tflops_per_s=flops / seconds / 1e12)
 
@@ -204,17 +213,20 @@ class Contest:
         return verdict
 
     def _step(self, entry: Entry) -> measure.Step:
-        """Returns what is timed: the forward pass, in training followed by the backward pass."""
+        """Returns what is timed: the forward pass, the backward pass or both, as the mode says."""
         wanted = gate.differentiated(entry.module, self.case, self._inputs(0))
-        if self.case.mode == "infer":
+        if not self.case.differentiates:
             return lambda: entry.call(*wanted.inputs)
         tensors = list(wanted.tensors.values())
         with self._context(entry.provider):
-            dout = gate.arriving_gradient(entry.call(*wanted.inputs), self.case, self._seed(0))
+            out = entry.call(*wanted.inputs)
+        dout = gate.arriving_gradient(out, self.case, self._seed(0))
+        if self.case.mode == "bwd":
+            return lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True)
         return lambda: torch.autograd.grad(entry.call(*wanted.inputs), tensors, dout)
 
     def _saved_mb(self, entry: Entry) -> float | None:
-        if self.case.mode == "infer":
+        if not self.case.differentiates:
             return None
         inputs = gate.differentiated(entry.module, self.case, self._inputs(0)).inputs
         return measure.saved_mb(lambda: entry.call(*inputs), entry.module)
@@ -222,9 +234,7 @@ class Contest:
     def _count_flops(self, provider: Provider) -> int:
         if provider.oracle not in self._flops:
             module = self._module(provider.oracle, self.case)
-            self._flops[provider.oracle] = measure.flops(
-                module, self._inputs(0), backward=self.case.mode == "train"
-            )
+            self._flops[provider.oracle] = measure.flops(module, self._inputs(0), self.case.mode)
         return self._flops[provider.oracle]
 
     def _evaluate(self, call: Call, module: nn.Module, draw: int) -> gate.Evaluation:
@@ -256,7 +266,10 @@ class Contest:
         stack = ExitStack()
         stack.enter_context(provider.active())
         stack.enter_context(workloads.precision(self.case, self.conditions.device))
-        stack.enter_context(torch.set_grad_enabled(self.case.mode == "train"))
+        stack.enter_context(torch.set_grad_enabled(self.case.differentiates))
+        if self.case.mode == "bwd":
+            # torch.compile would let the backward pass overwrite what the forward pass saved.
+            stack.enter_context(functorch_config.patch(donated_buffer=False))
         return stack
 
     def _synchronize(self) -> None:

@@ -40,7 +40,7 @@ DRAWS = 3
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The output of one run and, in training, its gradients by name."""
+    """The output of one run and, where the case has a backward pass, its gradients by name."""
 
     out: Tensor
     grads: Mapping[str, Tensor]
@@ -112,13 +112,18 @@ def evaluate(
     seed: int,
 ) -> Evaluation:
     """Runs ``call``, which computes with the parameters of ``module``, once."""
-    if case.mode == "infer":
+    if not case.differentiates:
         with torch.no_grad():
             return Evaluation(call(*inputs), {})
     wanted = differentiated(module, case, inputs)
     out = call(*wanted.inputs)
+    tensors = list(wanted.tensors.values())
     dout = arriving_gradient(out, case, seed)
-    grads = torch.autograd.grad(out, list(wanted.tensors.values()), dout)
+    if case.mode == "bwd":
+        # What is timed comes after other backward passes over the same graph, so the judged one
+        # does, too.
+        torch.autograd.grad(out, tensors, dout, retain_graph=True)
+    grads = torch.autograd.grad(out, tensors, dout)
     return Evaluation(out.detach(), dict(zip(wanted.tensors, grads, strict=True)))
 
 
@@ -167,7 +172,7 @@ def consult(
         for name, err in gradient_errors(rough.grads, exact.grads).items():
             grad_err[name] = max(grad_err[name], err)
     condition = 0.0
-    if case.mode == "train":
+    if case.differentiates:
         moved = _moved(exact_inputs, CONDITION_STEP * max(out_err, roundoff), seed)
         near = _evaluate_plain(make_module(case).double(), case, moved, seed)
         condition = max(gradient_errors(near.grads, exact.grads).values())

@@ -11,6 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from perf.cases import Mode
+
 Step = Callable[[], object]
 
 MEBI = 2**20
@@ -18,6 +20,7 @@ WARMUP_MS = 25.0
 # Larger than the last-level cache of the CPUs and GPUs at hand, so that a copy goes to memory.
 COPY_BYTES = {"cpu": 256 * MEBI, "cuda": 1024 * MEBI}
 COPY_SECONDS = 0.5
+FORWARD_PASSES: dict[Mode, int] = {"infer": 1, "train": 3, "bwd": 2}
 
 
 class StepError(Exception):
@@ -122,7 +125,7 @@ def saved_mb(forward: Callable[[], Tensor], module: nn.Module) -> float:
     return sum(kept.values()) / MEBI
 
 
-def flops(module: nn.Module, inputs: tuple[Tensor, ...], *, backward: bool) -> int:
+def flops(module: nn.Module, inputs: tuple[Tensor, ...], mode: Mode) -> int:
     """Returns the FLOPs of the convolutions and matrix products, a multiply-add being two.
 
     The backward pass counts as two forward passes, one product for the gradient of each factor.
@@ -132,4 +135,4 @@ def flops(module: nn.Module, inputs: tuple[Tensor, ...], *, backward: bool) -> i
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs)
     forward: int = counter.get_total_flops()
-    return 3 * forward if backward else forward
+    return forward * FORWARD_PASSES[mode]

@@ -142,6 +142,22 @@ PRESETS = {
             ),
             Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
             Grid(
+                ("sk_fuse_select", "sk_select"),
+                modes=("bwd",),
+                dtypes=("bf16",),
+                layouts=("channels_last",),
+                batches=(32,),
+                providers=("eager", "compile", "triton", "triton+compile"),
+            ),
+            Grid(
+                ("sk_conv",),
+                modes=("bwd",),
+                dtypes=("bf16",),
+                layouts=("channels_last",),
+                batches=(32,),
+                providers=("eager", "compile", "triton", "triton+compile"),
+            ),
+            Grid(
                 ("sk_fuse_select", "sk_fuse", "sk_select"),
                 dtypes=("bf16",),
                 layouts=("channels_last", "nchw"),

@@ -53,6 +53,9 @@ class Provider:
             device.type != "cuda"
         ):
             return f"{self.name} needs a GPU, and there is none"
+        if self.wrap in ("max-autotune", "cudagraph") and case.mode == "bwd":
+            # Replaying the backward pass alone would read memory that it has already reused.
+            return "a CUDA graph replays one backward pass after each forward pass"
         if self.wrap == "cudagraph" and case.level == "workload":
             return "a graph replays one fixed batch and cannot learn the digits"
         return None

@@ -22,7 +22,8 @@ class Result:
 
     Attributes:
         status: ok; unverified where the result was wrong, which is then never timed; unsupported
-            where the provider cannot carry the case out here; oom; error.
+            where the provider cannot carry the case out here, or cannot run the backward pass
+            alone again; oom; error.
         reason: one line that says why the status is not ok.
         ms_p50: median time of one call, in milliseconds.
         ms_p20: its 20 % quantile.
@@ -31,11 +32,11 @@ class Result:
         images_per_s: images in a second at the median, for layers, models and the workload.
         compile_s: seconds of the first call, where it compiles, with cold caches.
         bytes_needed: bytes that the mathematics has to move, for ops.
-        gbps: those bytes over the median time.
+        gbps: those bytes over the median time; None where they are 0.
         copy_gbps: bandwidth of a large copy, measured in the same process.
         pct_copy: gbps as a percentage of it; over 100 where the tensors stay in a cache.
-        gflops: 1e9 floating-point operations of one call, a multiply-add being two, training
-            counted as three forward passes.
+        gflops: 1e9 floating-point operations of one call, a multiply-add being two, the backward
+            pass counted as two forward passes.
         tflops_per_s: those over the median time.
         launches: kernels, copies and fills of one call, on a GPU.
         peak_mb: most memory in MiB that one call holds, on a GPU.

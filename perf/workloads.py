@@ -102,8 +102,8 @@ class Workload:
         plain: builds the baseline from it, with the same parameters.
         inputs: draws the inputs in float32.
         input_grads: whether the backward pass goes down to the inputs.
-        passes: branch tensors read or written once (MATH.md, "What that costs") in infer and in
-            train; None where convolutions move more than the stages do.
+        passes: branch tensors that the mathematics reads or writes, in the case's mode; None where
+            convolutions move more than the stages do.
     """
 
     ours: Callable[[Case], nn.Module]
@@ -139,21 +139,25 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
-# Reading M branches; training adds nothing, because the gradient of an average is a broadcast.
+# Reading M branches. The backward pass needs none, because the gradient of an average is a
+# broadcast, which a view can express; a provider that writes it out moves more than is needed.
 def _fuse_passes(case: Case) -> int:
-    return case.M
+    return {"infer": case.M, "train": case.M, "bwd": 0}[case.mode]
 
 
-# Reading M branches and writing one; training adds reading dout and the branches for dlogits and
-# dx in one go, and writing M gradients.
+# Reading M branches and writing one. The backward pass reads dout and the branches for dlogits and
+# dx in one go, and writes M gradients.
 def _select_passes(case: Case) -> int:
-    return case.M + 1 + (2 * case.M + 1 if case.mode == "train" else 0)
+    forward, backward = case.M + 1, 2 * case.M + 1
+    return {"infer": forward, "train": forward + backward, "bwd": backward}[case.mode]
 
 
-# Training reads the branches for their statistics, to fuse and to select, and writes V; backward
-# reads dout and the branches twice and writes M gradients. Inference needs no statistics.
+# Training reads the branches for their statistics, to fuse and to select, and writes V; the
+# backward pass reads dout and the branches twice and writes M gradients. Inference needs no
+# statistics.
 def _fuse_select_passes(case: Case) -> int:
-    return 6 * case.M + 3 if case.mode == "train" else 2 * case.M + 1
+    forward, backward = 3 * case.M + 1, 3 * case.M + 2
+    return {"infer": 2 * case.M + 1, "train": forward + backward, "bwd": backward}[case.mode]
 
 
 def _plain_fuse_select(ours: nn.Module) -> nn.Module:
@@ -228,7 +232,9 @@ def unsupported(case: Case, device: torch.device) -> str | None:
         return "tf32 needs an NVIDIA GPU"
     if case.dtype == "autocast" and case.level == "op":
         return "autocast concerns layers: an op sees the dtype that its caller chose"
-    if case.mode == "train" and case.workload not in ("sk_fuse", "sk_select") and case.B == 1:
+    if case.mode == "bwd" and case.level not in ("op", "layer"):
+        return "the backward pass alone is measured for ops and layers"
+    if case.differentiates and case.workload not in ("sk_fuse", "sk_select") and case.B == 1:
         return "training needs a batch of at least 2, for the batch norm of fc1"
     if case.level == "workload" and (case.mode, case.dtype) != ("train", "fp32"):
         return "the digits are trained, in fp32"
@@ -271,7 +277,7 @@ def laid_out(x: Tensor, case: Case) -> Tensor:
 
 def place_module(module: nn.Module, case: Case, device: torch.device) -> nn.Module:
     """Casts ``module``, moves it, lays it out and sets it to train or evaluate, in place."""
-    module.to(device, DTYPE_OF[case.dtype]).train(case.mode == "train")
+    module.to(device, DTYPE_OF[case.dtype]).train(case.differentiates)
     if case.layout == "channels_last":
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module

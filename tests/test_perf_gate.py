@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,10 @@ def test_provider_that_fails_while_timed_leaves_the_others() -> None:
         ("sk_fuse_select", "train", "fp32", "nchw"),
         ("sk_fuse_select", "infer", "bf16", "channels_last"),
         ("sk_conv", "train", "fp32", "channels_last"),
+        ("sk_select", "bwd", "fp32", "nchw"),
+        ("sk_fuse_select", "bwd", "bf16", "channels_last"),
+        ("sk_conv", "bwd", "fp32", "nchw"),
+        ("sk_unit", "bwd", "fp32", "channels_last"),
         ("sk_conv", "infer", "autocast", "nchw"),
         ("sk_unit", "train", "fp32", "nchw"),
         ("sknet26", "infer", "fp32", "nchw"),
@@ -193,6 +198,90 @@ def test_reference_passes_and_is_timed(workload: str, mode: str, dtype: str, lay
         assert (result.images_per_s is None) == (case.level == "op")
 
 
+class _BackwardOnce(torch.autograd.Function):
+    """Keeps a graph of its own, which the first backward pass frees."""
+
+    @staticmethod
+    def forward(ctx: Any, *branches: Tensor) -> Tensor:
+        with torch.enable_grad():
+            ctx.inside = [x.detach().requires_grad_() for x in branches]
+            ctx.out = torch.stack([x * x.exp() for x in ctx.inside]).sum(dim=0)
+        out: Tensor = ctx.out.detach()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = torch.autograd.grad(ctx.out, ctx.inside, dout)
+        return grads
+
+
+def test_provider_that_cannot_run_backward_again_is_unsupported_in_bwd(plant: Plant) -> None:
+    def once(*branches: Tensor) -> Tensor:
+        out: Tensor = _BackwardOnce.apply(*branches)  # type: ignore[no-untyped-call]
+        return out
+
+    plant("sk_fuse", once)
+    results = contest.measure_case(small("sk_fuse", "bwd"), (EAGER, REFERENCE), CONDITIONS)
+    assert (results["reference"].status, results["eager"].status) == ("unsupported", "ok")
+    assert "backward through the graph a second time" in results["reference"].reason
+
+
+def test_wrong_second_backward_is_unverified_in_bwd(plant: Plant) -> None:
+    calls = 0
+
+    def twice_as_much_again(dout: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return dout if calls == 1 else 2 * dout
+
+    def hooked(*branches: Tensor) -> Tensor:
+        out: Tensor = baseline.PlainFuse()(*branches)
+        if out.requires_grad:
+            out.register_hook(twice_as_much_again)  # type: ignore[no-untyped-call]
+        return out
+
+    plant("sk_fuse", hooked)
+    result = contest.measure_case(small("sk_fuse", "bwd"), (REFERENCE,), CONDITIONS)["reference"]
+    assert result.status == "unverified"
+
+
+def test_bwd_times_the_backward_pass_alone(plant: Plant) -> None:
+    forwards = 0
+
+    def counted(logits: Tensor, *branches: Tensor) -> Tensor:
+        nonlocal forwards
+        forwards += 1
+        out: Tensor = baseline.PlainSelect()(logits, *branches)
+        return out
+
+    plant("sk_select", counted)
+    for seconds in (0.002, 0.05):
+        contest.measure_case(
+            small("sk_select", "bwd"), (REFERENCE,), replace(CONDITIONS, seconds=seconds)
+        )
+    # The first call, the gate's, the timed graph and the count of what is saved, however long.
+    assert forwards == 2 * 4
+
+
+def test_bwd_of_torch_compile_runs_again() -> None:
+    results = contest.measure_case(
+        small("sk_select", "bwd", batch=2), (PROVIDERS["compile"],), CONDITIONS
+    )
+    assert (results["compile"].status, results["compile"].reason) == ("ok", "")
+
+
+@pytest.mark.parametrize("name", ["compile-max-autotune", "triton+cudagraph"])
+def test_cuda_graphs_are_unsupported_in_bwd(name: str) -> None:
+    reason = PROVIDERS[name].unavailable(small("sk_select", "bwd"), torch.device("cuda"))
+    assert reason == "a CUDA graph replays one backward pass after each forward pass"
+
+
+def test_backward_of_fuse_needs_no_bytes_and_has_no_bandwidth() -> None:
+    result = contest.measure_case(small("sk_fuse", "bwd"), (EAGER,), CONDITIONS)["eager"]
+    assert (result.status, result.bytes_needed) == ("ok", 0)
+    assert (result.gbps, result.pct_copy) == (None, None)
+
+
 @pytest.mark.parametrize("M", [1, 3])
 def test_gate_takes_other_numbers_of_branches(M: int) -> None:
     case = small("sk_select", "train", M=M)
@@ -206,6 +295,9 @@ def test_gate_takes_other_numbers_of_branches(M: int) -> None:
         small("sk_fuse", "infer", dtype="tf32"),
         small("sk_fuse", "infer", dtype="autocast"),
         small("digits", "infer"),
+        small("digits", "bwd"),
+        small("sknet26", "bwd"),
+        small("sk_unit", "bwd", batch=1),
     ],
 )
 def test_impossible_case_is_unsupported_with_a_reason(case: Case) -> None:
@@ -238,10 +330,10 @@ def test_digits_are_learned() -> None:
     assert result.accuracy >= 0.97
 
 
-@pytest.mark.parametrize(("mode", "passes"), [("infer", 1), ("train", 3)])
+@pytest.mark.parametrize(("mode", "passes"), [("infer", 1), ("train", 3), ("bwd", 2)])
 def test_flops_are_those_of_the_published_network(mode: str, passes: int) -> None:
     case = make_case("sknet50", mode, batch=1, resolution=224)  # type: ignore[arg-type]
     module = workloads.parameters(case, "plain", seed=0).eval()
     inputs = workloads.inputs(case, 0, CPU)
-    counted = measure.flops(module, inputs, backward=mode == "train")
+    counted = measure.flops(module, inputs, case.mode)
     assert counted / 2 == pytest.approx(4.46e9 * passes, rel=0.005)

@@ -204,12 +204,14 @@ def test_stage_shapes_are_those_of_the_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workload", "infer", "train"),
-    [("sk_fuse", 3, 3), ("sk_select", 4, 11), ("sk_fuse_select", 7, 21)],
+    ("workload", "infer", "train", "bwd"),
+    [("sk_fuse", 3, 3, 0), ("sk_select", 4, 11, 7), ("sk_fuse_select", 7, 21, 11)],
 )
-def test_ops_need_the_passes_of_the_mathematics(workload: str, infer: int, train: int) -> None:
+def test_ops_need_the_passes_of_the_mathematics(
+    workload: str, infer: int, train: int, bwd: int
+) -> None:
     one_pass = 2 * 128 * 8 * 8 * 2
-    for mode, passes in (("infer", infer), ("train", train)):
+    for mode, passes in (("infer", infer), ("train", train), ("bwd", bwd)):
         case = make_case(workload, mode, M=3, dtype="bf16", batch=2, resolution=32)  # type: ignore[arg-type]
         assert workloads.bytes_needed(case) == passes * one_pass
 

@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--branches", nargs="+", type=sizes, metavar="M", help="numbers of branches M")
     add("--dtype", nargs="+", choices=cases.DTYPES)
     add("--layout", nargs="+", choices=cases.LAYOUTS)
-    add("--mode", nargs="+", choices=cases.MODES, help="infer: forward; train: and backward")
+    add(
+        "--mode",
+        nargs="+",
+        choices=cases.MODES,
+        help="infer: forward; train: forward and backward; bwd: backward alone, of ops and layers",
+    )
     add("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
     add("--out", type=Path, metavar="FILE.csv", help="default: named after preset and machine")
     add("--resume", action="store_true", help="go on with --out and skip the rows it has")
