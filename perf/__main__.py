@@ -1,11 +1,16 @@
 """Entry point of ``python -m perf``."""
 
 import argparse
+import os
+import signal
 import sys
 from typing import NoReturn
 
 from perf.commands import COMMANDS
 from perf.errors import UsageError
+
+# What a shell reports of a process that a closed pipe ended; 1 would be the verdict of compare.
+BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -17,6 +22,18 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand and returns its exit status: 2 for a bad argument."""
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # so that a closed pipe fails here and not while Python exits
+    except BrokenPipeError:
+        # Python flushes again at exit, and has to find somewhere to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run(arguments: list[str] | None) -> int:
     parser = _Parser(prog="python -m perf", description="Measures sknet-triton.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -1,5 +1,6 @@
 """The run command: what it selects, writes, refuses and says."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from perf import schema, sweep, workloads
-from perf.__main__ import main
+from perf.__main__ import BROKEN_PIPE, main
 from perf.cases import Case, make_case, stage_shape
 from perf.contest import Conditions
 from perf.presets import PRESETS, Grid, jobs
@@ -214,6 +215,25 @@ def test_ops_need_the_passes_of_the_mathematics(
     for mode, passes in (("infer", infer), ("train", train), ("bwd", bwd)):
         case = make_case(workload, mode, M=3, dtype="bf16", batch=2, resolution=32)  # type: ignore[arg-type]
         assert workloads.bytes_needed(case) == passes * one_pass
+
+
+def test_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
+    out = tmp_path / "a.csv"
+    run = [*TINY, "--provider", "eager", "--out", str(out)]
+    for arguments in (run, ["summary", str(out)]):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(
+            [sys.executable, "-m", "perf", *arguments],
+            cwd=ROOT,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        os.close(write)
+        assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
+    assert len(schema.read(out)) == 3
 
 
 def test_help_and_env_work(capsys: pytest.CaptureFixture[str]) -> None:
