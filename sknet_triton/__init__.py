@@ -6,6 +6,7 @@ imports neither triton nor a device driver; both wait for the first GPU tensor.
 
 from sknet_triton import functional
 from sknet_triton.backend import Backend, use_backend
+from sknet_triton.inference import fuse_bn
 from sknet_triton.layers import BranchSpec, SKConv, SKUnit
 from sknet_triton.models import SKNet, SKNetFeatures, StageSpec, sknet26, sknet50, sknet101
 
@@ -21,6 +22,7 @@ __all__ = [
     "StageSpec",
     "__version__",
     "functional",
+    "fuse_bn",
     "sknet26",
     "sknet50",
     "sknet101",

@@ -1,0 +1,366 @@
+"""fuse_bn: equal results, what it folds and what it leaves alone."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sknet_triton import SKConv, SKNet, SKNetFeatures, SKUnit, StageSpec, fuse_bn, use_backend
+from sknet_triton.layers import section
+from tests.helpers import laid_out
+from tests.plain_sknet import largest_error, scramble
+
+# Relative to the largest value, in float64: see test_layers.py and, for networks, test_models.py.
+EXACT = 1e-10
+
+TABLE = (StageSpec(32, 2, 1), StageSpec(64, 1))
+
+
+def among_others() -> nn.Module:
+    """A model of somebody else's with two units in it, and names that look like ours."""
+    own = nn.Sequential()
+    own.add_module("conv", nn.Conv2d(3, 8, 3))
+    own.add_module("bn", nn.BatchNorm2d(8))
+    unit = SKUnit(16, 8, stride=2, G=2)
+    return nn.Sequential(own, nn.SiLU(), SKUnit(8, 8, G=2), nn.Dropout(), unit, nn.BatchNorm2d(16))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "SKNet": lambda: SKNet(TABLE, num_classes=5),
+    "caffe": lambda: SKNet(TABLE, num_classes=5, variant="caffe"),
+    "features": lambda: SKNetFeatures(TABLE),
+    "M3": lambda: SKNet(TABLE, num_classes=5, unit_options={"M": 3}),
+    "sum": lambda: SKNet(TABLE, num_classes=5, unit_options={"aggregate": "sum"}),
+    "fc1 layer norm": lambda: SKNet(TABLE, num_classes=5, unit_options={"fc_norm": "layer"}),
+    "fc1 no norm": lambda: SKNet(TABLE, num_classes=5, unit_options={"fc_norm": "none"}),
+    "SKUnit": lambda: SKUnit(8, 8, stride=2, G=2),
+    "SKConv": lambda: SKConv(8, 8, G=2),
+    "SKConv sum": lambda: SKConv(8, 8, G=2, aggregate="sum"),
+    "among others": among_others,
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    return scramble(MODELS[name]()).eval().to(dtype)
+
+
+def image(model: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
+    weight = next(iter(model.parameters()))
+    channels = 3 if weight.shape[2:] == (7, 7) or isinstance(model, nn.Sequential) else 8
+    return torch.randn(2, channels, 32, 38, dtype=dtype)
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        out = model(x)
+    return out if isinstance(out, list) else [out]
+
+
+def norms(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folded_model_gives_the_same(name: str, layout: str) -> None:
+    model = build(name)
+    x = laid_out(image(model), layout)
+    if layout == "channels_last":
+        cast(Any, model).to(memory_format=torch.channels_last)
+    before = outputs(model, x)
+    weights = {n: p.is_contiguous(memory_format=torch.channels_last) for n, p in tensors(model)}
+    assert fuse_bn(model) is model
+    for actual, expected in zip(outputs(model, x), before, strict=True):
+        assert actual.stride() == expected.stride()
+        assert largest_error(actual, expected) < EXACT
+    after = {n: p.is_contiguous(memory_format=torch.channels_last) for n, p in tensors(model)}
+    assert {n: after[n] for n in weights} == weights
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((n, p) for n, p in model.named_parameters() if p.dim() == 4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_folded(name: str) -> None:
+    model = build(name)
+    names = [n for n, _ in model.named_modules()]
+    sks = [m for m in model.modules() if isinstance(m, SKConv) and m.aggregate == "sk"]
+    on_the_fly = {section.is_plain(sk) for sk in sks}
+    stay = {"0.bn", "5"} if name == "among others" else set()
+    if name not in ("sum", "fc1 layer norm", "fc1 no norm", "SKConv sum"):
+        stay |= {n for n in norms(model) if re.search(r"\b(branches|fc1)\b", n)}
+        assert on_the_fly == {True}
+    fuse_bn(model)
+    assert set(norms(model)) == stay
+    assert [n for n, _ in model.named_modules()] == names
+    assert {section.is_plain(sk) for sk in sks} == on_the_fly
+
+
+def test_the_state_dict_has_biases_for_norms_and_can_be_loaded() -> None:
+    model, twin = build("SKUnit"), build("SKUnit")
+    before = model.state_dict()
+    after = fuse_bn(model).state_dict()
+    blocks = ("reduce", "increase", "shortcut")
+    assert after.keys() - before.keys() == {f"{block}.conv.bias" for block in blocks}
+    gone = before.keys() - after.keys()
+    assert {key.rpartition(".")[0] for key in gone} == {f"{block}.bn" for block in blocks}
+    for parameter in twin.parameters():
+        nn.init.zeros_(parameter)
+    fuse_bn(twin).load_state_dict(after)
+    x = image(model)
+    assert torch.equal(twin(x), model(x))
+
+
+def test_a_second_call_changes_nothing() -> None:
+    model = fuse_bn(build("SKNet"))
+    modules, state = [*model.modules()], copy.deepcopy(model.state_dict())
+    fuse_bn(model)
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_convolutions_that_someone_else_holds_are_not_written_to() -> None:
+    unit = cast(SKUnit, build("SKUnit").requires_grad_(False))
+    conv = unit.reduce.get_submodule("conv")
+    weight = cast(Tensor, conv.weight).clone()
+    fuse_bn(unit)
+    assert conv.bias is None
+    assert torch.equal(cast(Tensor, conv.weight), weight)
+    assert not any(p.requires_grad for p in unit.parameters())
+
+
+# --- rounding -----------------------------------------------------------------------------------
+
+
+def test_one_pair_in_float32_stays_within_its_bound() -> None:
+    """Elementwise, against float64.
+
+    A folded weight meets 4 roundings (eps added, rsqrt, times gamma, times w), none worse than
+    eps; so does the bias. The convolution adds K products and the bias: K + 1 roundings at most.
+    """
+    net = build("SKNet", torch.float32)
+    block = cast(Any, net).stem
+    conv, bn = block.conv, block.bn
+    x = image(net, torch.float32)
+    wide = copy.deepcopy(block)[:2].double()  # without the ReLU, which rounds nothing
+    exact = wide(x.double())
+    scale = (wide.bn.weight * torch.rsqrt(wide.bn.running_var + bn.eps)).abs()[:, None, None]
+    products = nn.functional.conv2d(
+        x.double().abs(), wide.conv.weight.abs(), None, conv.stride, conv.padding
+    )
+    magnitude = scale * (products + wide.bn.running_mean.abs()[:, None, None])
+    magnitude = magnitude + wide.bn.bias.abs()[:, None, None]
+    K = conv.weight[0].numel()
+    fuse_bn(net)
+    actual = cast(Any, net).stem[:2](x)
+    assert ((actual - exact).abs() <= (K + 5) * torch.finfo(torch.float32).eps * magnitude).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["SKNet", "M3", "sum"])
+def test_a_network_in_low_precision_is_as_close_as_before(name: str, dtype: torch.dtype) -> None:
+    """In the norm, against float64.
+
+    The fold trades the norm's roundings of the activations for as many of the weights; the rest
+    of the network carries both alike.
+    """
+    model = build(name, dtype)
+    exact = copy.deepcopy(model).double()
+    x = image(model, dtype)
+    (oracle,), (before,) = outputs(exact, x.double()), outputs(model, x)
+    (after,) = outputs(fuse_bn(model), x)
+    slack = 2 * torch.finfo(dtype).eps * oracle.norm()
+    assert (after - oracle).norm() <= 2 * (before - oracle).norm() + slack
+
+
+def test_a_bfloat16_weight_is_rounded_once() -> None:
+    unit = build("SKUnit", torch.bfloat16)
+    exact = fuse_bn(copy.deepcopy(unit).double()).state_dict()
+    half = 0.51 * torch.finfo(torch.bfloat16).eps
+    for key, value in fuse_bn(unit).state_dict().items():
+        if key.endswith(("reduce.conv.weight", "increase.conv.weight", "shortcut.conv.weight")):
+            assert ((value - exact[key]).abs() <= half * exact[key].abs()).all(), key
+
+
+# --- what is left alone -------------------------------------------------------------------------
+
+
+def parametrize(module: Any) -> None:
+    nn.utils.parametrizations.weight_norm(module)
+
+
+def hook_backward(module: nn.Module) -> None:
+    module.register_full_backward_hook(lambda *_: None)
+
+
+def share_conv(unit: Any) -> None:
+    unit.other = nn.Sequential(unit.reduce.conv)
+
+
+def share_bn(unit: Any) -> None:
+    unit.other = unit.reduce.bn
+
+
+def use_bn_twice(unit: Any) -> None:
+    unit.reduce.again = unit.reduce.bn
+
+
+def without_statistics(unit: Any) -> None:
+    old = unit.reduce.bn
+    unit.reduce.bn = nn.BatchNorm2d(old.num_features, track_running_stats=False).double().eval()
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Conv2d's name
+        return 2 * super().forward(input)
+
+
+def other_conv(unit: Any) -> None:
+    new = Doubled(8, 8, 1, bias=False).double().eval()
+    new.load_state_dict(unit.reduce.conv.state_dict())
+    unit.reduce.conv = new
+
+
+LEAVE: dict[str, Callable[[Any], Any]] = {
+    "hook on the convolution": lambda u: u.reduce.conv.register_forward_hook(lambda *_: None),
+    "hook before the convolution": lambda u: u.reduce.conv.register_forward_pre_hook(
+        lambda *_: None
+    ),
+    "hook on the norm": lambda u: u.reduce.bn.register_forward_hook(lambda *_: None),
+    "backward hook on the norm": lambda u: hook_backward(u.reduce.bn),
+    "parametrization": lambda u: parametrize(u.reduce.conv),
+    "shared convolution": share_conv,
+    "shared norm": share_bn,
+    "norm used twice in a row": use_bn_twice,
+    "no running statistics": without_statistics,
+    "other convolution": other_conv,
+    "other norm": lambda u: u.reduce.add_module("bn", nn.GroupNorm(2, 8).double()),
+    "something in between": lambda u: setattr(
+        u,
+        "reduce",
+        nn.Sequential(u.reduce.conv, nn.ReLU(), u.reduce.bn, u.reduce.act),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEAVE)
+def test_a_pair_is_left_alone(name: str) -> None:
+    unit = cast(Any, build("SKUnit"))
+    LEAVE[name](unit)
+    modules = [*unit.reduce]
+    x = image(unit)
+    (before,) = outputs(unit, x)
+    fuse_bn(unit)
+    assert all(a is b for a, b in zip(unit.reduce, modules, strict=True))
+    assert isinstance(unit.increase.bn, nn.Identity)
+    (after,) = outputs(unit, x)
+    assert largest_error(after, before) < EXACT
+
+
+def test_hooks_around_a_pair_stay() -> None:
+    unit = cast(Any, build("SKUnit"))
+    seen: list[Tensor] = []
+    unit.reduce.register_forward_hook(lambda _module, _args, out: seen.append(out.clone()))
+    x = image(unit)
+    unit(x)
+    fuse_bn(unit)(x)
+    assert isinstance(unit.reduce.bn, nn.Identity)
+    assert largest_error(seen[1], seen[0]) < EXACT
+
+
+def test_a_unit_used_twice_is_folded_once() -> None:
+    unit = scramble(SKUnit(16, 8, G=2)).double().eval()
+    model = nn.Sequential(unit, unit).eval()
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
+    (before,) = outputs(model, x)
+    (after,) = outputs(fuse_bn(model), x)
+    assert isinstance(cast(Any, unit).reduce.bn, nn.Identity)
+    assert largest_error(after, before) < EXACT
+
+
+@pytest.mark.parametrize("change", ["affine", "bias", "sync"])
+def test_norms_of_other_kinds(change: str) -> None:
+    unit = cast(Any, build("SKUnit"))
+    if change == "affine":
+        unit.reduce.bn = nn.BatchNorm2d(8, affine=False).double().eval()
+    elif change == "bias":
+        unit.reduce.conv.bias = nn.Parameter(torch.randn(8, dtype=torch.float64))
+    else:
+        unit = cast(Any, nn.SyncBatchNorm).convert_sync_batchnorm(unit)
+    x = image(unit)
+    (before,) = outputs(unit, x)
+    (after,) = outputs(fuse_bn(unit), x)
+    assert isinstance(unit.reduce.bn, nn.Identity)
+    assert largest_error(after, before) < EXACT
+
+
+# --- training mode ------------------------------------------------------------------------------
+
+TRAINING: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "the model": (lambda m: m.train(), r"model in training mode"),
+    "a norm": (lambda m: m[4].increase.bn.train(), r"model\.4\.increase\.bn in training mode"),
+    "a norm that stays": (lambda m: m[2].sk.fc1.bn.train(), r"model\.2\.sk\.fc1\.bn in training"),
+    "a norm of others": (lambda m: m[5].train(), r"model\.5 in training mode"),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_mode_is_refused_and_nothing_changes(name: str) -> None:
+    change, message = TRAINING[name]
+    model = build("among others")
+    change(model)
+    modules, state = [*model.modules()], copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"model: expected eval mode, .* got {message}"):
+        fuse_bn(model)
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_dropout_in_training_is_none_of_its_business() -> None:
+    model = cast(Any, build("among others"))
+    model[3].train()
+    assert norms(fuse_bn(model))
+
+
+# --- together with the rest ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SKUnit", "M3", "sum"])
+def test_a_folded_model_compiles_to_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    model = fuse_bn(build(name))
+    x = image(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert largest_error(compiled(x), model(x)) < EXACT
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_can_be_folded_afterwards() -> None:
+    torch._dynamo.reset()
+    model = build("SKUnit")
+    x = image(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        before = compiled(x)
+        fuse_bn(cast(nn.Module, compiled))
+        assert largest_error(compiled(x), before) < EXACT
+    assert isinstance(cast(Any, model).reduce.bn, nn.Identity)
+    torch._dynamo.reset()
+
+
+def test_the_kernels_take_a_folded_model(device: torch.device) -> None:
+    model = build("SKUnit").to(device)
+    x = image(model)[..., :6, :5].to(device)
+    with use_backend("reference"):
+        (before,) = outputs(model, x)
+    with use_backend("triton"):
+        (after,) = outputs(fuse_bn(model), x)
+    assert largest_error(after, before) < EXACT
