@@ -1,8 +1,8 @@
 """Compare two reports and exit with 1 where the new one is slower beyond noise.
 
 Rows are joined on the key columns. A row regressed where its median grew by more than
---max-regression and the samples' p20 to p80 of both runs do not overlap, or where it was ok and no
-longer is.
+--max-regression and by more than twice the wider p20 to p80 of both runs, or where it was ok and
+no longer is.
 """
 
 import argparse
