@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 import torch
 
@@ -14,8 +15,10 @@ from perf.figures import look
 from perf.providers import PROVIDERS
 from perf.schema import Result, Row
 from perf.store import open_store
+from perf.traffic_figure import traffic_figure
 
 ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")
+TRAFFIC = Path(__file__).parent.parent / "perf/reports/traffic-cpu-torch2.13.0.csv"
 PNG = b"\x89PNG\r\n"
 
 
@@ -62,6 +65,29 @@ def test_report_without_a_measured_row_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     case = make_case("sk_fuse", "infer")
     open_store(path, resume=False).append([Row(case, "triton", Result("unsupported", "no"), ENV)])
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot", str(path)])
+    assert stopped.value.code == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_traffic_is_drawn_for_every_plan_beside_the_minimum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plot", str(TRAFFIC), "--out", str(tmp_path)]) == 0
+    png, svg = (Path(line) for line in capsys.readouterr().out.splitlines())
+    assert png.read_bytes().startswith(PNG)
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+    table = pd.read_csv(TRAFFIC)
+    training = traffic_figure(table).axes[0]
+    minimum, *plans = training.get_legend_handles_labels()[1]
+    assert (minimum, plans) == ("the mathematics", list(table.plan.unique()))
+    assert len(training.patches) == len(table)
+
+
+def test_traffic_without_a_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(TRAFFIC.read_text().partition("\n")[0] + "\n")
     with pytest.raises(SystemExit) as stopped:
         main(["plot", str(path)])
     assert stopped.value.code == 2

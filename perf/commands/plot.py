@@ -1,13 +1,23 @@
 """Draw a report: speed-up, bandwidth, passes, and latency over batch and resolution.
 
-Every figure is written as PNG and SVG, named after the report.
+A file that traffic wrote is drawn as passes moved and tensors saved by each plan, beside the
+minimum. Every figure is written as PNG and SVG, named after the report.
 """
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from perf.commands.files import read_report
 from perf.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DPI = 150
 
@@ -23,13 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Writes the figures and prints their paths."""
     from perf.figures import figures
+    from perf.traffic_figure import is_traffic, traffic_figure
 
-    frame = read_report(args.report)
-    if not (frame.status == "ok").any():
-        raise UsageError(f"{args.report} has no measured row")
+    if is_traffic(args.report):
+        table = pd.read_csv(args.report)
+        if table.empty:
+            raise UsageError(f"{args.report} has no row")
+        drawn: Iterable[tuple[str, Figure]] = [("moved", traffic_figure(table))]
+    else:
+        frame = read_report(args.report)
+        if not (frame.status == "ok").any():
+            raise UsageError(f"{args.report} has no measured row")
+        drawn = figures(frame)
     folder = args.out or args.report.parent
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures(frame):
+    for name, figure in drawn:
         for suffix in ("png", "svg"):
             path = folder / f"{args.report.stem}-{name}.{suffix}"
             figure.savefig(path, dpi=DPI)
