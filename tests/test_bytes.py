@@ -21,7 +21,8 @@ def one_pass(case: Case) -> int:
 
 
 def cases() -> list[Case]:
-    return [
+    # 24 channels leave lanes of a tile over, which may not touch memory.
+    return [Case((2, 24, 28, 28), layout=layout, dtype=torch.bfloat16) for layout in LAYOUTS] + [
         Case((2, 16, *size), M=M, layout=layout, dtype=torch.bfloat16)
         for size in SIZES
         for M in (2, 3)

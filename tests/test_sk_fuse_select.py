@@ -70,7 +70,7 @@ def test_moments(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("splits", [1, 2, 3, 5])
 def test_moments_of_a_large_mean_keep_their_digits(
     splits: int, layout: str, device: torch.device
 ) -> None:
@@ -214,6 +214,11 @@ def zero_weight(bn: nn.BatchNorm2d) -> None:
     nn.init.zeros_(bn.weight)
 
 
+def zero_weight_and_bias(bn: nn.BatchNorm2d) -> None:
+    nn.init.zeros_(bn.weight)
+    nn.init.zeros_(bn.bias)
+
+
 def negative_weight(bn: nn.BatchNorm2d) -> None:
     bn.weight.data = -bn.weight.data.abs()
 
@@ -248,6 +253,7 @@ VARIANTS: dict[str, tuple[Callable[[SKConv], Any], bool]] = {
     "frozen fc1": (freeze_fc1, True),
     "all frozen": (for_norms(lambda bn: bn.eval()), True),
     "gamma zero": (for_norms(zero_weight), True),
+    "gamma and beta zero": (for_norms(zero_weight_and_bias), True),
     "gamma negative": (for_norms(negative_weight), True),
     "no affine": (for_norms(without_affine), True),
     "no tracking": (for_norms(without_tracking), True),
@@ -318,6 +324,25 @@ def test_skconv_in_low_precision_is_as_close_as_its_modules(
         assert error <= limit, f"{key}: {error} > {limit}"
     contiguous = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     assert actual["out"].is_contiguous(memory_format=contiguous)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("section_in_eager")
+def test_what_is_not_finite_is_as_in_the_modules(
+    value: float, backend: Backend, device: torch.device
+) -> None:
+    sk = scrambled(SKConv(3, 4, G=1, d=5, device=device)).eval()
+    x = torch.randn(2, 3, 7, 7, device=device)
+    x[1, 0, 3, 3] = value
+    with use_backend("reference"):
+        expected = composed(sk)(x)
+    with use_backend(backend):
+        out = sk(x)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+    assert out[0].isfinite().all()
+    assert not out[1].isfinite().all()
 
 
 def recorder(seen: list[torch.Size]) -> Callable[..., None]:
