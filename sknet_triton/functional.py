@@ -164,9 +164,9 @@ def sk_fuse_select(
         fc2_weight,
         fc2_bias,
     )
-    settings = Settings(
-        norm.eps, fc1_norm.eps, norm.batch_stats, fc1_norm.batch_stats, norm.group or fc1_norm.group
-    )
+    # The one group of the norms that take statistics, which _check_section has seen to.
+    group = norm.group if norm.batch_stats else fc1_norm.group if fc1_norm.batch_stats else ""
+    settings = Settings(norm.eps, fc1_norm.eps, norm.batch_stats, fc1_norm.batch_stats, group)
     if _takes_triton(xs):
         from sknet_triton import ops
 
@@ -174,17 +174,20 @@ def sk_fuse_select(
     else:
         # torch leaves Function.apply untyped.
         results = Results(*reference.SKFuseSelect.apply(*settings, *parameters, *xs))  # type: ignore[no-untyped-call]
-    return _with_unbiased_variances(results, settings, xs[0].shape[2:].numel())
+    return _with_unbiased_variances(results, settings)
 
 
-def _with_unbiased_variances(r: Results, settings: Settings, positions: int) -> FuseSelect:
+def _with_unbiased_variances(r: Results, settings: Settings) -> FuseSelect:
     mean, var, fc1_mean, fc1_var = None, None, None, None
     if settings.batch_stats:
-        count = r.images * positions
-        mean, var = r.mean, r.var * (count / (count - 1))
+        mean, var = r.mean, r.var * _bessel(r.counts[1])
     if settings.fc1_batch_stats:
-        fc1_mean, fc1_var = r.fc1_mean, r.fc1_var * (r.images / (r.images - 1))
+        fc1_mean, fc1_var = r.fc1_mean, r.fc1_var * _bessel(r.counts[0])
     return FuseSelect(r.out, mean, var, fc1_mean, fc1_var)
+
+
+def _bessel(count: Tensor) -> Tensor:
+    return count / (count - 1)
 
 
 def _or_constant(x: Tensor | None, size: int, like: Tensor, value: float) -> Tensor:

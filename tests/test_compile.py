@@ -113,19 +113,20 @@ def test_inductor_infers_like_eager_and_keeps_channels_last(backend: str) -> Non
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_sknet50_is_one_graph_and_equals_eager(training: bool) -> None:
-    eager = scramble(sknet50(num_classes=10)).train(training)
+    eager = scramble(sknet50(num_classes=10)).double().train(training)
     module = copy.deepcopy(eager)
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(training):
         actual, expected = compiled(x), eager(x)
-        # The same operators in the same order: aot_eager changes no number in the forward pass
-        # except where a decomposition stands in for an operator, some eps each of 200 layers.
-        assert largest_error(actual.detach(), expected.detach().double()) < 200 * 2**-23
+        # Compiled units normalise by their own formulas, eager ones by batch norm's. In training
+        # the last stage sees 4 values a channel, whose spread can be far below their size: every
+        # one of its norms may cost digits.
+        limit = 1e-7 if training else 1e-9
+        assert largest_error(actual.detach(), expected.detach()) < limit
     if training:
-        # At 32x32 the last stage sees 2 positions a channel, so that its batch norms' backward
-        # cancels nearly all: only finite gradients for every parameter are asked for here, and
-        # equality of the smaller network above, in float64.
+        # For the same reason only finite gradients for every parameter are asked for here, and
+        # equality of the smaller network above.
         torch.autograd.backward(actual.sum())
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None, name

@@ -105,7 +105,7 @@ def _(
         empty(stats),
         empty(fc1_stats),
         empty(fc1_stats),
-        empty(()),
+        empty((2,)),
         empty((B, C)),
         empty((B, d)),
         empty((B, M, C)),

@@ -79,7 +79,7 @@ class Results(NamedTuple):
         var: biased, likewise.
         fc1_mean: the batch's [d]; empty where it is not taken.
         fc1_var: biased, likewise.
-        images: the batch size over all processes, a scalar.
+        counts: images, and values a channel of a branch, over all processes [2].
         pooled: s [B, C].
         hidden: fc1's output before its norm [B, d].
         logits: [B, M, C].
@@ -90,7 +90,7 @@ class Results(NamedTuple):
     var: Tensor
     fc1_mean: Tensor
     fc1_var: Tensor
-    images: Tensor
+    counts: Tensor
     pooled: Tensor
     hidden: Tensor
     logits: Tensor
@@ -120,22 +120,24 @@ def forward(
 ) -> Results:
     """Carries out everything between the convolutions and V (2M + 1 passes, 3M + 1 in training)."""
     dtype = accumulation_dtype(branches[0].dtype)
-    images = sum_over(settings.group, p.gamma.new_full((), branches[0].shape[0], dtype=dtype))
-    mean, var = images.new_empty(0), images.new_empty(0)
+    images = branches[0].shape[0]
+    own = [p.gamma.new_full((), n, dtype=dtype) for n in (images, images * _positions(branches))]
+    counts = sum_over(settings.group, torch.stack(own))
+    mean, var = counts.new_empty(0), counts.new_empty(0)
     if settings.batch_stats:
-        mean, var = _joined(*stages.moments(branches), branches[0].shape[0], images, settings)
+        mean, var = _joined(*stages.moments(branches), own[1], counts[1], settings)
     norm = _norm(mean, var, p, settings)
     pooled = stages.fuse(branches, norm)
     hidden = F.linear(pooled, p.fc1_weight.to(dtype), _cast(p.fc1_bias, dtype))
-    fc1_mean, fc1_var = images.new_empty(0), images.new_empty(0)
+    fc1_mean, fc1_var = counts.new_empty(0), counts.new_empty(0)
     if settings.fc1_batch_stats:
         fc1_var, fc1_mean = torch.var_mean(hidden, 0, correction=0)
-        fc1_mean, fc1_var = _joined(fc1_mean, fc1_var, hidden.shape[0], images, settings)
+        fc1_mean, fc1_var = _joined(fc1_mean, fc1_var, own[0], counts[0], settings)
     _, _, z = _fc1_norm(hidden, fc1_mean, fc1_var, p, settings)
     logits = F.linear(z, p.fc2_weight.to(dtype), _cast(p.fc2_bias, dtype))
     logits = logits.view(pooled.shape[0], len(branches), pooled.shape[1])
     out = stages.select(branches, logits, norm)
-    return Results(out, mean, var, fc1_mean, fc1_var, images, pooled, hidden, logits)
+    return Results(out, mean, var, fc1_mean, fc1_var, counts, pooled, hidden, logits)
 
 
 def backward(
@@ -149,19 +151,18 @@ def backward(
     """Carries out the backward in 3M + 2 passes; ``saved.out`` is not read."""
     dtype = saved.logits.dtype
     norm = _norm(saved.mean, saved.var, p, settings)
-    positions = branches[0].shape[2:].numel()
     p1, p2, p3, p4 = stages.sums(dout, branches, norm)
     attn = torch.softmax(saved.logits, dim=1)
     dattn = p.gamma.to(dtype) * p3 + p.beta.to(dtype) * p1
     dlogits = attn * (dattn - torch.sum(attn * dattn, dim=1, keepdim=True))
     mlp, dpooled = _mlp_backward(dlogits.flatten(1), p, saved, settings)
-    share = dpooled / positions
+    share = dpooled / _positions(branches)
     dbeta = torch.sum(attn * p1 + share[:, None] * p2, dim=0)
     dgamma = torch.sum(attn * p3 + share[:, None] * p4, dim=0)
     drift = None
     if settings.batch_stats:
         drift = sum_over(settings.group, torch.stack([dbeta, dgamma], dim=1))
-        drift = drift / (saved.images * positions)
+        drift = drift / saved.counts[1]
     dbranches = stages.gradients(dout, branches, norm, attn, share, drift)
     return Gradients(dbranches, dgamma.to(p.gamma.dtype), dbeta.to(p.beta.dtype), *mlp)
 
@@ -176,7 +177,7 @@ def _mlp_backward(
     dgamma, dbeta = torch.sum(dy * hhat, 0), torch.sum(dy, 0)
     dhidden = dy
     if settings.fc1_batch_stats:
-        drift = sum_over(settings.group, torch.stack([dbeta, dgamma])) / saved.images
+        drift = sum_over(settings.group, torch.stack([dbeta, dgamma])) / saved.counts[0]
         dhidden = dy - drift[0] - hhat * drift[1]
     dhidden = dhidden * (p.fc1_gamma.to(dtype) * rstd)
     gradients = (
@@ -212,15 +213,21 @@ def _fc1_norm(
 
 
 def _joined(
-    mean: Tensor, var: Tensor, images: int, all_images: Tensor, settings: Settings
+    mean: Tensor, var: Tensor, count: Tensor, all_counts: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """Joins this process's moments, over ``images`` images, with those of the group."""
+    """Joins this process's moments, of ``count`` values, with those of the group."""
     if not settings.group:
         return mean, var
-    weight = images / all_images
+    weight = count / all_counts
+    # A process without an image has moments of nothing, NaN, that count for nothing.
+    mean, var = (x.masked_fill(weight == 0, 0) for x in (mean, var))
     joined = sum_over(settings.group, mean * weight)
     spread = var + (mean - joined).square()
     return joined, sum_over(settings.group, spread * weight)
+
+
+def _positions(branches: Sequence[Tensor]) -> int:
+    return branches[0].shape[2:].numel()
 
 
 def _constant(mean: Tensor | None, var: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

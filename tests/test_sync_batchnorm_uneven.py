@@ -1,0 +1,110 @@
+"""SyncBatchNorm where processes see other resolutions, or one of them no image at all."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from sknet_triton import SKConv, use_backend
+from sknet_triton.backend import Backend
+from tests.plain_sknet import scramble
+
+EXACT = 1e-11
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+SHAPES = {
+    "other resolutions": ((2, 3, 4, 5), (3, 3, 7, 6)),
+    "an empty process": ((0, 3, 4, 5), (3, 3, 4, 5)),
+}
+
+
+def drawn(kind: str) -> tuple[SKConv, list[Tensor], list[Tensor]]:
+    """Returns a layer, the input of each process and the gradient that arrives there."""
+    torch.manual_seed(3)
+    sk = cast(SKConv, scramble(SKConv(3, 4, G=1, d=5, dtype=torch.float64)))
+    xs = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES[kind]]
+    return sk, xs, [torch.randn(len(x), 4, *x.shape[2:], dtype=x.dtype) for x in xs]
+
+
+def activated(branch: Any, maps: list[Tensor]) -> list[Tensor]:
+    """Normalises maps of several sizes by their joint statistics, one row a position."""
+    rows = torch.cat([m.movedim(1, -1).flatten(0, -2) for m in maps])
+    bn = branch.bn
+    rows = F.batch_norm(
+        rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, bn.momentum, bn.eps
+    ).relu()
+    parts = torch.split(rows, [m.numel() // m.shape[1] for m in maps])
+    return [
+        part.view(len(m), *m.shape[2:], m.shape[1]).movedim(-1, 1)
+        for part, m in zip(parts, maps, strict=True)
+    ]
+
+
+def joint(sk: SKConv, xs: list[Tensor]) -> list[Tensor]:
+    """Runs one layer on the inputs of all processes, which may differ in size."""
+    branches = [activated(b, [cast(Any, b).conv(x) for x in xs]) for b in sk.branches]
+    pooled = torch.cat([sum(maps).mean((2, 3)) for maps in zip(*branches, strict=True)])
+    attn = torch.split(torch.softmax(sk.logits(pooled), 1), [len(x) for x in xs])
+    return [
+        torch.stack(
+            [attn[j][:, i, :, None, None] * maps[j] for i, maps in enumerate(branches)]
+        ).sum(0)
+        for j in range(len(xs))
+    ]
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    seen: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for kind in SHAPES:
+        for backend in BACKENDS:
+            plain, xs, douts = drawn(kind)
+            sk = cast(Any, nn.SyncBatchNorm).convert_sync_batchnorm(plain)
+            x = xs[rank].requires_grad_()
+            with use_backend(backend):
+                out = sk(x)
+            torch.autograd.backward(out, douts[rank])
+            seen[kind, backend] = {"out": out.detach(), "dx": cast(Tensor, x.grad)}
+            seen[kind, backend] |= dict(sk.named_buffers())
+            seen[kind, backend] |= {
+                f"{n}.grad": cast(Tensor, p.grad) for n, p in sk.named_parameters()
+            }
+    torch.save(seen, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, Tensor]]]:
+    folder: Path = tmp_path_factory.mktemp("uneven")
+    cast(Any, spawn)(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_values_are_counted_rather_than_images(
+    kind: str, backend: Backend, processes: list[dict[Any, dict[str, Tensor]]]
+) -> None:
+    sk, xs, douts = drawn(kind)
+    leaves = [x.requires_grad_() for x in xs]
+    outs = joint(sk, leaves)
+    torch.autograd.backward(outs, douts)
+    seen = [process[kind, backend] for process in processes]
+    for rank in range(2):
+        near(seen[rank]["out"], outs[rank].detach(), "out")
+        near(seen[rank]["dx"], cast(Tensor, leaves[rank].grad), "dx")
+        for name, buffer in sk.named_buffers():
+            if "running" in name:
+                near(seen[rank][name], buffer, name)
+    for name, parameter in sk.named_parameters():
+        total = seen[0][f"{name}.grad"] + seen[1][f"{name}.grad"]
+        near(total, cast(Tensor, parameter.grad), name)
+
+
+def near(actual: Tensor, expected: Tensor, name: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT, msg=name)
