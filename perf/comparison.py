@@ -9,8 +9,9 @@ from perf.schema import KEY_COLUMNS
 
 ENVIRONMENT_COLUMNS = ("gpu", "driver", "cuda", "cpu", "threads", "ranks", "torch", "triton")
 
-# A repeat on a machine with other work moves medians by up to 1.3 times that range, measured over
-# 144 pairs of rows: the samples of one row see the same neighbours, those of a repeat others.
+# Repeats on a machine with steady other work moved medians by up to 1.3 times that range, over 144
+# pairs of rows: the samples of one row see the same neighbours, those of a repeat others. Load that
+# only one of the runs had moves them by more, and no row can tell.
 NOISE = 2
 
 

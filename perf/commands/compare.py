@@ -2,7 +2,7 @@
 
 Rows are joined on the key columns. A row regressed where its median grew by more than
 --max-regression and by more than twice the wider p20 to p80 of both runs, or where it was ok and
-no longer is.
+no longer is. Load that only one of the runs had looks like a regression.
 """
 
 import argparse
