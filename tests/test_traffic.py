@@ -14,6 +14,7 @@ from perf.traffic import traffic
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "perf" / "reports" / "traffic-cpu-torch2.13.0.csv"
+SPEED = ROOT / "perf" / "reports" / "perf-op-train-compiled-cpu-torch2.13.0.csv"
 PLANS = ("eager", "torch.compile", "reference + torch.compile", "Triton")
 
 
@@ -30,6 +31,29 @@ def markdown(table: pd.DataFrame) -> str:
         ]
         lines.append(f"| M = {M}, {layout} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def speed_table(report: pd.DataFrame) -> str:
+    """The table of README.md: p50 (p20 to p80) of compiled training steps of fuse_select."""
+    lines = ["| layout, image size | plain modules | this package | ratio |", "|---|---|---|---|"]
+    rows = report[(report.workload == "sk_fuse_select") & (report.status == "ok")]
+    for (layout, resolution), pair in rows.groupby(["layout", "resolution"]):
+        times = pair.set_index("provider")
+        if len(times) < 2:
+            continue
+        cells = [
+            f"{times.ms_p50[p]:.2f} ms ({times.ms_p20[p]:.2f} to {times.ms_p80[p]:.2f})"
+            for p in ("compile", "reference+compile")
+        ]
+        ratio = times.ms_p50["compile"] / times.ms_p50["reference+compile"]
+        lines.append(f"| {layout}, {resolution} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def test_the_readme_shows_the_committed_speed() -> None:
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition("<!-- table: begin -->\n")[2].partition("\n<!-- table: end -->")[0]
+    assert shown == speed_table(pd.read_csv(SPEED))
 
 
 def test_the_document_shows_the_committed_table() -> None:
