@@ -140,6 +140,24 @@ def test_gradients(case: Case, drifts: bool, device: torch.device) -> None:
         assert_matches(f"dx{i}", dx, exact(i), terms=16)
 
 
+@pytest.mark.parametrize("drifts", [True, False], ids=["training", "eval"])
+def test_an_input_at_exactly_zero_passes_no_gradient(drifts: bool, device: torch.device) -> None:
+    case = Case((2, 4, 3, 4), dtype=torch.float64)
+    xs, dout, norm = case.branches(device), case.tensor(device, 99), norm_of(case, device)
+    norm[:, 3] = 0.0
+    for x, mean in zip(xs, norm[:, 0], strict=True):
+        x[:, :, 1] = mean[:, None]  # y = (x - mean) * scale + 0 is 0 there
+    attn = torch.softmax(case.logits(device), 1)
+    share = torch.randn(2, 4, dtype=torch.float64, device=device)
+    drift = torch.randn(2, 2, 4, dtype=torch.float64, device=device) if drifts else None
+    got = sk_fuse_select_dx(dout, xs, norm, attn, share, drift)
+    exact = stages.gradients(dout, xs, norm, attn, share, drift)
+    for dx, expected in zip(got, exact, strict=True):
+        torch.testing.assert_close(dx, expected, rtol=EXACT, atol=EXACT)
+    if not drifts:
+        assert all((dx[:, :, 1] == 0).all() for dx in got)
+
+
 # --- SKConv against its own modules, called one after the other ---------------------------------
 
 
@@ -245,6 +263,12 @@ def freeze_fc1(sk: SKConv) -> None:
     cast(Any, sk.fc1).bn.eval()
 
 
+def other_eps(sk: SKConv) -> None:
+    for branch in sk.branches:
+        cast(Any, branch).bn.eps = 0.1
+    cast(Any, sk.fc1).bn.eps = 0.3
+
+
 VARIANTS: dict[str, tuple[Callable[[SKConv], Any], bool]] = {
     "training": (lambda sk: sk.train(), True),
     "eval": (lambda sk: sk.eval(), True),
@@ -258,6 +282,7 @@ VARIANTS: dict[str, tuple[Callable[[SKConv], Any], bool]] = {
     "no affine": (for_norms(without_affine), True),
     "no tracking": (for_norms(without_tracking), True),
     "no tracking, eval": (lambda sk: (for_norms(without_tracking)(sk), sk.eval()), True),
+    "other eps": (other_eps, True),
     "one frozen branch": (lambda sk: cast(Any, sk.branches[0]).bn.eval(), False),
     "one other eps": (lambda sk: setattr(sk.branches[1].bn, "eps", 0.1), False),
     "group norm": (lambda sk: setattr(sk.branches[1], "bn", nn.GroupNorm(2, 4)), False),
