@@ -11,16 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sknet_triton.layers import SKConv, SKUnit
+from sknet_triton.layers.blocks import has_hook
 from sknet_triton.models import SKNet
 from sknet_triton.reference import accumulation_dtype
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -101,7 +96,7 @@ def _is_foldable(block: nn.Module, uses: Counter[int]) -> bool:
     # A parametrized module has a type of its own.
     if type(conv) is not nn.Conv2d or type(bn) not in _NORMS or bn.running_mean is None:
         return False
-    free = not any(getattr(m, name) for m in (conv, bn) for name in _HOOKS)
+    free = not (has_hook(conv) or has_hook(bn))
     return free and uses[id(conv)] == uses[id(bn)] == 1
 
 

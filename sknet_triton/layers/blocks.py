@@ -5,6 +5,18 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def has_hook(module: nn.Module) -> bool:
+    """Tells whether a hook of any kind is registered on ``module`` itself."""
+    return any(getattr(module, name) for name in HOOKS)
+
 
 def conv_bn(
     in_channels: int,

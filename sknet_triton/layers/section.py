@@ -9,17 +9,12 @@ from torch.nn.modules import module as module_globals
 
 from sknet_triton import functional
 from sknet_triton.backend import takes_triton
+from sknet_triton.layers.blocks import HOOKS, has_hook
 
 if TYPE_CHECKING:
     from sknet_triton.layers.sk_conv import SKConv
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def pays(sk: "SKConv", x: Tensor) -> bool:
@@ -100,8 +95,8 @@ def _any_hook(sk: "SKConv") -> bool:
     silent = [sk.fc2, *sk.fc1.modules()]
     for branch in sk.branches:
         silent += [branch, cast(Any, branch).bn, cast(Any, branch).act]
-    everywhere = any(getattr(module_globals, f"_global{name}", None) for name in _HOOKS)
-    return everywhere or any(getattr(m, name) for m in silent for name in _HOOKS)
+    everywhere = any(getattr(module_globals, f"_global{name}", None) for name in HOOKS)
+    return everywhere or any(has_hook(m) for m in silent)
 
 
 def _takes_batch(bn: Any) -> bool:
