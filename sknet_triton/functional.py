@@ -8,7 +8,7 @@ crop, whose rows do not lie evenly in memory, costs one copy of that branch on t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,14 +18,23 @@ from sknet_triton import reference
 from sknet_triton.backend import takes_triton
 from sknet_triton.reference.sk_fuse_select import Parameters, Results, Settings
 
+Reduction = Literal["mean", "sum"]
+Activation = Literal["softmax", "sigmoid"]
 
-def sk_fuse(branches: Sequence[Tensor] | Tensor, *, branch_dim: int | None = None) -> Tensor:
+
+def sk_fuse(
+    branches: Sequence[Tensor] | Tensor,
+    *,
+    reduction: Reduction = "mean",
+    branch_dim: int | None = None,
+) -> Tensor:
     """Averages the sum of the branches over space (Li et al. 2019, section 3.1, eqs. 1 and 2).
 
     Args:
         branches: M tensors [B, C, *spatial] of one shape, dtype and device, or one tensor that
             stacks them along ``branch_dim``. Floating point; sums are kept in float32, or in
             float64 for float64 input.
+        reduction: ``"mean"`` over space, as published, or ``"sum"``, as in S2-MLPv2.
         branch_dim: the axis of length M where ``branches`` is one tensor.
 
     Returns:
@@ -35,25 +44,33 @@ def sk_fuse(branches: Sequence[Tensor] | Tensor, *, branch_dim: int | None = Non
         TypeError: a branch is no tensor or not floating point, or ``branch_dim`` is missing or
             superfluous.
         ValueError: the branches are none, differ, have no spatial axis or too many of them, or
-            outnumber what the Triton kernels take.
+            outnumber what the Triton kernels take; or ``reduction`` is unknown.
     """
     xs = _checked_branches(branches, branch_dim)
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     if _takes_triton(xs):
         from sknet_triton import ops
 
-        pooled: Tensor = ops.sk_fuse(xs)
+        pooled: Tensor = ops.sk_fuse(xs, reduction)
         return pooled
-    return reference.sk_fuse(xs)
+    return reference.sk_fuse(xs, reduction)
 
 
 def sk_select(
-    branches: Sequence[Tensor] | Tensor, logits: Tensor, *, branch_dim: int | None = None
+    branches: Sequence[Tensor] | Tensor,
+    logits: Tensor,
+    *,
+    activation: Activation | None = "softmax",
+    branch_dim: int | None = None,
 ) -> Tensor:
     """Weighs the branches by a softmax over them and adds (section 3.1, eqs. 5 and 6).
 
     Args:
         branches: as in `sk_fuse`.
-        logits: [B, M, C], of any strides and any floating dtype. The softmax runs over M.
+        logits: [B, M, C], of any strides and any floating dtype.
+        activation: makes weights of the logits: ``"softmax"`` over M, as published; ``"sigmoid"``
+            of each, as ResNeSt at radix 1; None where ``logits`` are the weights.
         branch_dim: the axis of length M where ``branches`` is one tensor.
 
     Returns:
@@ -61,16 +78,20 @@ def sk_select(
 
     Raises:
         TypeError: as in `sk_fuse`, or ``logits`` is not a floating-point tensor.
-        ValueError: as in `sk_fuse`, or ``logits`` has another shape or device.
+        ValueError: as in `sk_fuse`, or ``logits`` has another shape or device, or ``activation``
+            is unknown.
     """
     xs = _checked_branches(branches, branch_dim)
     _check_logits(logits, xs)
+    if activation is not None and activation not in get_args(Activation):
+        raise ValueError(f"activation: expected 'softmax', 'sigmoid' or None, got {activation!r}")
+    name = activation or "none"
     if _takes_triton(xs):
         from sknet_triton import ops
 
-        out: Tensor = ops.sk_select(xs, logits)
+        out: Tensor = ops.sk_select(xs, logits, name)
         return out
-    return reference.sk_select(xs, logits)
+    return reference.sk_select(xs, logits, name)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The functional stages: argument checks, stacked branches, and the values on the CPU path."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -188,6 +189,18 @@ BAD_LOGITS: dict[str, tuple[type[Exception], Any, str]] = {
 def test_bad_logits_are_named_with_their_rule_and_value(name: str) -> None:
     error, logits, message = BAD_LOGITS[name]
     assert message_of(error, lambda: functional.sk_select([GOOD] * 3, logits)) == message
+
+
+def test_an_unknown_activation_or_reduction_is_named() -> None:
+    options: dict[str, Any] = {"activation": "none"}
+    call = functools.partial(functional.sk_select, [GOOD] * 3, torch.zeros(2, 3, 4), **options)
+    assert message_of(ValueError, call) == (
+        "activation: expected 'softmax', 'sigmoid' or None, got 'none'"
+    )
+    options = {"reduction": "max"}
+    assert message_of(ValueError, functools.partial(functional.sk_fuse, [GOOD], **options)) == (
+        "reduction: expected 'mean' or 'sum', got 'max'"
+    )
 
 
 def test_more_branches_than_the_kernels_take_are_refused_on_the_triton_path_only(

@@ -36,14 +36,26 @@ def tensors(case: Case, device: torch.device, grad: bool) -> tuple[list[Tensor],
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
 def test_opcheck(case: Case, grad: bool, device: torch.device) -> None:
     xs, logits = tensors(case, device, grad)
-    opcheck(ops.sk_fuse, (xs,))
-    opcheck(ops.sk_select, (xs, logits))
+    opcheck(ops.sk_fuse, (xs, "mean"))
+    opcheck(ops.sk_select, (xs, logits, "softmax"))
 
 
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
 def test_opcheck_backward(case: Case, device: torch.device) -> None:
     xs, logits = tensors(case, device, grad=False)
-    opcheck(ops.sk_select_bwd, (case.tensor(device), xs, logits))
+    opcheck(ops.sk_select_bwd, (case.tensor(device), xs, logits, "softmax"))
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+def test_opcheck_of_the_other_activations_and_the_sum(
+    activation: str, device: torch.device
+) -> None:
+    case = Case((2, 3, 4, 5), 3)
+    xs, logits = tensors(case, device, grad=True)
+    opcheck(ops.sk_fuse, (xs, "sum"))
+    opcheck(ops.sk_select, (xs, logits, activation))
+    xs, logits = tensors(case, device, grad=False)
+    opcheck(ops.sk_select_bwd, (case.tensor(device), xs, logits, activation))
 
 
 def section(xs: list[Tensor], logits: Tensor) -> Tensor:
@@ -72,9 +84,10 @@ def test_fake_strides_are_the_real_strides(device: torch.device) -> None:
 
     for case in OPCHECK_CASES:
         xs, logits = tensors(case, device, grad=False)
-        real = ops.sk_select(xs, logits)
+        real = ops.sk_select(xs, logits, "softmax")
         with FakeTensorMode() as mode:
-            fake = ops.sk_select([mode.from_tensor(x) for x in xs], mode.from_tensor(logits))
+            fakes = [mode.from_tensor(x) for x in xs]
+            fake = ops.sk_select(fakes, mode.from_tensor(logits), "softmax")
         assert fake.stride() == real.stride(), case
 
 
@@ -94,9 +107,12 @@ def test_flop_formulas(device: torch.device) -> None:
     xs, logits = tensors(case, device, grad=False)
     elements = 3 * 2 * 4 * 15
     calls: list[tuple[functools.partial[Any], int]] = [
-        (functools.partial(ops.sk_fuse, xs), elements),
-        (functools.partial(ops.sk_select, xs, logits), 2 * elements),
-        (functools.partial(ops.sk_select_bwd, case.tensor(device), xs, logits), 3 * elements),
+        (functools.partial(ops.sk_fuse, xs, "mean"), elements),
+        (functools.partial(ops.sk_select, xs, logits, "softmax"), 2 * elements),
+        (
+            functools.partial(ops.sk_select_bwd, case.tensor(device), xs, logits, "softmax"),
+            3 * elements,
+        ),
     ]
     for call, flops in calls:
         with FlopCounterMode(display=False) as counter:

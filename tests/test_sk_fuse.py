@@ -4,7 +4,7 @@ from torch import Tensor
 
 from sknet_kernels.config import LaunchConfig, cdiv
 from sknet_kernels.sk_fuse import sk_fuse_fwd
-from sknet_triton import functional, use_backend
+from sknet_triton import Backend, functional, use_backend
 from tests.helpers import CASES, Case, assert_matches, laid_out, mapped
 
 # A lane adds at most this many numbers one after the other; the tree that joins lanes adds ten.
@@ -89,3 +89,27 @@ def test_branches_of_different_layouts(device: torch.device) -> None:
     xs = Case((2, 4, 3, 5), M=3).branches(device)
     xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
     assert_matches("pooled", sk_fuse_fwd(xs), lambda f: textbook(mapped(f, xs)), ROUNDINGS)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_sum_over_space_instead_of_the_mean(splits: int, device: torch.device) -> None:
+    case = Case((2, 5, 7, 4), M=3, layout="channels_last", dtype=torch.bfloat16)
+    xs = case.branches(device)
+    config = LaunchConfig(block_c=4, block_s=4, splits=splits, num_warps=1)
+    out = sk_fuse_fwd(xs, config=config, reduction="sum")
+    assert_matches("summed", out, lambda f: 28 * textbook(mapped(f, xs)), ROUNDINGS)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_the_sum_and_its_gradient_on_both_backends(backend: Backend, device: torch.device) -> None:
+    case = Case((2, 3, 3, 2), M=2, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in case.branches(device)]
+    weights = torch.randn(2, 3, dtype=torch.float64, device=device)
+    with use_backend(backend):
+        out = functional.sk_fuse(leaves, reduction="sum")
+        grads = torch.autograd.grad((out * weights).sum(), leaves)
+    torch.testing.assert_close(out, 6 * textbook(leaves), rtol=1e-12, atol=1e-12)
+    for grad in grads:
+        expected = weights[:, :, None, None].expand(2, 3, 3, 2)
+        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sknet_kernels.config import LaunchConfig
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
-from sknet_triton import functional, use_backend
+from sknet_triton import Backend, functional, use_backend
 from tests.helpers import CASES, Case, assert_matches, laid_out, mapped
 
 # exp, its argument, the quotient, the product and one addition a branch.
@@ -20,9 +20,16 @@ def softmax(logits: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def textbook(branches: list[Tensor], logits: Tensor) -> Tensor:
+WEIGHTS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "softmax": softmax,
+    "sigmoid": lambda logits: 1 / (1 + (-logits).exp()),
+    None: lambda logits: logits,
+}
+
+
+def textbook(branches: list[Tensor], logits: Tensor, activation: str | None = "softmax") -> Tensor:
     """The weighted sum of the branches, as every tutorial writes it."""
-    attn = softmax(logits).flatten(2)
+    attn = WEIGHTS[activation](logits).flatten(2)
     stacked = torch.stack([x.flatten(2) for x in branches], 1)
     return (stacked * attn[..., None]).sum(1).view(branches[0].shape)
 
@@ -218,3 +225,76 @@ def test_saved_for_the_backward_is_the_branches_and_the_logits(device: torch.dev
     with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         functional.sk_select(leaves[:-1], leaves[-1])
     assert sorted(x.data_ptr() for x in saved) == sorted(x.data_ptr() for x in leaves)
+
+
+ACTIVATIONS: tuple[functional.Activation | None, ...] = ("sigmoid", None)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 24, 7, 7), M=1),
+        Case((2, 6, 5, 4), M=3, layout="channels_last"),
+        Case((1, 63, 14, 14), M=2, dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_other_activations_match_float64(
+    case: Case, backend: Backend, activation: functional.Activation | None, device: torch.device
+) -> None:
+    xs, logits = case.branches(device), case.logits(device)
+    with use_backend(backend):
+        out = functional.sk_select(xs, logits, activation=activation)
+    # Weights that do not sum to one: every branch is as large as its weight lets it be.
+    wide = logits.double()
+    spread = 1.0 + wide.abs().max().item()
+
+    def exact(f: Callable[[Tensor], Tensor]) -> Tensor:
+        magnitudes = f(torch.tensor(-1.0)).item() > 0
+        weights = wide.abs() if magnitudes and activation is None else wide
+        return textbook(mapped(f, xs), weights, activation)
+
+    assert_matches("out", out, exact, ROUNDINGS * spread)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("M", [1, 3])
+def test_gradients_of_other_activations(
+    M: int, backend: Backend, activation: functional.Activation | None, device: torch.device
+) -> None:
+    case = Case((2, 3, 3, 2), M, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (*case.branches(device), case.logits(device))]
+    dout = case.tensor(device, seed=99)
+    with use_backend(backend):
+        out = functional.sk_select(leaves[:-1], leaves[-1], activation=activation)
+        grads = torch.autograd.grad(out, leaves, dout)
+    expected = torch.autograd.grad(textbook(leaves[:-1], leaves[-1], activation), leaves, dout)
+    for grad, exact in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_other_activations_split_over_programs(
+    activation: functional.Activation | None, device: torch.device
+) -> None:
+    case = Case((2, 5, 7, 4), M=3, dtype=torch.float64)
+    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
+    config = LaunchConfig(block_c=4, block_s=4, splits=3, num_warps=1)
+    dxs, dlogits = sk_select_bwd(dout, xs, logits, config, activation or "none")
+    leaves = [t.requires_grad_() for t in (*xs, logits)]
+    expected = torch.autograd.grad(textbook(leaves[:-1], leaves[-1], activation), leaves, dout)
+    for grad, exact in zip((*dxs, dlogits), expected, strict=True):
+        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sigmoid_far_out_is_zero_or_one(device: torch.device) -> None:
+    xs = Case((1, 2, 3, 3)).branches(device)
+    logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4]]], device=device)
+    with use_backend("triton"):
+        out = functional.sk_select(xs, logits, activation="sigmoid")
+    assert torch.equal(out[:, 0], xs[0][:, 0])
+    assert torch.equal(out[:, 1], xs[1][:, 1])

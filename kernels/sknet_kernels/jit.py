@@ -99,17 +99,40 @@ def relu(y):
 
 
 @triton.jit
-def branch_softmax(
-    logits_ptr, stride_m, stride_c, offs_c, mask_c, NUM_BRANCHES: tl.constexpr, ACC: tl.constexpr
+def branch_weights(
+    logits_ptr,
+    stride_m,
+    stride_c,
+    offs_c,
+    mask_c,
+    NUM_BRANCHES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """Returns the softmax over the branches as NUM_BRANCHES vectors [BLOCK_C].
+    """Returns the weights of the branches as NUM_BRANCHES vectors [BLOCK_C].
 
-    ``logits_ptr`` points at one image's logits [M, C]. The maximum is subtracted; NaN stays NaN.
+    ``logits_ptr`` points at one image's logits [M, C]. ACTIVATION is "softmax" over the branches,
+    "sigmoid" of each logit, or "none", which takes the logits themselves.
     """
     logits = ()
     for i in tl.static_range(NUM_BRANCHES):
         offs = i * stride_m + offs_c * stride_c
         logits = logits + (tl.load(logits_ptr + offs, mask=mask_c, other=0.0).to(ACC),)
+    if ACTIVATION == "softmax":
+        attn = _softmax(logits, NUM_BRANCHES)
+    elif ACTIVATION == "sigmoid":
+        attn = ()
+        for i in tl.static_range(NUM_BRANCHES):
+            attn = attn + (tl.sigmoid(logits[i]),)
+    else:
+        tl.static_assert(ACTIVATION == "none", "ACTIVATION: softmax, sigmoid or none")
+        attn = logits
+    return attn
+
+
+@triton.jit
+def _softmax(logits, NUM_BRANCHES: tl.constexpr):
+    """The softmax over NUM_BRANCHES vectors; the maximum is subtracted, NaN stays NaN."""
     peak = logits[0]
     for i in tl.static_range(1, NUM_BRANCHES):
         peak = tl.maximum(peak, logits[i])
@@ -126,14 +149,23 @@ def branch_softmax(
 
 
 @triton.jit
-def branch_softmax_bwd(attn, dattn, NUM_BRANCHES: tl.constexpr):
-    """Returns dlogits_i = a_i (g_i - sum_j a_j g_j) as NUM_BRANCHES vectors [BLOCK_C]."""
-    inner = attn[0] * dattn[0]
-    for j in tl.static_range(1, NUM_BRANCHES):
-        inner += attn[j] * dattn[j]
+def branch_weights_bwd(attn, dattn, NUM_BRANCHES: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Returns dlogits_i as NUM_BRANCHES vectors [BLOCK_C], from the weights a and g = dL/da.
+
+    softmax: a_i (g_i - sum_j a_j g_j); sigmoid: a_i (1 - a_i) g_i; none: g_i.
+    """
     dlogits = ()
-    for i in tl.static_range(NUM_BRANCHES):
-        dlogits = dlogits + (attn[i] * (dattn[i] - inner),)
+    if ACTIVATION == "softmax":
+        inner = attn[0] * dattn[0]
+        for j in tl.static_range(1, NUM_BRANCHES):
+            inner += attn[j] * dattn[j]
+        for i in tl.static_range(NUM_BRANCHES):
+            dlogits = dlogits + (attn[i] * (dattn[i] - inner),)
+    elif ACTIVATION == "sigmoid":
+        for i in tl.static_range(NUM_BRANCHES):
+            dlogits = dlogits + (attn[i] * (1.0 - attn[i]) * dattn[i],)
+    else:
+        dlogits = dattn
     return dlogits
 
 

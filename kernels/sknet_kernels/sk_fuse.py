@@ -1,4 +1,4 @@
-"""fuse: the average over space of the sum of the branches."""
+"""fuse: the average, or the sum, over space of the sum of the branches."""
 
 from collections.abc import Sequence
 
@@ -36,13 +36,14 @@ def _sk_fuse_fwd_kernel(
     span,
     NUM_BRANCHES: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    MEAN: tl.constexpr,
     SPLITS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out[b, c] = (1 / S) * sum over i and s of u_i[b, c, s].
+    """out[b, c] = sum over i and s of u_i[b, c, s], divided by S with MEAN.
 
     u_i is x_i, or with HAS_NORM max((x_i - mean_i) * scale_i + beta_i, 0).
     Shapes: x_i [B, C, S] of any strides; norm [M, 4, C] as in `norm_rows`; out [B, C] contiguous,
@@ -75,7 +76,7 @@ def _sk_fuse_fwd_kernel(
             else:
                 total += x.to(ACC)
     pooled = tl.sum(total, axis=1)
-    if SPLITS == 1:
+    if MEAN and SPLITS == 1:
         pooled = pooled / S
     offs_out = (pid_s * B + pid_b) * C + offs_c
     tl.store(out_ptr + offs_out, pooled.to(out_ptr.dtype.element_ty), mask=mask_c)
@@ -87,11 +88,12 @@ def _sk_fuse_combine_kernel(
     partial_ptr,
     size,
     S,
+    MEAN: tl.constexpr,
     SPLITS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[n] = (1 / S) * sum over k of partial[k, n], added in the order of k.
+    """out[n] = sum over k of partial[k, n], added in the order of k, divided by S with MEAN.
 
     Shapes: partial [SPLITS, size], out [size], with size = B * C. Passes moved: none of full size.
     """
@@ -103,22 +105,26 @@ def _sk_fuse_combine_kernel(
     for _ in range(SPLITS):
         total += tl.load(partial_ptr + offs_partial, mask=mask, other=0.0)
         offs_partial += size
-    tl.store(out_ptr + offs, (total / S).to(out_ptr.dtype.element_ty), mask=mask)
+    if MEAN:
+        total = total / S
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def sk_fuse_fwd(
     branches: Sequence[Tensor],
     norm: Tensor | None = None,
     config: LaunchConfig | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Launches fuse: M tensors [B, C, *spatial] -> [B, C].
 
-    With ``norm`` [M, 4, C] the branches are normalised and rectified on the fly, and the result
-    keeps the dtype of the sums; without it, the dtype of the branches.
+    ``reduction`` over space is "mean" or "sum". With ``norm`` [M, 4, C] the branches are normalised
+    and rectified on the fly, and the result keeps the dtype of the sums; without it, the dtype of
+    the branches.
     """
     xs = [as_bcs(x) for x in branches]
     out = xs[0].new_empty(xs[0].shape[:2], dtype=xs[0].dtype if norm is None else norm.dtype)
-    for launch in sk_fuse_fwd_launches(out, xs, norm, config):
+    for launch in sk_fuse_fwd_launches(out, xs, norm, config, reduction):
         launch.run(out.device)
     return out
 
@@ -128,6 +134,7 @@ def sk_fuse_fwd_launches(
     xs: Sequence[Tensor],
     norm: Tensor | None = None,
     config: LaunchConfig | None = None,
+    reduction: str = "mean",
 ) -> list[Launch]:
     """Returns the launches that fill ``out`` [B, C] from ``xs`` [B, C, S]."""
     problem = problem_of(xs)
@@ -150,6 +157,7 @@ def sk_fuse_fwd_launches(
         constants={
             "NUM_BRANCHES": problem.num_branches,
             "HAS_NORM": norm is not None,
+            "MEAN": reduction == "mean",
             "SPLITS": config.splits,
             "ACC": tl_acc,
             "ALIGN": common_alignment(xs),
@@ -158,14 +166,21 @@ def sk_fuse_fwd_launches(
         },
         num_warps=config.num_warps,
     )
-    return [sums, _combine(out, target, problem.S, tl_acc)] if split else [sums]
+    if not split:
+        return [sums]
+    return [sums, _combine(out, target, problem.S, tl_acc, reduction)]
 
 
-def _combine(out: Tensor, partial: Tensor, S: int, tl_acc: tl.dtype) -> Launch:
+def _combine(out: Tensor, partial: Tensor, S: int, tl_acc: tl.dtype, reduction: str) -> Launch:
     return Launch(
         kernel=_sk_fuse_combine_kernel,
         programs=cdiv(out.numel(), _COMBINE_BLOCK),
         arguments={"out_ptr": out, "partial_ptr": partial, "size": out.numel(), "S": S},
-        constants={"SPLITS": partial.shape[0], "ACC": tl_acc, "BLOCK": _COMBINE_BLOCK},
+        constants={
+            "MEAN": reduction == "mean",
+            "SPLITS": partial.shape[0],
+            "ACC": tl_acc,
+            "BLOCK": _COMBINE_BLOCK,
+        },
         num_warps=1,
     )

@@ -1,4 +1,4 @@
-"""select: the sum of the branches, weighed by a softmax over them."""
+"""select: the sum of the branches, each weighed by a softmax over them or by another activation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +18,8 @@ from sknet_kernels.arguments import (
 from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, cdiv
 from sknet_kernels.jit import (
     branch_pointers,
-    branch_softmax,
-    branch_softmax_bwd,
+    branch_weights,
+    branch_weights_bwd,
     known_multiple,
     norm_rows,
     normalised,
@@ -54,13 +54,14 @@ def _sk_select_fwd_kernel(
     span,
     splits,
     NUM_BRANCHES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     HAS_NORM: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out[b, c, s] = sum over i of a_i[b, c] * u_i[b, c, s], with a = softmax over i of logits.
+    """out[b, c, s] = sum over i of a_i[b, c] * u_i[b, c, s], with a = ACTIVATION of logits.
 
     u_i is x_i, or with HAS_NORM max((x_i - mean_i) * scale_i + beta_i, 0).
     Shapes: x_i and out [B, C, S], logits [B, M, C], all of any strides; norm [M, 4, C] as in
@@ -71,13 +72,14 @@ def _sk_select_fwd_kernel(
     pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    attn = branch_softmax(
+    attn = branch_weights(
         logits_ptr + pid_b * logits_stride_b,
         logits_stride_m,
         logits_stride_c,
         offs_c,
         mask_c,
         NUM_BRANCHES,
+        ACTIVATION,
         ACC,
     )
     if HAS_NORM:
@@ -128,13 +130,14 @@ def _sk_select_bwd_kernel(
     S,
     span,
     NUM_BRANCHES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """dx_i = a_i * dout;  g_i = sum over s of dout * x_i;  dlogits_i = a_i (g_i - sum_j a_j g_j).
+    """dx_i = a_i * dout;  g_i = sum over s of dout * x_i;  dlogits_i as in `branch_weights_bwd`.
 
     Shapes: dx_i, dout and x_i [B, C, S] and logits [B, M, C] of any strides; dlogits [B, M, C]
     contiguous, or with SPLITS > 1 the partial g [SPLITS, B, M, C]. Sums are kept in ACC.
@@ -144,13 +147,14 @@ def _sk_select_bwd_kernel(
     pid_b, pid_c, pid_s = program_coordinates(C, SPLITS, BLOCK_C)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    attn = branch_softmax(
+    attn = branch_weights(
         logits_ptr + pid_b * logits_stride_b,
         logits_stride_m,
         logits_stride_c,
         offs_c,
         mask_c,
         NUM_BRANCHES,
+        ACTIVATION,
         ACC,
     )
     start = pid_s * span
@@ -180,7 +184,7 @@ def _sk_select_bwd_kernel(
     for i in tl.static_range(NUM_BRANCHES):
         dattn = dattn + (tl.sum(products[i], axis=1),)
     if SPLITS == 1:
-        dattn = branch_softmax_bwd(attn, dattn, NUM_BRANCHES)
+        dattn = branch_weights_bwd(attn, dattn, NUM_BRANCHES, ACTIVATION)
     for i in tl.static_range(NUM_BRANCHES):
         offs = ((pid_s * B + pid_b) * NUM_BRANCHES + i) * C + offs_c
         tl.store(dlogits_ptr + offs, dattn[i].to(dlogits_ptr.dtype.element_ty), mask=mask_c)
@@ -197,11 +201,12 @@ def _sk_select_bwd_combine_kernel(
     B,
     C,
     NUM_BRANCHES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dlogits_i = a_i (g_i - sum_j a_j g_j), with g_i the sum over k of partial[k], in order of k.
+    """The dlogits of `branch_weights_bwd`, with g_i the sum over k of partial[k], in order of k.
 
     Shapes: partial [SPLITS, B, M, C] and dlogits [B, M, C] contiguous, logits [B, M, C] of any
     strides. Passes moved: none of full size.
@@ -210,13 +215,14 @@ def _sk_select_bwd_combine_kernel(
     pid_b, pid_c, _ = program_coordinates(C, 1, BLOCK_C)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    attn = branch_softmax(
+    attn = branch_weights(
         logits_ptr + pid_b * logits_stride_b,
         logits_stride_m,
         logits_stride_c,
         offs_c,
         mask_c,
         NUM_BRANCHES,
+        ACTIVATION,
         ACC,
     )
     dattn = ()
@@ -226,7 +232,7 @@ def _sk_select_bwd_combine_kernel(
             offs = ((k * B + pid_b) * NUM_BRANCHES + i) * C + offs_c
             total += tl.load(partial_ptr + offs, mask=mask_c, other=0.0)
         dattn = dattn + (total,)
-    dlogits = branch_softmax_bwd(attn, dattn, NUM_BRANCHES)
+    dlogits = branch_weights_bwd(attn, dattn, NUM_BRANCHES, ACTIVATION)
     for i in tl.static_range(NUM_BRANCHES):
         offs = (pid_b * NUM_BRANCHES + i) * C + offs_c
         tl.store(dlogits_ptr + offs, dlogits[i].to(dlogits_ptr.dtype.element_ty), mask=mask_c)
@@ -237,19 +243,27 @@ def sk_select_fwd(
     logits: Tensor,
     norm: Tensor | None = None,
     config: LaunchConfig | None = None,
+    activation: str = "softmax",
 ) -> Tensor:
     """Launches select: M tensors [B, C, *spatial] and logits [B, M, C] -> [B, C, *spatial].
 
-    With ``norm`` [M, 4, C] the branches are normalised and rectified on the fly.
+    ``activation`` is "softmax", "sigmoid" or "none". With ``norm`` [M, 4, C] the branches are
+    normalised and rectified on the fly.
     """
     out = empty_like_branch(branches[0])
-    launch = sk_select_fwd_launch(as_bcs(out), [as_bcs(x) for x in branches], logits, norm, config)
+    launch = sk_select_fwd_launch(
+        as_bcs(out), [as_bcs(x) for x in branches], logits, norm, config, activation
+    )
     launch.run(out.device)
     return out
 
 
 def sk_select_bwd(
-    dout: Tensor, branches: Sequence[Tensor], logits: Tensor, config: LaunchConfig | None = None
+    dout: Tensor,
+    branches: Sequence[Tensor],
+    logits: Tensor,
+    config: LaunchConfig | None = None,
+    activation: str = "softmax",
 ) -> tuple[list[Tensor], Tensor]:
     """Launches the backward of select and returns the gradients of every branch and of logits."""
     dbranches = [empty_like_branch(x) for x in branches]
@@ -261,6 +275,7 @@ def sk_select_bwd(
         [as_bcs(x) for x in branches],
         logits,
         config,
+        activation,
     )
     for launch in launches:
         launch.run(dout.device)
@@ -273,6 +288,7 @@ def sk_select_fwd_launch(
     logits: Tensor,
     norm: Tensor | None = None,
     config: LaunchConfig | None = None,
+    activation: str = "softmax",
 ) -> Launch:
     """Returns the launch that fills ``out`` [B, C, S] from ``xs`` [B, C, S]."""
     problem = problem_of(xs)
@@ -292,6 +308,7 @@ def sk_select_fwd_launch(
         },
         constants={
             "NUM_BRANCHES": problem.num_branches,
+            "ACTIVATION": activation,
             "HAS_NORM": norm is not None,
             "ACC": accumulator(xs[0].dtype)[1],
             "ALIGN": common_alignment([out, *xs]),
@@ -309,6 +326,7 @@ def sk_select_bwd_launches(
     xs: Sequence[Tensor],
     logits: Tensor,
     config: LaunchConfig | None = None,
+    activation: str = "softmax",
 ) -> list[Launch]:
     """Returns the launches that fill ``dxs`` [B, C, S] and ``dlogits`` [B, M, C]."""
     problem = problem_of(xs)
@@ -334,6 +352,7 @@ def sk_select_bwd_launches(
         },
         constants={
             "NUM_BRANCHES": problem.num_branches,
+            "ACTIVATION": activation,
             "SPLITS": config.splits,
             "ACC": tl_acc,
             "ALIGN": common_alignment([dout, *dxs, *xs]),
@@ -342,11 +361,13 @@ def sk_select_bwd_launches(
         },
         num_warps=config.num_warps,
     )
-    return [gradients, _combine(dlogits, target, logits, problem, tl_acc)] if split else [gradients]
+    if not split:
+        return [gradients]
+    return [gradients, _combine(dlogits, target, logits, problem, tl_acc, activation)]
 
 
 def _combine(
-    dlogits: Tensor, partial: Tensor, logits: Tensor, problem: Problem, tl_acc: Any
+    dlogits: Tensor, partial: Tensor, logits: Tensor, problem: Problem, tl_acc: Any, activation: str
 ) -> Launch:
     return Launch(
         kernel=_sk_select_bwd_combine_kernel,
@@ -360,6 +381,7 @@ def _combine(
         },
         constants={
             "NUM_BRANCHES": problem.num_branches,
+            "ACTIVATION": activation,
             "SPLITS": partial.shape[0],
             "ACC": tl_acc,
             "BLOCK_C": _COMBINE_BLOCK,

@@ -13,28 +13,28 @@ from sknet_triton.ops.namespace import NAMESPACE
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sk_fuse", mutates_args=())
-def sk_fuse(branches: Sequence[Tensor]) -> Tensor:
-    """Averages the sum of M branches [B, C, *spatial] over space -> [B, C]."""
+def sk_fuse(branches: Sequence[Tensor], reduction: str) -> Tensor:
+    """Reduces the sum of M branches [B, C, *spatial] over space to [B, C]: "mean" or "sum"."""
     if not has_kernels(branches[0]):
-        return reference.sk_fuse(branches)
+        return reference.sk_fuse(branches, reduction)
     from sknet_kernels.sk_fuse import sk_fuse_fwd
 
-    return sk_fuse_fwd(branches)
+    return sk_fuse_fwd(branches, reduction=reduction)
 
 
 @sk_fuse.register_fake
-def _(branches: Sequence[Tensor]) -> Tensor:
+def _(branches: Sequence[Tensor], reduction: str) -> Tensor:
     return branches[0].new_empty(branches[0].shape[:2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor]], output: Tensor) -> None:
-    (branches,) = inputs
+def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], str], output: Tensor) -> None:
+    branches, ctx.reduction = inputs
     ctx.shape, ctx.num_branches = branches[0].shape, len(branches)
 
 
-def _backward(ctx: Any, dout: Tensor) -> list[Tensor]:
+def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], None]:
     # The gradient of every branch is one stride-0 view: no kernel, and nothing of full size.
-    return [reference.sk_fuse_bwd(dout, ctx.shape)] * ctx.num_branches
+    return [reference.sk_fuse_bwd(dout, ctx.shape, ctx.reduction)] * ctx.num_branches, None
 
 
 sk_fuse.register_autograd(_backward, setup_context=_setup_context)

@@ -14,51 +14,57 @@ from sknet_triton.ops.namespace import NAMESPACE
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sk_select", mutates_args=())
-def sk_select(branches: Sequence[Tensor], logits: Tensor) -> Tensor:
-    """Weighs M branches [B, C, *spatial] by the softmax of logits [B, M, C] over M."""
+def sk_select(branches: Sequence[Tensor], logits: Tensor, activation: str) -> Tensor:
+    """Weighs M branches [B, C, *spatial] by the activation of logits [B, M, C].
+
+    The activation is "softmax" over M, "sigmoid" or "none".
+    """
     if not has_kernels(branches[0]):
-        return empty_like_branch(branches[0]).copy_(reference.sk_select(branches, logits))
+        out = reference.sk_select(branches, logits, activation)
+        return empty_like_branch(branches[0]).copy_(out)
     from sknet_kernels.sk_select import sk_select_fwd
 
-    return sk_select_fwd(branches, logits)
+    return sk_select_fwd(branches, logits, activation=activation)
 
 
 @sk_select.register_fake
-def _(branches: Sequence[Tensor], logits: Tensor) -> Tensor:
+def _(branches: Sequence[Tensor], logits: Tensor, activation: str) -> Tensor:
     return empty_like_branch(branches[0])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sk_select_bwd", mutates_args=())
 def sk_select_bwd(
-    dout: Tensor, branches: Sequence[Tensor], logits: Tensor
+    dout: Tensor, branches: Sequence[Tensor], logits: Tensor, activation: str
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the gradients of `sk_select` for every branch and for the logits."""
     if not has_kernels(dout):
-        dbranches, dlogits = reference.sk_select_bwd(dout, branches, logits)
+        dbranches, dlogits = reference.sk_select_bwd(dout, branches, logits, activation)
         laid_out = [
             empty_like_branch(x).copy_(dx) for x, dx in zip(branches, dbranches, strict=True)
         ]
         return laid_out, dlogits.contiguous()
     from sknet_kernels.sk_select import sk_select_bwd as launch
 
-    return launch(dout, branches, logits)
+    return launch(dout, branches, logits, activation=activation)
 
 
 @sk_select_bwd.register_fake
-def _(dout: Tensor, branches: Sequence[Tensor], logits: Tensor) -> tuple[list[Tensor], Tensor]:
+def _(
+    dout: Tensor, branches: Sequence[Tensor], logits: Tensor, activation: str
+) -> tuple[list[Tensor], Tensor]:
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return [empty_like_branch(x) for x in branches], dlogits
 
 
-def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor], output: Tensor) -> None:
-    branches, logits = inputs
+def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor, str], output: Tensor) -> None:
+    branches, logits, ctx.activation = inputs
     ctx.save_for_backward(logits, *branches)
 
 
-def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], Tensor]:
+def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], Tensor, None]:
     logits, *branches = ctx.saved_tensors
-    gradients: tuple[list[Tensor], Tensor] = sk_select_bwd(dout, branches, logits)
-    return gradients
+    dbranches, dlogits = sk_select_bwd(dout, branches, logits, ctx.activation)
+    return dbranches, dlogits, None
 
 
 sk_select.register_autograd(_backward, setup_context=_setup_context)
