@@ -6,6 +6,7 @@ stacked tensor is only viewed. Any strides are right; contiguous and channels_la
 crop, whose rows do not lie evenly in memory, costs one copy of that branch on the Triton path.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -254,7 +255,7 @@ def _check_section(
             f"fc2_weight: expected shape [M * C, d] = {(M * C, fc1_weight.shape[0])}, "
             f"got {tuple(fc2_weight.shape)}"
         )
-    if norms[0].batch_stats and not norms[0].group and B * xs[0].shape[2:].numel() < 2:
+    if norms[0].batch_stats and not norms[0].group and B * math.prod(xs[0].shape[2:]) < 2:
         raise ValueError(
             "branches: batch statistics need more than one value a channel, "
             f"got shape {tuple(xs[0].shape)}"
@@ -275,7 +276,7 @@ def _checked_branches(branches: Sequence[Tensor] | Tensor, branch_dim: int | Non
             "branches: expected [B, C, *spatial] with 1, 2 or 3 spatial axes, "
             f"got shape {tuple(first.shape)}"
         )
-    if first.shape[2:].numel() == 0:
+    if math.prod(first.shape[2:]) == 0:
         raise ValueError(
             f"branches: the average needs at least one position, got shape {tuple(first.shape)}"
         )

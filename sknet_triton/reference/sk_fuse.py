@@ -1,5 +1,6 @@
 """fuse in plain PyTorch."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ def sk_fuse(branches: Sequence[Tensor], reduction: str = "mean") -> Tensor:
     for x in branches[1:]:
         total = total + torch.sum(x, spatial, dtype=dtype)
     if reduction == "mean":
-        total = total / first.shape[2:].numel()
+        total = total / math.prod(first.shape[2:])
     return total.to(first.dtype)
 
 
@@ -33,5 +34,5 @@ def sk_fuse_bwd(dpooled: Tensor, shape: torch.Size, reduction: str = "mean") -> 
     share = dpooled
     if reduction == "mean":
         wide = dpooled.to(accumulation_dtype(dpooled.dtype))
-        share = (wide / shape[2:].numel()).to(dpooled.dtype)
+        share = (wide / math.prod(shape[2:])).to(dpooled.dtype)
     return over_space(share, len(shape) - 2).expand(shape)

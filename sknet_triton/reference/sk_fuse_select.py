@@ -7,6 +7,7 @@ dbeta_i = sum_b (a_i P1 + (ds / S) P2), dgamma_i = sum_b (a_i P3 + (ds / S) P4),
 read dx_i = gamma_i rstd_i (k (a_i dV + ds / S) - dbeta_i / m - xhat_i dgamma_i / m).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -227,7 +228,7 @@ def _joined(
 
 
 def _positions(branches: Sequence[Tensor]) -> int:
-    return branches[0].shape[2:].numel()
+    return math.prod(branches[0].shape[2:])
 
 
 def _constant(mean: Tensor | None, var: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@
 beta. u_i = max((x_i - mean_i) * scale_i + beta_i, 0), and k_i is 0 where u_i is, else 1.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def fuse(branches: Sequence[Tensor], norm: Tensor) -> Tensor:
     total = torch.sum(_activated(branches[0], norm[0]), space)
     for i, x in enumerate(branches[1:], start=1):
         total = total + torch.sum(_activated(x, norm[i]), space)
-    return total / branches[0].shape[2:].numel()
+    return total / math.prod(branches[0].shape[2:])
 
 
 def select(branches: Sequence[Tensor], logits: Tensor, norm: Tensor) -> Tensor:
