@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sknet_triton import SKConv
+
 Layout = str
 LAYOUTS = ("contiguous", "channels_last", "sliced", "unaligned", "cropped", "transposed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -133,3 +135,8 @@ def store_rounding(x: Tensor) -> float:
 def mapped(f: Callable[[Tensor], Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
     """Returns f of every tensor."""
     return [f(x) for x in xs]
+
+
+def is_plain(sk: SKConv) -> bool:
+    """Tells whether what lies between the convolutions and V is what `sk_fuse_select` computes."""
+    return sk._plain_section() is not None

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sknet_triton import SKConv, SKNet, SKNetFeatures, SKUnit, StageSpec, fuse_bn, use_backend
-from sknet_triton.layers import section
-from tests.helpers import laid_out
+from tests.helpers import is_plain, laid_out
 from tests.plain_sknet import largest_error, scramble
 
 # Relative to the largest value, in float64: see test_layers.py and, for networks, test_models.py.
@@ -91,7 +90,7 @@ def test_what_is_folded(name: str) -> None:
     model = build(name)
     names = [n for n, _ in model.named_modules()]
     sks = [m for m in model.modules() if isinstance(m, SKConv) and m.aggregate == "sk"]
-    on_the_fly = {section.is_plain(sk) for sk in sks}
+    on_the_fly = {is_plain(sk) for sk in sks}
     stay = {"0.bn", "5"} if name == "among others" else set()
     if name not in ("sum", "fc1 layer norm", "fc1 no norm", "SKConv sum"):
         stay |= {n for n in norms(model) if re.search(r"\b(branches|fc1)\b", n)}
@@ -99,7 +98,7 @@ def test_what_is_folded(name: str) -> None:
     fuse_bn(model)
     assert set(norms(model)) == stay
     assert [n for n, _ in model.named_modules()] == names
-    assert {section.is_plain(sk) for sk in sks} == on_the_fly
+    assert {is_plain(sk) for sk in sks} == on_the_fly
 
 
 def test_the_state_dict_has_biases_for_norms_and_can_be_loaded() -> None:

@@ -19,7 +19,7 @@ from sknet_triton import SKConv, functional, ops, use_backend
 from sknet_triton.backend import Backend, current_backend
 from sknet_triton.layers import section
 from sknet_triton.reference import stages
-from tests.helpers import Case, assert_matches
+from tests.helpers import Case, assert_matches, is_plain
 
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 EXACT = 1e-11  # float64 with a few hundred additions
@@ -178,14 +178,14 @@ def composed(sk: SKConv) -> SKConv:
     """Returns a copy that a do-nothing hook keeps from using `sk_fuse_select`."""
     twin = copy.deepcopy(sk)
     cast(Any, twin.branches[0]).bn.register_forward_hook(lambda *_: None)
-    assert not section.is_plain(twin)
+    assert not is_plain(twin)
     return twin
 
 
 @pytest.fixture
 def section_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes `sk_fuse_select` where eager PyTorch would rather call the modules."""
-    monkeypatch.setattr(section, "pays", lambda sk, x: True)
+    monkeypatch.setattr(section, "pays", lambda module, x: True)
 
 
 def test_eager_pytorch_calls_the_modules_and_the_others_do_not(
@@ -194,9 +194,9 @@ def test_eager_pytorch_calls_the_modules_and_the_others_do_not(
     sk, x = SKConv(3, 4, G=1, d=5, device=device), torch.randn(2, 3, 4, 4, device=device)
     run, calls = section.run, []
 
-    def recorded(sk: SKConv, maps: list[Tensor]) -> Tensor:
+    def recorded(plain: section.Section, maps: list[Tensor]) -> Tensor:
         calls.append(current_backend())
-        return run(sk, maps)
+        return run(plain, maps)
 
     monkeypatch.setattr(section, "run", recorded)
     for backend in BACKENDS:
@@ -305,7 +305,7 @@ def test_skconv_equals_its_modules(
     sk = scrambled(SKConv(3, 4, M=2, G=1, d=5, dtype=torch.float64, device=device))
     change(sk)
     sk.double()
-    assert section.is_plain(sk) == plain
+    assert is_plain(sk) == plain
     twin = composed(sk) if plain else copy.deepcopy(sk)
     x = torch.randn(3, 3, 4, 4, dtype=torch.float64, device=device)
     dout = torch.randn(3, 4, 4, 4, dtype=torch.float64, device=device)
@@ -379,13 +379,13 @@ def test_hooks_on_what_lies_between_see_their_tensors(device: torch.device) -> N
         sk = SKConv(3, 4, G=1, d=5, device=device)
         seen: list[torch.Size] = []
         sk.get_submodule(path).register_forward_hook(recorder(seen))
-        assert not section.is_plain(sk), path
+        assert not is_plain(sk), path
         sk(torch.randn(2, 3, 4, 4, device=device))
         assert len(seen) == 1, path
     sk = SKConv(3, 4, G=1, d=5, device=device)
     at_conv: list[torch.Size] = []
     sk.get_submodule("branches.0.conv").register_forward_hook(recorder(at_conv))
-    assert section.is_plain(sk)
+    assert is_plain(sk)
     sk(torch.randn(2, 3, 4, 4, device=device))
     assert len(at_conv) == 1
 

@@ -19,8 +19,7 @@ from torch.multiprocessing.spawn import spawn
 
 from sknet_triton import SKConv, use_backend
 from sknet_triton.backend import Backend
-from sknet_triton.layers import section
-from tests.helpers import laid_out
+from tests.helpers import is_plain, laid_out
 from tests.plain_sknet import scramble
 
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
@@ -118,7 +117,7 @@ def outcome(sk: SKConv, x: Tensor, dout: Tensor, compiled: bool = False) -> dict
 def modules_one_by_one(sk: SKConv, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
     """The oracle: a do-nothing hook keeps SKConv from using `sk_fuse_select`."""
     sk.fc2.register_forward_hook(lambda *_: None)
-    assert not section.is_plain(sk)
+    assert not is_plain(sk)
     with use_backend("reference"):
         return outcome(sk, x, dout)
 
@@ -166,7 +165,7 @@ def run_case(
     case: Case, backend: Backend, rank: int, device: torch.device, group: Any = None
 ) -> dict[str, Tensor]:
     sk = synced(case.module(device), group)
-    assert section.is_plain(sk)
+    assert is_plain(sk)
     x, dout = (share(t, case.images, rank) for t in case.joined(device))
     with use_backend(backend):
         return outcome(sk, x, dout, case.compiled)
@@ -221,7 +220,7 @@ def run_mixture(name: str, rank: int, device: torch.device, group: Any) -> dict[
     sk = case.module(device)
     change(sk, group)
     x, dout = (share(t, case.images, rank) for t in case.joined(device))
-    result: dict[str, Any] = {"plain": section.is_plain(sk)}
+    result: dict[str, Any] = {"plain": is_plain(sk)}
     try:
         with use_backend("reference"):
             result["outcome"] = outcome(sk, x, dout)

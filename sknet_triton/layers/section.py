@@ -1,6 +1,7 @@
-"""How an SKConv hands its norms and its MLP to `sk_fuse_select`, and when it may."""
+"""How modules hand their norms and their MLP to `sk_fuse_select`, and when they may."""
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -11,13 +12,43 @@ from sknet_triton import functional
 from sknet_triton.backend import takes_triton
 from sknet_triton.layers.blocks import HOOKS, has_hook
 
-if TYPE_CHECKING:
-    from sknet_triton.layers.sk_conv import SKConv
-
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def pays(sk: "SKConv", x: Tensor) -> bool:
+class Block(NamedTuple):
+    """A convolution, its batch norm and its ReLU.
+
+    Attributes:
+        conv: called as a module.
+        norm: read, not called.
+        silent: every module that is not called: the norm, the activation, what holds the three.
+    """
+
+    conv: nn.Module
+    norm: nn.Module
+    silent: tuple[nn.Module, ...]
+
+
+class Section(NamedTuple):
+    """Everything between the convolutions and V that `sk_fuse_select` computes."""
+
+    branches: tuple[Block, ...]
+    fc1: Block
+    fc2: nn.Module
+
+
+def sequential(block: nn.Module) -> Block | None:
+    """Returns a plain Sequential of conv, bn and act as a `Block`; None for anything else."""
+    names = [name for name, _ in block.named_children()]
+    if type(block) is not nn.Sequential or names != ["conv", "bn", "act"]:
+        return None
+    conv, norm, act = block
+    if type(norm) not in NORMS or type(act) is not nn.ReLU:
+        return None
+    return Block(conv, norm, (block, norm, act))
+
+
+def pays(module: nn.Module, x: Tensor) -> bool:
     """Tells whether `sk_fuse_select` is to be preferred to calling the modules one by one.
 
     The Triton kernels and torch.compile fuse its formulas; in eager PyTorch each would be an
@@ -25,43 +56,36 @@ def pays(sk: "SKConv", x: Tensor) -> bool:
     """
     if takes_triton(x) or torch.compiler.is_compiling():
         return True
-    return any(type(m) is nn.SyncBatchNorm for m in sk.modules())
+    return any(type(m) is nn.SyncBatchNorm for m in module.modules())
 
 
-def is_plain(sk: "SKConv") -> bool:
-    """Tells whether everything between the convolutions and V is what `sk_fuse_select` computes.
+def plain(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -> Section | None:
+    """Returns the parts as a section where it is what `sk_fuse_select` computes, else None.
 
-    It is not where a module was replaced or parametrized, a hook wants to see an intermediate
+    It is not where a part is None, a module was parametrized, a hook wants to see an intermediate
     tensor, the norms disagree, or a convolution of the MLP is no plain one.
     """
-    fc1, fc2 = sk.fc1, sk.fc2
-    blocks = [*sk.branches, fc1]
-    if not all(_is_conv_bn_relu(block) for block in blocks) or _any_hook(sk):
-        return False
-    if not all(_is_linear(conv) for conv in (cast(Any, fc1).conv, fc2)):
-        return False
-    norms = [cast(Any, block).bn for block in blocks]
-    first, fc1_norm = norms[0], norms[-1]
-    agree = all(
-        (n.eps, _takes_batch(n), _group(n)) == (first.eps, _takes_batch(first), _group(first))
-        for n in norms[:-1]
-    )
-    both = _takes_batch(first) and _takes_batch(fc1_norm)
-    return agree and (not both or _group(first) == _group(fc1_norm))
+    found = tuple(block for block in branches if block is not None)
+    if fc1 is None or len(found) < len(branches):
+        return None
+    if not (_is_linear(fc1.conv) and _is_linear(fc2)):
+        return None
+    section = Section(found, fc1, fc2)
+    return None if _any_hook(section) or not _agree(section) else section
 
 
-def run(sk: "SKConv", maps: list[Tensor]) -> Tensor:
+def run(section: Section, maps: Sequence[Tensor]) -> Tensor:
     """Runs `sk_fuse_select` on the convolutions' outputs and updates the running statistics."""
-    norms = [cast(Any, branch).bn for branch in sk.branches]
-    fc1, fc1_norm = cast(Any, sk.fc1).conv, cast(Any, sk.fc1).bn
+    norms = [cast(Any, branch).norm for branch in section.branches]
+    fc1, fc1_norm, fc2 = (cast(Any, m) for m in (section.fc1.conv, section.fc1.norm, section.fc2))
     result = functional.sk_fuse_select(
         maps,
         [_arguments(n) for n in norms],
         fc1.weight.flatten(1),
         _arguments(fc1_norm),
-        sk.fc2.weight.flatten(1),
+        fc2.weight.flatten(1),
         fc1_bias=fc1.bias,
-        fc2_bias=sk.fc2.bias,
+        fc2_bias=fc2.bias,
     )
     if result.mean is not None and result.var is not None:
         for n, mean, var in zip(norms, result.mean, result.var, strict=True):
@@ -71,32 +95,31 @@ def run(sk: "SKConv", maps: list[Tensor]) -> Tensor:
     return result.out
 
 
-def _is_conv_bn_relu(block: nn.Module) -> bool:
-    names = [name for name, _ in block.named_children()]
-    return (
-        type(block) is nn.Sequential
-        and names == ["conv", "bn", "act"]
-        and type(block.bn) in _NORMS
-        and type(block.act) is nn.ReLU
-    )
-
-
 def _is_linear(conv: nn.Module) -> bool:
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
         and conv.padding == (0, 0)
         and conv.groups == 1
     )
 
 
-def _any_hook(sk: "SKConv") -> bool:
+def _any_hook(section: Section) -> bool:
     # A convolution of a branch is called as a module, so its own hooks are served.
-    silent = [sk.fc2, *sk.fc1.modules()]
-    for branch in sk.branches:
-        silent += [branch, cast(Any, branch).bn, cast(Any, branch).act]
+    silent = [section.fc1.conv, *section.fc1.silent, section.fc2]
+    for branch in section.branches:
+        silent += branch.silent
     everywhere = any(getattr(module_globals, f"_global{name}", None) for name in HOOKS)
     return everywhere or any(has_hook(m) for m in silent)
+
+
+def _agree(section: Section) -> bool:
+    norms, fc1_norm = [branch.norm for branch in section.branches], section.fc1.norm
+    first = norms[0]
+    settings = {(cast(Any, n).eps, _takes_batch(n), _group(n)) for n in norms}
+    both = _takes_batch(first) and _takes_batch(fc1_norm)
+    return len(settings) == 1 and (not both or _group(first) == _group(fc1_norm))
 
 
 def _takes_batch(bn: Any) -> bool:

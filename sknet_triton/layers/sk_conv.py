@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -127,9 +127,10 @@ class SKConv(nn.Module):
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
         if self.aggregate == "sum":
             return _sum([branch(x) for branch in self.branches])
-        if section.pays(self, x) and section.is_plain(self):
+        plain = self._plain_section() if section.pays(self, x) else None
+        if plain is not None:
             self._check_batch(x.shape[0])
-            return section.run(self, [cast(Any, branch).conv(x) for branch in self.branches])
+            return section.run(plain, [branch.conv(x) for branch in plain.branches])
         maps = [branch(x) for branch in self.branches]
         logits = self.logits(functional.sk_fuse(maps))
         return functional.sk_select(maps, logits)
@@ -139,6 +140,10 @@ class SKConv(nn.Module):
         self._check_batch(pooled.shape[0])
         wide: Tensor = self.fc2(self.fc1(pooled[:, :, None, None]))
         return wide.reshape(pooled.shape[0], self.M, self.out_channels)
+
+    def _plain_section(self) -> section.Section | None:
+        blocks = [section.sequential(branch) for branch in self.branches]
+        return section.plain(blocks, section.sequential(self.fc1), self.fc2)
 
     def _check_batch(self, size: int) -> None:
         bn = getattr(self.fc1, "bn", None)
