@@ -9,6 +9,7 @@ from sknet_triton.backend import Backend, use_backend
 from sknet_triton.inference import fuse_bn
 from sknet_triton.layers import BranchSpec, SKConv, SKUnit
 from sknet_triton.models import SKNet, SKNetFeatures, StageSpec, sknet26, sknet50, sknet101
+from sknet_triton.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -27,4 +28,5 @@ __all__ = [
     "sknet50",
     "sknet101",
     "use_backend",
+    "warmup",
 ]
