@@ -157,5 +157,5 @@ def _update(bn: Any, mean: Tensor, var: Tensor) -> None:
     for running, batch in ((bn.running_mean, mean), (bn.running_var, var)):
         weight = bn.momentum
         if weight is None:
-            weight = (1 / bn.num_batches_tracked).to(running.dtype)
+            weight = bn.num_batches_tracked.to(running.dtype).reciprocal()
         running.lerp_(batch.to(running.dtype), weight)
