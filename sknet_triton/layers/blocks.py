@@ -14,8 +14,12 @@ HOOKS = (
 
 
 def has_hook(module: nn.Module) -> bool:
-    """Tells whether a hook of any kind is registered on ``module`` itself."""
-    return any(getattr(module, name) for name in HOOKS)
+    """Tells whether calling ``module`` does more than its class says.
+
+    A hook of any kind is registered on it, or its own ``forward`` was replaced, as wrappers that
+    keep a module's type do.
+    """
+    return any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
 
 
 def conv_bn(
