@@ -52,9 +52,11 @@ def pays(module: nn.Module, x: Tensor) -> bool:
     """Tells whether `sk_fuse_select` is to be preferred to calling the modules one by one.
 
     The Triton kernels and torch.compile fuse its formulas; in eager PyTorch each would be an
-    operator, and the modules are faster. torch's SyncBatchNorm takes no CPU tensors, this does.
+    operator, and the modules are faster. An exported program holds the modules' operators, for what
+    comes after it knows them: it folds batch norms into convolutions. torch's SyncBatchNorm takes
+    no CPU tensors, this does.
     """
-    if takes_triton(x) or torch.compiler.is_compiling():
+    if takes_triton(x) or torch.compiler.is_dynamo_compiling():
         return True
     return any(type(m) is nn.SyncBatchNorm for m in module.modules())
 
@@ -148,7 +150,6 @@ def _arguments(bn: Any) -> functional.BatchNormArgs:
     )
 
 
-@torch.no_grad()
 def _update(bn: Any, mean: Tensor, var: Tensor) -> None:
     """Moves the running statistics towards the batch's, as ``nn.BatchNorm2d`` in training does."""
     if not bn.training or not bn.track_running_stats or bn.running_mean is None:
@@ -158,4 +159,4 @@ def _update(bn: Any, mean: Tensor, var: Tensor) -> None:
         weight = bn.momentum
         if weight is None:
             weight = bn.num_batches_tracked.to(running.dtype).reciprocal()
-        running.lerp_(batch.to(running.dtype), weight)
+        running.lerp_(batch.detach().to(running.dtype), weight)
