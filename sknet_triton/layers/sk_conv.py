@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,13 @@ class SKConv(nn.Module):
                 "one value per channel and image, got 1; SKConv(..., fc_norm='layer') takes any "
                 "batch, and so does .eval()"
             )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuses torch.jit.script, which asks every module for its form in TorchScript."""
+        raise NotImplementedError(
+            "SKConv: torch.jit.script cannot compile this module; use torch.export.export, or "
+            "torch.jit.trace of the model in eval mode"
+        )
 
     def extra_repr(self) -> str:
         """Shows what the child modules do not."""
