@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, TypeVar, get_args
@@ -25,9 +26,9 @@ class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
     holds inside the block and restores what was set before. The choice is global to the process.
 
     Args:
-        name: ``"auto"`` takes Triton for tensors on a GPU and PyTorch for all others;
-            ``"triton"`` insists on the kernels; ``"reference"`` takes plain PyTorch everywhere,
-            which torch.compile fuses and every exporter understands.
+        name: ``"auto"`` takes Triton for tensors on a GPU and PyTorch for all others, and for all
+            in an export to ONNX; ``"triton"`` insists on the kernels; ``"reference"`` takes plain
+            PyTorch everywhere, which torch.compile fuses and every exporter understands.
 
     Raises:
         ValueError: ``name`` is not one of the three.
@@ -68,18 +69,24 @@ def takes_triton(tensor: Tensor) -> bool:
     Raises:
         ValueError: the backend is ``"triton"`` and ``tensor`` is on a device without kernels.
         ImportError: the backend is ``"triton"`` and triton is not installed.
+        RuntimeError: the backend is ``"triton"`` in an export to ONNX, which has no such operators.
     """
     backend = current_backend()
     if backend == "reference":
         return False
     if backend == "auto":
-        return tensor.is_cuda and _triton_installed()
+        return tensor.is_cuda and _triton_installed() and not _exporting_to_onnx()
     if not _triton_installed():
         raise ImportError("backend: 'triton' needs the package triton, which is not installed")
     if not has_kernels(tensor):
         raise ValueError(
             f"backend: 'triton' needs tensors on a GPU (or TRITON_INTERPRET=1), "
             f"got a tensor on {tensor.device}"
+        )
+    if _exporting_to_onnx():
+        raise RuntimeError(
+            "backend: 'triton' has no operators in ONNX; export under use_backend('auto') or "
+            "use_backend('reference')"
         )
     return True
 
@@ -113,6 +120,13 @@ def _from_environment() -> Backend:
 @_constant_in_a_graph
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@_constant_in_a_graph
+def _exporting_to_onnx() -> bool:
+    # Whoever exports has imported it.
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 @_constant_in_a_graph
