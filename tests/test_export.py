@@ -1,0 +1,243 @@
+"""Programs taken out of Python: torch.export, AOTInductor, torch.jit.trace."""
+
+import copy
+import io
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from sknet_triton import Backend, SKConv, SKNet, SKUnit, StageSpec, functional, use_backend
+from tests.plain_sknet import largest_error, scramble
+
+# float64, so that another order of operations is all that may differ: see test_layers.py.
+EXACT = 1e-9
+
+EVERY_SIZE = {"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
+BATCH = {"x": {0: Dim("batch", min=2, max=64)}}
+TINY = (StageSpec(32, 1, 2),)
+SMALL = (StageSpec(32, 1, 1), StageSpec(64, 1, 2))
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform == "win32" or not (shutil.which("g++") or shutil.which("clang++")),
+    reason="Inductor compiles for the CPU with a C++ compiler, and there is none",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A module to export, the shape it is exported at and others that it must take."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    others: tuple[tuple[int, ...], ...]
+
+    def module(self, training: bool = False) -> nn.Module:
+        return scramble(self.build()).double().train(training)
+
+    def images(self) -> list[Tensor]:
+        shapes = (self.shape, *self.others)
+        return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+CONV = Subject(lambda: SKConv(8, 8, G=4), (4, 8, 6, 5), ((3, 8, 4, 7),))
+# No network is 1 modulo 4 wide: torch 2.11 exports its max_pool2d with a guard against that.
+SUBJECTS = {
+    "SKConv": CONV,
+    "SKConv-M3-stride2": Subject(lambda: SKConv(8, 8, 2, 3, G=4), (4, 8, 9, 6), ((2, 8, 7, 8),)),
+    "SKConv-layer": Subject(lambda: SKConv(8, 8, G=4, fc_norm="layer"), (4, 8, 6, 5), ()),
+    "SKNet": Subject(lambda: SKNet(SMALL, num_classes=5), (4, 3, 64, 48), ((3, 3, 65, 47),)),
+}
+# Triton's interpreter takes seconds for what torch does in milliseconds.
+TRITON_SUBJECTS = {
+    "SKConv": CONV,
+    "SKNet": Subject(lambda: SKNet(TINY, num_classes=5), (2, 3, 32, 32), ((3, 3, 33, 47),)),
+}
+CASES = [
+    *((name, subject, "reference") for name, subject in SUBJECTS.items()),
+    *((name, subject, "triton") for name, subject in TRITON_SUBJECTS.items()),
+]
+every_case = pytest.mark.parametrize(
+    ("subject", "backend"),
+    [pytest.param(subject, backend, id=f"{name}-{backend}") for name, subject, backend in CASES],
+)
+
+
+def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer)
+
+
+def our_operators(program: ExportedProgram) -> set[str]:
+    names = {str(node.target) for node in program.graph.nodes}
+    return {name for name in names if name.startswith("sknet_triton.")}
+
+
+def assert_same(actual: nn.Module, expected: nn.Module, images: list[Tensor]) -> None:
+    """Asserts equal results, gradients and state over calls of both."""
+    for x in images:
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        out, exact = actual(ours), expected(theirs)
+        assert largest_error(out.detach(), exact.detach()) < EXACT
+        assert out.stride() == exact.stride()
+        gradient = torch.randn_like(exact)
+        torch.autograd.backward([out], [gradient])
+        torch.autograd.backward([exact], [gradient])
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert largest_error(ours.grad, theirs.grad) < EXACT
+    parameters = dict(actual.named_parameters())
+    for name, parameter in expected.named_parameters():
+        mine = parameters[name].grad
+        assert mine is not None, name
+        assert parameter.grad is not None, name
+        assert largest_error(mine, parameter.grad) < EXACT, name
+    state = actual.state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert largest_error(state[name].double(), tensor.double()) < EXACT, name
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@every_case
+def test_a_program_is_the_module_at_any_size_also_after_save_and_load(
+    subject: Subject, backend: Backend, training: bool
+) -> None:
+    module, images = subject.module(training), subject.images()
+    with use_backend(backend):
+        program = torch.export.export(module, (images[0],), dynamic_shapes=EVERY_SIZE)
+        assert bool(our_operators(program)) == (backend == "triton")
+        assert_same(saved_and_loaded(program).module(), copy.deepcopy(module), images)
+
+
+@pytest.mark.parametrize("sizes", [None, BATCH], ids=["static", "batch"])
+def test_a_program_of_fewer_sizes_refuses_the_others(sizes: dict[str, Any] | None) -> None:
+    module, (x, _) = CONV.module(), CONV.images()
+    program = torch.export.export(module, (x,), dynamic_shapes=sizes)
+    assert_same(program.module(), module, [x])
+    if sizes is not None:
+        assert_same(program.module(), module, [torch.randn(7, 8, 6, 5, dtype=torch.float64)])
+    with pytest.raises(AssertionError, match=r"size\(\)\[2\]|shape\[2\]"):
+        program.module()(torch.randn(4, 8, 7, 5, dtype=torch.float64))
+
+
+def test_a_triton_program_runs_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, images = CONV.module(), CONV.images()
+    with use_backend("triton"):
+        program = torch.export.export(module, (images[0],), dynamic_shapes=EVERY_SIZE)
+    assert our_operators(program) == {"sknet_triton.sk_fuse_select.default"}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use_backend("reference"):
+        assert_same(program.module(), module, images)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_functions_alone(backend: Backend) -> None:
+    class Section(nn.Module):
+        def forward(self, xs: list[Tensor], weight: Tensor) -> Tensor:
+            pooled = functional.sk_fuse(xs)
+            logits = (pooled @ weight).reshape(-1, len(xs), pooled.shape[1])
+            return functional.sk_select(xs, logits)
+
+    def inputs(B: int, S: int) -> tuple[list[Tensor], Tensor]:
+        xs = [torch.randn(B, 3, S, 4, dtype=torch.float64) for _ in range(2)]
+        return xs, torch.randn(3, 6, dtype=torch.float64)
+
+    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    with use_backend(backend):
+        program = torch.export.export(
+            Section(), inputs(2, 5), dynamic_shapes={"xs": [free, free], "weight": None}
+        )
+        other = inputs(4, 3)
+        assert largest_error(program.module()(*other), Section()(*other)) < EXACT
+    names = {"sknet_triton.sk_fuse.default", "sknet_triton.sk_select.default"}
+    assert our_operators(program) == (names if backend == "triton" else set())
+
+
+def test_a_program_holds_the_batch_norms_that_others_know_how_to_fold() -> None:
+    module, (x, _) = CONV.module(), CONV.images()
+    program = torch.export.export(module, (x,))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert sum("batch_norm" in name for name in names) == 3
+    assert not any("autocast" in name or "set_grad_enabled" in name for name in names)
+
+
+@needs_compiler
+def test_aot_inductor_packages_and_loads(tmp_path: Path) -> None:
+    module, images = CONV.module(), CONV.images()
+    with torch.no_grad():
+        program = torch.export.export(module, (images[0],), dynamic_shapes=EVERY_SIZE)
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        runner = torch._inductor.aoti_load_package(package)
+        for x in images:
+            assert largest_error(runner(x), module(x)) < EXACT
+
+
+@needs_compiler
+def test_aot_inductor_calls_the_triton_operators(tmp_path: Path) -> None:
+    module, images = CONV.module(), CONV.images()
+    with use_backend("triton"), torch.no_grad():
+        program = torch.export.export(module, (images[0],), dynamic_shapes=EVERY_SIZE)
+        assert our_operators(program)
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+        runner = torch._inductor.aoti_load_package(package)
+        for x in images:
+            assert largest_error(runner(x), module(x)) < EXACT
+
+
+def traced(module: nn.Module, x: Tensor) -> Any:
+    with warnings.catch_warnings():
+        # torch deprecates tracing, and says that the checks of arguments become constants.
+        warnings.simplefilter("ignore")
+        trace = torch.jit.trace(module, x)  # type: ignore[no-untyped-call]  # torch leaves it so
+        buffer = io.BytesIO()
+        torch.jit.save(trace, buffer)
+        buffer.seek(0)
+        return torch.jit.load(buffer)  # type: ignore[no-untyped-call]  # torch leaves it so
+
+
+@every_case
+def test_a_trace_is_the_module_at_any_size_also_after_save_and_load(
+    subject: Subject, backend: Backend
+) -> None:
+    module, images = subject.module(), subject.images()
+    with use_backend(backend), torch.no_grad():
+        trace = traced(module, images[0])
+        assert ("sknet_triton::" in str(trace.inlined_graph)) == (backend == "triton")
+        for x in images:
+            assert largest_error(trace(x), module(x)) < EXACT
+
+
+@pytest.mark.parametrize(
+    "module",
+    [SKConv(8, 8, G=4), SKUnit(8, 8, G=4), SKNet(TINY), nn.Sequential(SKConv(8, 8, G=4))],
+    ids=["SKConv", "SKUnit", "SKNet", "inside another"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.script itself
+def test_torch_jit_script_is_refused_by_name(module: nn.Module) -> None:
+    with pytest.raises(NotImplementedError) as caught:
+        torch.jit.script(module)
+    assert str(caught.value) == (
+        "SKConv: torch.jit.script cannot compile this module; use torch.export.export, or "
+        "torch.jit.trace of the model in eval mode"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.script itself
+def test_torch_jit_script_refuses_the_functions() -> None:
+    for function in (functional.sk_fuse, functional.sk_select, functional.sk_fuse_select):
+        with pytest.raises(torch.jit.frontend.NotSupportedError):
+            torch.jit.script(function)
