@@ -80,7 +80,7 @@ def sums(dout: Tensor, branches: Sequence[Tensor], norm: Tensor) -> Tensor:
                 [
                     torch.sum(passed, space),
                     torch.sum(on, space),
-                    torch.sum(passed * xhat, space),
+                    torch.sum(passed * kept, space),
                     torch.sum(kept, space),
                 ]
             )
