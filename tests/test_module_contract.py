@@ -24,6 +24,7 @@ from tests.plain_sknet import largest_error, scramble
 
 # float64; the ways differ in the order of a few hundred additions.
 EXACT = 1e-10
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Run = Callable[[Tensor], Tensor]
 
@@ -55,19 +56,19 @@ WAYS = {"modules": MODULES, **TOGETHER}
 def build(**options: Any) -> SKConv:
     torch.manual_seed(3)
     module = SKConv(4, 4, **{"G": 2, "d": 3, **options}).double()
-    return cast(SKConv, scramble(module))
+    return cast(SKConv, scramble(module).to(DEVICE))
 
 
 def batch(images: int = 4, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(images, 4, 5, 4, dtype=torch.float64, generator=generator)
+    return torch.randn(images, 4, 5, 4, dtype=torch.float64, generator=generator).to(DEVICE)
 
 
 def train_step(run: Run, module: nn.Module, x: Tensor | None = None) -> dict[str, Tensor]:
     """Returns the output, dx, the gradients of parameters that take one, and every buffer."""
     x = (batch() if x is None else x).clone().requires_grad_()
     out = run(x)
-    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     torch.autograd.backward((out * weight).sum())
     assert x.grad is not None
     seen = {"out": out.detach(), "dx": x.grad}
@@ -140,8 +141,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "SKConv": build,
     "SKConv-layer": lambda: build(fc_norm="layer"),
     "SKConv-sum": lambda: build(aggregate="sum"),
-    "SKUnit": lambda: scramble(SKUnit(4, 4, G=2).double()),
-    "SKNet": lambda: scramble(SKNet((StageSpec(32, 1, 1),), in_chans=4).double()),
+    "SKUnit": lambda: scramble(SKUnit(4, 4, G=2).double()).to(DEVICE),
+    "SKNet": lambda: scramble(SKNet((StageSpec(32, 1, 1),), in_chans=4).double()).to(DEVICE),
 }
 
 
@@ -152,7 +153,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 )
 def test_a_copy_computes_the_same_and_shares_nothing(layer: str, name: str, way: str) -> None:
     module = LAYERS[layer]()
-    x = torch.randn(4, 4, *((16, 16) if layer == "SKNet" else (5, 4)), dtype=torch.float64)
+    x = torch.randn(
+        4, 4, *((16, 16) if layer == "SKNet" else (5, 4)), dtype=torch.float64, device=DEVICE
+    )
     with WAYS[way].of(module):
         module(x)  # a copy of a module in use, not of a fresh one
         twin = COPIES[name](module)
@@ -180,7 +183,7 @@ def test_a_state_dict_goes_through_a_file_that_holds_no_code(layer: str) -> None
         for p in target.parameters():
             p.fill_(float("nan"))
     target.load_state_dict(torch.load(state_file(source), weights_only=True), strict=True)
-    x = torch.randn(2, 4, 16, 16, dtype=torch.float64)
+    x = torch.randn(2, 4, 16, 16, dtype=torch.float64, device=DEVICE)
     assert torch.equal(source(x), target(x))
 
 
@@ -225,7 +228,7 @@ def test_a_module_made_without_memory_is_filled_by_a_state_dict(assign: bool, wa
         module = SKConv(4, 4, G=2, d=3).double().eval()
     assert module(batch().to("meta")).shape == (4, 4, 5, 4)
     if not assign:
-        module.to_empty(device="cpu")
+        module.to_empty(device=DEVICE)
     module.load_state_dict(source.state_dict(), assign=assign)
     with WAYS[way].of(module):
         assert torch.equal(module(batch()), source(batch()))
@@ -278,7 +281,10 @@ def test_norms_may_stay_in_float32_in_a_low_dtype_module(way: str, dtype: torch.
 def test_float32_input_is_refused_by_a_low_dtype_module_as_by_conv2d(
     way: str, dtype: torch.dtype
 ) -> None:
-    module, conv = build().to(dtype), nn.Conv2d(4, 4, 3, groups=2, bias=False, dtype=dtype)
+    module, conv = (
+        build().to(dtype),
+        nn.Conv2d(4, 4, 3, groups=2, bias=False, device=DEVICE, dtype=dtype),
+    )
     with pytest.raises(RuntimeError) as theirs:
         conv(batch().float())
     with WAYS[way].of(module) as run, pytest.raises(RuntimeError) as ours:
@@ -549,7 +555,7 @@ def test_functional_call_takes_the_tensors_it_is_given(way: str) -> None:
     with WAYS[way].of(module):
         run = torch.compile(called, backend="aot_eager") if WAYS[way].compiled else called
         out = run(batch())
-        weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+        weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
         torch.autograd.backward((out * weight).sum())
     assert largest_error(out.detach(), expected["out"]) < EXACT
     for name, leaf in leaves.items():

@@ -1,0 +1,433 @@
+"""Low dtypes: autocast, gradient scaling, sums beyond a dtype's range, and what is not a number.
+
+Overflow, infinities and NaN are to come out as the same formula in plain PyTorch gives them.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sknet_triton import SKConv, functional, use_backend
+from sknet_triton.backend import Backend
+from sknet_triton.functional import BatchNormArgs
+from tests.helpers import store_rounding
+from tests.plain_sknet import largest_error, scramble
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+LOW = (torch.bfloat16, torch.float16)
+LOW_NAMES = ("bf16", "fp16")
+
+low = pytest.mark.parametrize("dtype", LOW, ids=LOW_NAMES)
+both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@contextmanager
+def quiet_interpreter() -> Iterator[None]:
+    # numpy, on which the interpreter runs, warns of infinities.
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        yield
+
+
+# --- autocast and gradient scaling --------------------------------------------------------------
+
+
+def build() -> SKConv:
+    torch.manual_seed(3)
+    return cast(SKConv, scramble(SKConv(8, 8, G=2, d=5)).to(DEVICE))
+
+
+def image_batch() -> Tensor:
+    return torch.randn(4, 8, 6, 5, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+
+
+def loss_of(out: Tensor) -> Tensor:
+    weight = torch.linspace(-1, 2, out.numel(), device=out.device).view_as(out)
+    return (out.float() * weight).sum()
+
+
+@pytest.mark.parametrize("way", ["reference", "triton", "compile"])
+@low
+def test_forward_under_autocast_and_backward_outside(dtype: torch.dtype, way: str) -> None:
+    module = build().eval()
+    exact = copy.deepcopy(module).double()
+    x = image_batch()
+    wide = x.double().requires_grad_()
+    torch.autograd.backward(loss_of_wide(exact(wide)))
+    x.requires_grad_()
+    torch._dynamo.reset()
+    with use_backend("triton" if way == "triton" else "reference"):
+        run = torch.compile(module, backend="aot_eager") if way == "compile" else module
+        with torch.autocast(DEVICE.type, dtype=dtype):
+            out = run(x)
+        assert out.dtype == dtype
+        torch.autograd.backward(loss_of(out))
+    # Half-eps roundings: input, weights, convolution, norm, selection, the logits' path and the
+    # same again backwards: 16 of them, those of the interpreter's bfloat16 stores doubled.
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32, name
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert wide.grad is not None
+    assert distance(out, exact(wide)) < 10 * torch.finfo(dtype).eps
+    assert distance(x.grad, wide.grad) < 16 * torch.finfo(dtype).eps
+
+
+def loss_of_wide(out: Tensor) -> Tensor:
+    weight = torch.linspace(-1, 2, out.numel(), device=out.device).view_as(out)
+    return (out * weight.double()).sum()
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    error = torch.linalg.vector_norm(actual.detach().double() - expected.detach())
+    return float(error / torch.linalg.vector_norm(expected.detach()))
+
+
+@both
+def test_the_backward_computes_in_the_same_dtypes_inside_autocast_and_outside(
+    backend: Backend,
+) -> None:
+    grads = []
+    for inside in (True, False):
+        module = build()
+        with use_backend(backend):
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+                loss = loss_of(module(image_batch()))
+                if inside:
+                    torch.autograd.backward(loss)
+            if not inside:
+                torch.autograd.backward(loss)
+        grads.append([cast(Tensor, p.grad) for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def scaled_step(
+    module: nn.Module, scaler: Any, x: Tensor, amp: torch.dtype | None
+) -> dict[str, Tensor]:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    with torch.autocast(DEVICE.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
+        loss = loss_of(module(x))
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grads = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    scaler.step(optimizer)
+    scaler.update()
+    return grads
+
+
+@both
+def test_a_scaled_step_is_the_step(backend: Backend) -> None:
+    plain, scaled = build(), build()
+    with use_backend(backend):
+        expected = scaled_step(
+            plain, torch.amp.GradScaler(DEVICE.type, enabled=False), image_batch(), None
+        )
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
+        seen = scaled_step(scaled, scaler, image_batch(), None)
+    # In float32 a power of two changes no digit.
+    assert all(torch.equal(seen[n], g) for n, g in expected.items())
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), scaled.parameters(), strict=True)
+    )
+
+
+@both
+def test_scaling_saves_gradients_that_fp16_would_lose(backend: Backend) -> None:
+    branches = [torch.randn(2, 3, 8, 8, device=DEVICE).half().requires_grad_() for _ in range(2)]
+    with use_backend(backend):
+        pooled = functional.sk_fuse(branches)
+    # A share of 2^-6 of 2^-20 underflows in fp16, whose least number is 2^-24.
+    (lost,) = torch.autograd.grad((pooled.float() * 2.0**-20).sum(), branches[0], retain_graph=True)
+    assert not lost.any()
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
+    scaled = cast(Tensor, scaler.scale((pooled.float() * 2.0**-20).sum()))
+    (kept,) = torch.autograd.grad(scaled, branches[0])
+    assert torch.equal(
+        kept.double() / 2.0**16, torch.full_like(kept, 2.0**-26, dtype=torch.float64)
+    )
+
+
+@both
+def test_a_step_with_an_infinite_gradient_is_skipped_and_the_scale_halved(backend: Backend) -> None:
+    module = build()
+    before = copy.deepcopy(module)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
+    x = image_batch()
+    x[1, 2, 3, 3] = math.inf
+    with use_backend(backend), quiet_interpreter():
+        scaled_step(module, scaler, x, torch.float16)
+    assert scaler.get_scale() == 2.0**15
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.parameters(), before.parameters(), strict=True)
+    )
+
+
+def values(x: Tensor) -> set[float]:
+    return set(x.detach().double().flatten().tolist())
+
+
+# --- sums beyond fp16 ---------------------------------------------------------------------------
+
+# In fp16 a sum of a thousand would be over at the 66th term; 1024 * 1024 of them make 1e9.
+SIDES: dict[Backend, int] = {"reference": 1024, "triton": 24}
+
+
+@pytest.mark.parametrize("M", [1, 2, 5])
+@both
+def test_a_mean_whose_sum_is_beyond_fp16(backend: Backend, M: int) -> None:
+    side = SIDES[backend]
+    branches = [
+        torch.full((1, 1, side, side), 1000.0, dtype=torch.float16, device=DEVICE) for _ in range(M)
+    ]
+    for x in branches:
+        x.requires_grad_()
+    with use_backend(backend):
+        pooled = functional.sk_fuse(branches)
+    assert pooled.item() == 1000.0 * M
+    torch.autograd.backward(pooled, torch.full((1, 1), 64.0, dtype=torch.float16, device=DEVICE))
+    assert branches[0].grad is not None
+    # 64 / 2^20 = 2^-14, the least normal number; 64 / 576 is rounded once.
+    expected = torch.tensor(64 / side**2, dtype=torch.float64, device=DEVICE).half()
+    assert torch.equal(branches[0].grad, expected.expand_as(branches[0]))
+
+
+@both
+def test_a_sum_beyond_fp16_is_infinite_where_it_is_asked_for(backend: Backend) -> None:
+    x = torch.full((1, 1, 9, 9), 1000.0, dtype=torch.float16, device=DEVICE)
+    with use_backend(backend), quiet_interpreter():
+        assert functional.sk_fuse([x], reduction="sum").item() == math.inf == x.sum().item()
+        assert functional.sk_fuse([x.bfloat16()], reduction="sum").isfinite().all()
+
+
+@both
+def test_select_and_its_gradient_beyond_fp16(backend: Backend) -> None:
+    # out is 60000; the gradient of a logit sums 576 products of 60000 before it is weighed.
+    first = torch.full(
+        (1, 1, 24, 24), 60000.0, dtype=torch.float16, device=DEVICE, requires_grad=True
+    )
+    second = torch.full(
+        (1, 1, 24, 24), 59968.0, dtype=torch.float16, device=DEVICE, requires_grad=True
+    )
+    logits = torch.zeros(1, 2, 1, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    with use_backend(backend):
+        out = functional.sk_select([first, second], logits)
+        assert values(out) in ({59968.0}, {60000.0})  # 59984 lies between
+        torch.autograd.backward(out, torch.full_like(out, 2.0))
+    # a_1 a_2 (g_1 - g_2) = 576 * 2 * 32 / 4, of g near 7e7.
+    assert logits.grad is not None
+    assert logits.grad.flatten().tolist() == [9216.0, -9216.0]
+    assert first.grad is not None
+    assert values(first.grad) == {1.0}
+
+
+@both
+def test_the_whole_section_beyond_fp16(backend: Backend) -> None:
+    sk = SKConv(1, 1, G=1, d=1, branches=[(1, 1, 1), (1, 1, 1)], device=DEVICE).eval()
+    with torch.no_grad():
+        for p in sk.parameters():
+            p.fill_(1.0)
+        sk.fc2.weight.fill_(0.0)
+        for bn in (m for m in sk.modules() if isinstance(m, nn.BatchNorm2d)):
+            bn.bias.zero_()
+            bn.eps = 0.0
+    x = torch.full((1, 1, 24, 24), 1000.0, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    with use_backend(backend):
+        out = sk.half()(x)
+        assert values(out) == {1000.0}
+        torch.autograd.backward(out, torch.ones_like(out))
+    assert x.grad is not None
+    assert values(x.grad) == {1.0}
+    # The pooled sum of two branches: 576 * 2000 would be infinite, 2000 is not.
+    assert sk.logits(functional.sk_fuse([x, x])).isfinite().all()
+
+
+# The interpreter's bfloat16 has no subnormal values.
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("reference", torch.bfloat16), ("reference", torch.float16), ("triton", torch.float16)],
+)
+def test_subnormal_values_are_kept(backend: Backend, dtype: torch.dtype) -> None:
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    x = torch.full((1, 1, 2, 2), 6 * least, dtype=dtype, device=DEVICE, requires_grad=True)
+    y = torch.full((1, 1, 2, 2), 2 * least, dtype=dtype, device=DEVICE)
+    assert x.detach().double().max() == 6 * least, "not kept by the conversion itself"
+    logits = torch.zeros(1, 2, 1, dtype=dtype, device=DEVICE)
+    with use_backend(backend):
+        assert functional.sk_fuse([x, y]).double().item() == 8 * least
+        out = functional.sk_select([x, y], logits)
+        assert values(out) == {4 * least}
+        torch.autograd.backward(out, torch.full_like(out, 2 * least))
+    assert x.grad is not None
+    assert values(x.grad) == {least}
+
+
+# --- infinities and NaN -------------------------------------------------------------------------
+
+INF, NAN = math.inf, math.nan
+SPECIAL: dict[str, tuple[float, ...]] = {
+    "+inf": (INF,),
+    "-inf": (-INF,),
+    "+inf -inf": (INF, -INF),
+    "nan": (NAN,),
+    "nan +inf": (NAN, INF),
+}
+
+
+def spoilt_branches(name: str, dtype: torch.dtype) -> list[Tensor]:
+    """Returns two branches; image 1 of the first has the special values in channel 2."""
+    generator = torch.Generator().manual_seed(1)
+    xs = [torch.randn(3, 3, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    values = torch.tensor(SPECIAL[name], dtype=torch.float64)
+    xs[0][1, 2].view(-1)[1 : 1 + len(values)] = values
+    return [x.to(DEVICE, dtype).requires_grad_() for x in xs]
+
+
+def kinds(x: Tensor) -> str:
+    """Writes one letter an element: finite, plus and minus infinity, NaN."""
+    marks = {INF: "+", -INF: "-"}
+    return "".join("n" if v != v else marks.get(v, ".") for v in x.detach().flatten().tolist())
+
+
+def assert_same_kinds(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert kinds(a) == kinds(e), i
+        a, e = (t.detach().double().nan_to_num(0, 0, 0) for t in (a, e))
+        # Finite values are rounded: one store, and sums of 18 terms in float32 or wider.
+        eps = torch.finfo(actual[i].dtype).eps
+        torch.testing.assert_close(a, e, rtol=4 * store_rounding(actual[i]) * eps, atol=8 * eps)
+
+
+def plain_fuse(xs: list[Tensor]) -> Tensor:
+    return torch.stack(xs).sum(0).flatten(2).mean(2)
+
+
+def plain_select(xs: list[Tensor], logits: Tensor) -> Tensor:
+    attn = torch.softmax(logits, dim=1)[..., None, None]
+    return (attn * torch.stack(xs, dim=1)).sum(1)
+
+
+def backward(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+
+
+DTYPES = (torch.float64, torch.float32, *LOW)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", *LOW_NAMES])
+@pytest.mark.parametrize("name", SPECIAL)
+@both
+def test_fuse_of_what_is_not_finite(backend: Backend, name: str, dtype: torch.dtype) -> None:
+    xs = spoilt_branches(name, dtype)
+    with use_backend(backend), quiet_interpreter():
+        actual = backward(functional.sk_fuse(xs), xs)
+    wide = [x.detach().double().requires_grad_() for x in xs]
+    assert_same_kinds(actual, backward(plain_fuse(wide), wide))
+
+
+LOGITS: dict[str, tuple[float, float]] = {
+    "finite": (0.3, -0.2),
+    "one -inf": (-INF, 0.5),  # a weight of exactly 0 for the branch with the special values
+    "one +inf": (INF, 0.0),
+    "all -inf": (-INF, -INF),
+    "nan": (NAN, 0.0),
+    "far apart": (-400.0, 400.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["fp64", "fp16"])
+@pytest.mark.parametrize("pair", LOGITS)
+@pytest.mark.parametrize("name", ["+inf", "-inf", "nan"])
+@both
+def test_select_of_what_is_not_finite(
+    backend: Backend, name: str, pair: str, dtype: torch.dtype
+) -> None:
+    xs = spoilt_branches(name, dtype)
+    logits = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 2, 3)
+    logits[1, :, 2] = torch.tensor(LOGITS[pair])
+    logits[2, :, 0] = torch.tensor(LOGITS[pair])  # beside branches that are finite
+    logits = logits.to(DEVICE, dtype).requires_grad_()
+    with use_backend(backend), quiet_interpreter():
+        actual = backward(functional.sk_select(xs, logits), [*xs, logits])
+    wide = [x.detach().double().requires_grad_() for x in (*xs, logits)]
+    assert_same_kinds(actual, backward(plain_select(wide[:2], wide[2]), wide))
+
+
+def section_modules(training: bool) -> Any:
+    torch.manual_seed(5)
+    sk = SKConv(3, 3, d=4, branches=[(1, 1, 1), (1, 1, 1)]).double()
+    return scramble(sk).to(DEVICE).train(training)
+
+
+def plain_section(xs: list[Tensor], sk: Any) -> Tensor:
+    maps = [torch.relu(branch.bn(x)) for branch, x in zip(sk.branches, xs, strict=True)]
+    pooled = torch.stack(maps).sum(0).mean((2, 3), keepdim=True)
+    logits = sk.fc2(torch.relu(sk.fc1.bn(sk.fc1.conv(pooled))))
+    return plain_select(maps, logits.view(3, 2, 3))
+
+
+def our_section(xs: list[Tensor], sk: Any) -> Tensor:
+    def norm(bn: Any) -> BatchNormArgs:
+        return BatchNormArgs(
+            bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.training
+        )
+
+    return functional.sk_fuse_select(
+        xs,
+        [norm(branch.bn) for branch in sk.branches],
+        sk.fc1.conv.weight.flatten(1),
+        norm(sk.fc1.bn),
+        sk.fc2.weight.flatten(1),
+    ).out
+
+
+def section_results(
+    compute: Callable[[list[Tensor], Any], Tensor], name: str, training: bool, dtype: torch.dtype
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    sk, xs = section_modules(training), spoilt_branches(name, dtype)
+    named = {n: p for n, p in sk.named_parameters() if not n.endswith("0.conv.weight")}
+    named = {n: p for n, p in named.items() if "branches" not in n or "bn" in n}
+    out, *grads = backward(compute(xs, sk), [*xs, *named.values()])
+    return [out, *grads[:2]], dict(zip(named, grads[2:], strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", SPECIAL)
+@both
+def test_the_whole_section_of_what_is_not_finite(
+    backend: Backend, name: str, training: bool
+) -> None:
+    with use_backend(backend), quiet_interpreter():
+        maps, parameters = section_results(our_section, name, training, torch.float64)
+    expected_maps, expected = section_results(plain_section, name, training, torch.float64)
+    assert_same_kinds(maps, expected_maps)
+    # The ReLU stops -inf. PyTorch multiplies its gradient, 0, by the infinity all the same, here it
+    # is left out.
+    if name == "-inf" and not training:
+        stopped = "branches.0.bn.weight"
+        assert kinds(expected.pop(stopped)) == "..n"
+        assert kinds(parameters.pop(stopped)) == "..."
+    assert_same_kinds([*parameters.values()], [*expected.values()])
+
+
+@both
+def test_a_spoilt_image_spoils_no_other_in_eval(backend: Backend) -> None:
+    clean, spoilt = (section_modules(training=False) for _ in range(2))
+    xs = spoilt_branches("nan", torch.float64)
+    with use_backend(backend), quiet_interpreter(), torch.no_grad():
+        out = our_section(xs, spoilt)
+        for x in xs:
+            x[1] = 0.0
+        expected = our_section(xs, clean)
+    assert out[1].isnan().any()
+    for image in (0, 2):
+        assert largest_error(out[image], expected[image]) < 1e-14
