@@ -149,7 +149,7 @@ def test_scaling_saves_gradients_that_fp16_would_lose(backend: Backend) -> None:
     (lost,) = torch.autograd.grad((pooled.float() * 2.0**-20).sum(), branches[0], retain_graph=True)
     assert not lost.any()
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
-    scaled = cast(Tensor, scaler.scale((pooled.float() * 2.0**-20).sum()))
+    scaled = scaler.scale((pooled.float() * 2.0**-20).sum())
     (kept,) = torch.autograd.grad(scaled, branches[0])
     assert torch.equal(
         kept.double() / 2.0**16, torch.full_like(kept, 2.0**-26, dtype=torch.float64)
