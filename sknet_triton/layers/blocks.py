@@ -1,9 +1,11 @@
 """The convolution, norm and activation that every selective-kernel layer is made of."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_globals
 
 HOOKS = (
     "_forward_hooks",
@@ -20,6 +22,12 @@ def has_hook(module: nn.Module) -> bool:
     keep a module's type do.
     """
     return any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
+
+
+def any_hook(modules: Iterable[nn.Module]) -> bool:
+    """Tells whether calling one of ``modules`` does more, hooks on every module included."""
+    everywhere = any(getattr(module_globals, f"_global{name}", None) for name in HOOKS)
+    return everywhere or any(has_hook(module) for module in modules)
 
 
 def conv_bn(

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
 
 from sknet_triton import functional
 from sknet_triton.backend import takes_triton
-from sknet_triton.layers.blocks import HOOKS, has_hook
+from sknet_triton.layers.blocks import any_hook
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -58,7 +57,7 @@ def pays(module: nn.Module, x: Tensor) -> bool:
     """
     if takes_triton(x) or torch.compiler.is_dynamo_compiling():
         return True
-    return any(type(m) is nn.SyncBatchNorm for m in module.modules())
+    return any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 
 
 def plain(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -> Section | None:
@@ -112,8 +111,7 @@ def _any_hook(section: Section) -> bool:
     silent = [section.fc1.conv, *section.fc1.silent, section.fc2]
     for branch in section.branches:
         silent += branch.silent
-    everywhere = any(getattr(module_globals, f"_global{name}", None) for name in HOOKS)
-    return everywhere or any(has_hook(m) for m in silent)
+    return any_hook(silent)
 
 
 def _agree(section: Section) -> bool:
@@ -130,7 +128,7 @@ def _takes_batch(bn: Any) -> bool:
 
 def _group(bn: Any) -> str:
     """Names the group that ``bn`` takes statistics over; empty for this process alone."""
-    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
         return ""
     if not dist.is_available() or not dist.is_initialized():
         return ""
