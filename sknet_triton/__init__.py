@@ -5,6 +5,7 @@ imports neither triton nor a device driver; both wait for the first GPU tensor.
 """
 
 from sknet_triton import functional
+from sknet_triton.acceleration import Family, accelerate, register_family, restore
 from sknet_triton.backend import Backend, use_backend
 from sknet_triton.inference import fuse_bn
 from sknet_triton.layers import BranchSpec, SKConv, SKUnit
@@ -16,14 +17,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Backend",
     "BranchSpec",
+    "Family",
     "SKConv",
     "SKNet",
     "SKNetFeatures",
     "SKUnit",
     "StageSpec",
     "__version__",
+    "accelerate",
     "functional",
     "fuse_bn",
+    "register_family",
+    "restore",
     "sknet26",
     "sknet50",
     "sknet101",

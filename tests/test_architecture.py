@@ -21,7 +21,7 @@ FLOORS = (
     {"sknet_triton.functional"},
     {"sknet_triton.layers"},
     {"sknet_triton.models"},
-    {"sknet_triton.inference", "sknet_triton.warmup"},
+    {"sknet_triton.acceleration", "sknet_triton.inference", "sknet_triton.warmup"},
     {"sknet_triton"},
     {"perf", "tests"},
 )

@@ -1,0 +1,399 @@
+"""accelerate: the modules of other packages keep their numbers, their state and their hooks."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import sknet_triton as skt
+from sknet_triton import Backend, use_backend
+from sknet_triton.acceleration import check, families, unregister_family
+from sknet_triton.acceleration.swap import Accelerated
+from tests import peer_modules as peers
+from tests.plain_sknet import scramble
+
+# float64: a softmax, a few sums of at most 400 products and two batch norms, in another order.
+EXACT = 1e-10
+
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A module, its family and the shape of its input; ``count`` inputs come as a list."""
+
+    build: Callable[[], nn.Module]
+    family: str
+    shape: tuple[int, ...] = (3, 8, 6, 5)
+    count: int = 0
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> Any:
+        maps = [torch.randn(self.shape, dtype=dtype) for _ in range(self.count or 1)]
+        return maps if self.count else maps[0]
+
+
+PEERS = {
+    "timm": Peer(lambda: peers.SelectiveKernel(8, 4), "timm SelectiveKernel"),
+    "timm split stride": Peer(
+        lambda: peers.SelectiveKernel(8, 6, stride=2, split=True), "timm SelectiveKernel"
+    ),
+    "timm SplitAttn": Peer(lambda: peers.SplitAttn(8, 4), "ResNeSt split attention"),
+    "timm SplitAttn 4, 2": Peer(
+        lambda: peers.SplitAttn(8, 4, radix=4, groups=2), "ResNeSt split attention"
+    ),
+    "timm SplitAttn 1": Peer(
+        lambda: peers.SplitAttn(8, 4, radix=1, groups=2), "ResNeSt split attention, radix 1"
+    ),
+    "SplAtConv2d": Peer(lambda: peers.SplitAttn(8, 4, one_relu=True), "ResNeSt split attention"),
+    "port": Peer(lambda: peers.SKConv(8, 4), "SKConv of the common ports"),
+    "port M3": Peer(lambda: peers.SKConv(8, 4, M=3), "SKConv of the common ports"),
+    "port heads": Peer(lambda: peers.SKConvHeads(8, 4), "SKConv of the common ports"),
+    "port linear": Peer(lambda: peers.SKConvHeads(8, 4, linear=True), "SKConv of the common ports"),
+    "pytorchcv": Peer(lambda: peers.SKConvBlock(8, 4), "SKConv of the common ports"),
+    "SKFF v1": Peer(lambda: peers.SKFF(8), "MIRNet SKFF", count=3),
+    "SKFF v2": Peer(lambda: peers.SKFF(8, 2, leaky=True), "MIRNet SKFF", count=2),
+    "SKFusion": Peer(lambda: peers.SKFusion(8), "DehazeFormer SKFusion", count=2),
+    "gUNet": Peer(lambda: peers.SKFusion(8, inside=True), "DehazeFormer SKFusion", count=2),
+    "SimCLRv2": Peer(lambda: peers.SimCLRSelectiveKernel(8, 4), "SimCLRv2 SK convolution"),
+    "CycleMLP": Peer(lambda: peers.CycleMLP(8), "CycleMLP reweighting", (3, 6, 5, 8)),
+    "ViP": Peer(
+        lambda: peers.WeightedPermuteMLP(8, 4), "Vision Permutator reweighting", (3, 4, 4, 8)
+    ),
+}
+
+every_peer = pytest.mark.parametrize("name", PEERS)
+
+
+def outcome(module: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """The output, every gradient and every buffer of one training or evaluation step."""
+    maps = inputs if isinstance(inputs, list) else [inputs]
+    leaves = [x.detach().requires_grad_() for x in maps]
+    out = module(leaves if isinstance(inputs, list) else leaves[0])
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    grads = torch.autograd.grad((out * weights).sum(), [*leaves, *parameters])
+    seen = {"out": out.detach(), **{f"dx{i}": grads[i] for i in range(len(leaves))}}
+    seen.update(zip(names, grads[len(leaves) :], strict=True))
+    seen.update((name, buffer.clone()) for name, buffer in module.named_buffers())
+    return seen
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (actual[name] - value).abs().max().item()
+        assert error <= EXACT * max(1.0, value.abs().max().item()), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_peer
+def test_outputs_gradients_and_statistics_are_the_modules_own(
+    name: str, backend: Backend, training: bool
+) -> None:
+    peer = PEERS[name]
+    own = scramble(peer.build()).double().train(training)
+    module = copy.deepcopy(own)
+    report = skt.accelerate(module)
+    assert [(row.path, row.kind, row.status) for row in report] == [
+        ("", peer.family, "accelerated")
+    ]
+    inputs = peer.inputs()
+    with use_backend(backend):
+        actual = outcome(module, inputs)
+    assert_close(actual, outcome(own, inputs))
+
+
+@every_peer
+def test_state_dict_class_mode_and_parameters_stay_and_come_back(name: str) -> None:
+    peer = PEERS[name]
+    module = scramble(peer.build()).double().eval()
+    own, before, cls = copy.deepcopy(module), dict(module.state_dict()), type(module)
+    skt.accelerate(module)
+    assert isinstance(module, cls)
+    assert type(module) is not cls
+    assert not module.training
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(after[key].data_ptr() == before[key].data_ptr() for key in before)
+    cls_forward = type(module).forward
+    again = skt.accelerate(module)
+    assert type(module).forward is cls_forward
+    assert [(row.status, row.reason) for row in again] == [("accelerated", "before")]
+    own.load_state_dict(module.state_dict(), strict=True)
+    assert [row.status for row in skt.restore(module)] == ["restored"]
+    assert type(module) is cls
+    assert vars(module).keys() == vars(own).keys()
+    assert len(skt.restore(module)) == 0
+
+
+@every_peer
+def test_copies_and_pickles_are_accelerated_and_apart(name: str) -> None:
+    peer = PEERS[name]
+    module = scramble(peer.build()).double().eval()
+    skt.accelerate(module)
+    inputs = peer.inputs()
+    expected = module(inputs)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is type(module)
+        assert torch.equal(twin(inputs), expected)
+        assert {p.data_ptr() for p in twin.parameters()}.isdisjoint(
+            p.data_ptr() for p in module.parameters()
+        )
+        inner = {id(m) for m in twin.modules()}
+        assert all(id(silent) in inner for silent in cast(Accelerated, twin)._skt_silent)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["timm", "timm SplitAttn", "port", "pytorchcv", "SimCLRv2"])
+def test_channels_last_is_kept(name: str) -> None:
+    module = scramble(PEERS[name].build()).double().eval()
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types no such call
+    x = PEERS[name].inputs().contiguous(memory_format=torch.channels_last)
+    lost = module(x)
+    assert lost.is_contiguous()
+    skt.accelerate(module)
+    for backend in BACKENDS:
+        with use_backend(backend):
+            out = module(x)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(out, lost, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["timm", "SplAtConv2d", "port", "SKFF v1", "ViP"])
+def test_compiled_before_or_after_it_is_one_graph(name: str) -> None:
+    peer = PEERS[name]
+    own = scramble(peer.build()).double()
+    expected = outcome(copy.deepcopy(own), inputs := peer.inputs())
+    module = copy.deepcopy(own)
+    skt.accelerate(module)
+    torch._dynamo.reset()
+    after = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_same_out(after(inputs), expected)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    before = cast(nn.Module, torch.compile(own.eval(), fullgraph=True, backend=counter))
+    first = before(inputs)
+    assert counter.frame_count == 1
+    assert [row.path for row in skt.accelerate(before)] == ["_orig_mod"]
+    torch.testing.assert_close(before(inputs), first, rtol=EXACT, atol=EXACT)
+    assert counter.frame_count == 2
+    skt.restore(before)
+    torch.testing.assert_close(before(inputs), first, rtol=EXACT, atol=EXACT)
+
+
+def assert_same_out(out: Tensor, expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(out.detach(), expected["out"], rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["timm", "timm SplitAttn", "pytorchcv"])
+def test_an_exported_program_has_the_same_numbers(name: str) -> None:
+    module = scramble(PEERS[name].build()).double().eval()
+    x = PEERS[name].inputs()
+    expected = module(x)
+    skt.accelerate(module)
+    program = torch.export.export(module, (x,))
+    torch.testing.assert_close(program.module()(x), expected, rtol=EXACT, atol=EXACT)
+
+
+# Hooks: on what is called they fire; on what is not, the module's own forward comes back.
+WATCHED = {
+    "timm": ["", "attn", "attn.bn", "attn.fc_select", "paths.0", "paths.1.bn.act", "paths.1.conv"],
+    "port": ["", "conv.0", "conv.1.1", "fc1", "fc1.2", "fc2", "global_pool", "softmax"],
+    "timm SplitAttn": ["", "conv", "bn0", "fc1", "rsoftmax"],
+    "SKFF v1": ["", "avg_pool", "conv_du.1", "fcs.2", "softmax"],
+}
+
+
+def _keep(seen: list[Tensor], module: nn.Module, args: Any, out: Tensor) -> None:
+    seen.append(out.clone())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WATCHED)
+def test_hooks_see_what_they_saw(name: str, backend: Backend) -> None:
+    inputs = PEERS[name].inputs()
+    for path in WATCHED[name]:
+        module = scramble(PEERS[name].build()).double().eval()
+        seen: list[Tensor] = []
+        module.get_submodule(path).register_forward_hook(partial(_keep, seen))
+        module(inputs)
+        if path:
+            skt.accelerate(module)
+            with use_backend(backend):
+                module(inputs)
+            assert len(seen) == 2, path
+            torch.testing.assert_close(seen[1], seen[0], rtol=EXACT, atol=EXACT)
+
+
+def test_a_hook_is_not_called_by_the_check_and_neither_are_gradients_or_seeds_touched() -> None:
+    module = scramble(PEERS["timm"].build())
+    calls: list[None] = []
+    module.get_submodule("paths.0").register_forward_hook(lambda *_: calls.append(None))
+    module(torch.randn(2, 8, 4, 4)).sum().backward()
+    grads = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    before, count, state = module.state_dict(), len(calls), torch.get_rng_state()
+    before = {key: value.clone() for key, value in before.items()}
+    assert len(skt.accelerate(module).paths("accelerated")) == 1
+    assert len(calls) == count
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    after = [p.grad for p in module.parameters()]
+    assert all(
+        torch.equal(new, old) for new, old in zip(after, grads, strict=True) if new is not None
+    )
+
+
+# What must be left, and why.
+
+
+class Unknown(nn.Module):
+    """Called as such modules are, made as none of them is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.mix(x)
+        return out
+
+
+class SKAttention(Unknown):
+    pass
+
+
+class TwoOutputs(peers.SKConv):
+    def forward(self, x: Tensor) -> Any:
+        out = super().forward(x)
+        return out, out
+
+
+def replaced() -> nn.Module:
+    module = peers.SKConv(8, 4)
+    module.forward = lambda x: x  # type: ignore[method-assign]  # what some wrappers do
+    return module
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "sigmoid first": (lambda: peers.SKConvWithSigmoid(8, 4), "computes something else"),
+    "unknown": (SKAttention, "no known family has its structure"),
+    "replaced": (replaced, "its forward was replaced on the instance"),
+    "two outputs": (lambda: TwoOutputs(8, 4), "returns a tuple"),
+    "ours": (lambda: skt.SKConv(8, 4, G=2), "computes with the stages already"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_does_not_fit_is_left_with_the_reason(name: str) -> None:
+    build, reason = LEFT[name]
+    model = nn.Sequential(build())
+    (row,) = skt.accelerate(model)
+    assert row.status == "left"
+    assert row.path == "0"
+    assert reason in row.reason
+    assert type(model[0]) is type(build())
+
+
+def test_other_modules_are_not_mentioned() -> None:
+    report = skt.accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    assert len(report) == 0
+    assert str(report) == "no selective-kernel module found"
+
+
+def test_the_report_of_a_network() -> None:
+    model = nn.Sequential(
+        peers.SelectiveKernel(8, 8), nn.ReLU(), peers.SKConvWithSigmoid(8, 4), Unknown()
+    )
+    report = skt.accelerate(model)
+    assert report.paths("accelerated") == ["0"]
+    assert report.paths("left") == ["2"]
+    lines = str(report).splitlines()
+    assert lines[:2] == ["1 accelerated, 1 left", "accelerated  0  [timm SelectiveKernel]"]
+    assert lines[2].startswith(
+        "left         2  [SKConvWithSigmoid]  SKConv of the common ports: it"
+    )
+
+
+def test_a_model_that_is_none_is_named() -> None:
+    for function in (skt.accelerate, skt.restore):
+        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+            function("resnet")  # type: ignore[arg-type]  # on purpose
+
+
+# A family of one's own.
+
+
+class Blend(nn.Module):
+    """Two given maps, blended by sigmoids that a linear layer makes of their sum over space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 8)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        wide = self.gate((a + b).sum((2, 3))).view(-1, 2, 4)
+        return peers.weighted(torch.stack([a, b], 1), wide.sigmoid())
+
+
+def blend_family(**changes: Any) -> skt.Family:
+    options: dict[str, Any] = {
+        "name": "Blend",
+        "recognises": lambda module: isinstance(module, Blend),
+        "maps": lambda module, a, b: [a, b],
+        "logits": lambda module, summed: module.gate(summed).view(-1, 2, 4),
+        "example": lambda module: tuple(torch.randn(2, 2, 4, 3, 3, dtype=torch.float64)),
+        "activation": "sigmoid",
+        "reduction": "sum",
+    }
+    return skt.Family(**{**options, **changes})
+
+
+def test_a_family_of_ones_own() -> None:
+    module, (a, b) = Blend().double(), torch.randn(2, 2, 4, 3, 3, dtype=torch.float64)
+    expected = module(a, b)
+    skt.register_family(blend_family())
+    try:
+        assert families()[0].name == "Blend"
+        with pytest.raises(ValueError, match="the name 'Blend' is taken"):
+            skt.register_family(blend_family())
+        assert skt.accelerate(module).paths("accelerated") == [""]
+        torch.testing.assert_close(module(a, b), expected, rtol=EXACT, atol=EXACT)
+        torch.testing.assert_close(module(a, b=b), expected, rtol=EXACT, atol=EXACT)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'c'"):
+            module(a, b, c=1)
+    finally:
+        unregister_family("Blend")
+    with pytest.raises(ValueError, match=r"name: expected one of \[\], got 'Blend'"):
+        unregister_family("Blend")
+    with pytest.raises(TypeError, match="family: expected a Family, got str"):
+        skt.register_family("Blend")  # type: ignore[arg-type]  # on purpose
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "formula": ({"activation": "softmax"}, "its output differs by"),
+    "shape": ({"finish": lambda module, out: out[:, :2]}, "its output has shape (2, 4, 3, 3), not"),
+    "error": ({"logits": lambda module, summed: module.head(summed)}, "Blend does not fit it"),
+    "example": ({"example": lambda module: (torch.zeros(1),)}, "its own forward fails on"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_family_swaps_nothing(name: str) -> None:
+    changes, reason = WRONG[name]
+    module = Blend()
+    checked = check.check(module, blend_family(**changes))
+    assert checked.reason is not None
+    assert reason in checked.reason
+    assert type(module) is Blend
