@@ -7,7 +7,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["auto", "triton", "reference"]
 
@@ -27,8 +29,9 @@ class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
 
     Args:
         name: ``"auto"`` takes Triton for tensors on a GPU and PyTorch for all others, and for all
-            in an export to ONNX; ``"triton"`` insists on the kernels; ``"reference"`` takes plain
-            PyTorch everywhere, which torch.compile fuses and every exporter understands.
+            in an export to ONNX, in torch.func's transforms and in forward-mode differentiation;
+            ``"triton"`` insists on the kernels; ``"reference"`` takes plain PyTorch everywhere,
+            which torch.compile fuses and every exporter understands.
 
     Raises:
         ValueError: ``name`` is not one of the three.
@@ -69,13 +72,15 @@ def takes_triton(tensor: Tensor) -> bool:
     Raises:
         ValueError: the backend is ``"triton"`` and ``tensor`` is on a device without kernels.
         ImportError: the backend is ``"triton"`` and triton is not installed.
-        RuntimeError: the backend is ``"triton"`` in an export to ONNX, which has no such operators.
+        RuntimeError: the backend is ``"triton"`` in an export to ONNX, which has no such operators,
+            or in a transform that they have no rule for.
     """
     backend = current_backend()
     if backend == "reference":
         return False
     if backend == "auto":
-        return tensor.is_cuda and _triton_installed() and not _exporting_to_onnx()
+        plain = in_transform() or _exporting_to_onnx()
+        return tensor.is_cuda and _triton_installed() and not plain
     if not _triton_installed():
         raise ImportError("backend: 'triton' needs the package triton, which is not installed")
     if not has_kernels(tensor):
@@ -88,7 +93,21 @@ def takes_triton(tensor: Tensor) -> bool:
             "backend: 'triton' has no operators in ONNX; export under use_backend('auto') or "
             "use_backend('reference')"
         )
+    if in_transform():
+        raise RuntimeError(
+            "backend: 'triton' has no rule for torch.func's transforms (grad, jvp, vmap, ...) and "
+            "forward-mode derivatives; use_backend('auto') and use_backend('reference') have"
+        )
     return True
+
+
+def in_transform() -> bool:
+    """Tells whether torch.func or forward-mode differentiation is at work.
+
+    Their rules are per operator of PyTorch: a custom operator would be refused or, in forward mode,
+    silently give tangents of zero.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def has_kernels(tensor: Tensor) -> bool:

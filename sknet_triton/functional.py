@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sknet_kernels.config import MAX_BRANCHES
 from sknet_triton import reference
-from sknet_triton.backend import takes_triton
+from sknet_triton.backend import in_transform, takes_triton
 from sknet_triton.reference.sk_fuse_select import Parameters, Results, Settings
 
 Reduction = Literal["mean", "sum"]
@@ -193,6 +193,8 @@ def sk_fuse_select(
         from sknet_triton import ops
 
         results = Results(*ops.sk_fuse_select(xs, *parameters, *settings))
+    elif in_transform():
+        results = reference.sk_fuse_select(xs, parameters, settings)
     else:
         # torch leaves Function.apply untyped.
         results = Results(*reference.SKFuseSelect.apply(*settings, *parameters, *xs))  # type: ignore[no-untyped-call]

@@ -120,15 +120,6 @@ def test_flop_formulas(device: torch.device) -> None:
         assert counter.get_total_flops() == flops
 
 
-def test_second_derivative_is_refused_by_name(device: torch.device) -> None:
-    xs, logits = tensors(Case((1, 2, 2, 2), dtype=torch.float64), device, grad=True)
-    with use_backend("triton"):
-        out = functional.sk_select(xs, logits)
-    (first,) = torch.autograd.grad(out.square().sum(), [logits], create_graph=True)
-    with pytest.raises(RuntimeError, match="sk_select_bwd"):
-        torch.autograd.grad(first.sum(), [logits])
-
-
 def test_reference_backward_formulas_are_what_autograd_finds() -> None:
     case = Case((2, 3, 4, 2), M=3, dtype=torch.float64)
     xs, logits = tensors(case, torch.device("cpu"), grad=True)

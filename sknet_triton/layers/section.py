@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sknet_triton import functional
-from sknet_triton.backend import takes_triton
+from sknet_triton.backend import in_transform, takes_triton
 from sknet_triton.layers.blocks import any_hook
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -50,12 +50,12 @@ def sequential(block: nn.Module) -> Block | None:
 def pays(module: nn.Module, x: Tensor) -> bool:
     """Tells whether `sk_fuse_select` is to be preferred to calling the modules one by one.
 
-    The Triton kernels and torch.compile fuse its formulas; in eager PyTorch each would be an
-    operator, and the modules are faster. An exported program holds the modules' operators, for what
-    comes after it knows them: it folds batch norms into convolutions. torch's SyncBatchNorm takes
-    no CPU tensors, this does.
+    The Triton kernels and torch.compile fuse its formulas; in eager PyTorch, and in torch.func's
+    transforms, each would be an operator, and the modules are faster. An exported program holds
+    the modules' operators, for what comes after it knows them: it folds batch norms into
+    convolutions. torch's SyncBatchNorm takes no CPU tensors, this does.
     """
-    if takes_triton(x) or torch.compiler.is_dynamo_compiling():
+    if takes_triton(x) or (torch.compiler.is_dynamo_compiling() and not in_transform()):
         return True
     return any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 

@@ -9,12 +9,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sknet_triton import reference
 from sknet_triton.backend import has_kernels
-from sknet_triton.ops.namespace import NAMESPACE
+from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sk_fuse", mutates_args=())
 def sk_fuse(branches: Sequence[Tensor], reduction: str) -> Tensor:
     """Reduces the sum of M branches [B, C, *spatial] over space to [B, C]: "mean" or "sum"."""
+    refuse_forward_mode("sk_fuse")
     if not has_kernels(branches[0]):
         return reference.sk_fuse(branches, reduction)
     from sknet_kernels.sk_fuse import sk_fuse_fwd

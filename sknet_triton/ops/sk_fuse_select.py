@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sknet_kernels.layout import empty_like_branch
 from sknet_triton.backend import has_kernels
-from sknet_triton.ops.namespace import NAMESPACE
+from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
 from sknet_triton.reference.common import accumulation_dtype, no_autocast
 from sknet_triton.reference.sk_fuse_select import (
     NUM_PARAMETERS,
@@ -25,6 +25,7 @@ from sknet_triton.reference.sk_fuse_select import (
     Results,
     Settings,
     backward,
+    differentiable_backward,
     flattened,
     forward,
 )
@@ -53,6 +54,7 @@ def sk_fuse_select(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the fields of `Results` from the fields of `Parameters` and `Settings`."""
+    refuse_forward_mode("sk_fuse_select")
     p = Parameters(
         gamma,
         beta,
@@ -125,6 +127,7 @@ def sk_fuse_select_bwd(
     group: str,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the fields of `Gradients`; ``small`` are the fields of `Results` but V."""
+    refuse_forward_mode("sk_fuse_select_bwd")
     settings = Settings(eps, fc1_eps, batch_stats, fc1_batch_stats, group)
     saved = Results(branches[0], *small)
     p = Parameters(*parameters)  # type: ignore[arg-type]  # None only where Parameters allows it
@@ -176,8 +179,12 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
     saved = ctx.saved_tensors
     branches, small = saved[: ctx.num_branches], saved[-NUM_SMALL:]
     parameters = saved[ctx.num_branches : -NUM_SMALL]
-    gradients = Gradients(*sk_fuse_select_bwd(dout, branches, parameters, small, *ctx.settings))
-    return (gradients.branches, *flattened(gradients, Parameters(*parameters)), *settings)
+    p = Parameters(*parameters)
+    if torch.is_grad_enabled():  # a graph of the backward is asked for
+        gradients = differentiable_backward(dout, branches, p, Settings(*ctx.settings))
+    else:
+        gradients = Gradients(*sk_fuse_select_bwd(dout, branches, parameters, small, *ctx.settings))
+    return (gradients.branches, *flattened(gradients, p), *settings)
 
 
 sk_fuse_select.register_autograd(_backward, setup_context=_setup_context)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from sknet_kernels.layout import empty_like_branch
 from sknet_triton import reference
 from sknet_triton.backend import has_kernels
-from sknet_triton.ops.namespace import NAMESPACE
+from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sk_select", mutates_args=())
@@ -19,6 +19,7 @@ def sk_select(branches: Sequence[Tensor], logits: Tensor, activation: str) -> Te
 
     The activation is "softmax" over M, "sigmoid" or "none".
     """
+    refuse_forward_mode("sk_select")
     if not has_kernels(branches[0]):
         out = reference.sk_select(branches, logits, activation)
         return empty_like_branch(branches[0]).copy_(out)
@@ -37,6 +38,7 @@ def sk_select_bwd(
     dout: Tensor, branches: Sequence[Tensor], logits: Tensor, activation: str
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the gradients of `sk_select` for every branch and for the logits."""
+    refuse_forward_mode("sk_select_bwd")
     if not has_kernels(dout):
         dbranches, dlogits = reference.sk_select_bwd(dout, branches, logits, activation)
         laid_out = [
@@ -63,7 +65,9 @@ def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor, str], outpu
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], Tensor, None]:
     logits, *branches = ctx.saved_tensors
-    dbranches, dlogits = sk_select_bwd(dout, branches, logits, ctx.activation)
+    # Where a graph of the backward is asked for, it is made of PyTorch's operators.
+    compute = reference.sk_select_bwd if torch.is_grad_enabled() else sk_select_bwd
+    dbranches, dlogits = compute(dout, branches, logits, ctx.activation)
     return dbranches, dlogits, None
 
 

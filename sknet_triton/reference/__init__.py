@@ -7,14 +7,20 @@ checked here; `sknet_triton.functional` does that.
 
 from sknet_triton.reference.common import accumulation_dtype
 from sknet_triton.reference.sk_fuse import sk_fuse, sk_fuse_bwd
-from sknet_triton.reference.sk_fuse_select import SKFuseSelect
+from sknet_triton.reference.sk_fuse_select import (
+    SKFuseSelect,
+    differentiable_backward,
+    sk_fuse_select,
+)
 from sknet_triton.reference.sk_select import sk_select, sk_select_bwd
 
 __all__ = [
     "SKFuseSelect",
     "accumulation_dtype",
+    "differentiable_backward",
     "sk_fuse",
     "sk_fuse_bwd",
+    "sk_fuse_select",
     "sk_select",
     "sk_select_bwd",
 ]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sknet_triton.reference.collectives import sum_over
 from sknet_triton.reference.common import accumulation_dtype, no_autocast
@@ -259,6 +258,43 @@ def flattened(g: Gradients, p: Parameters) -> tuple[Tensor | None, ...]:
     )
 
 
+def sk_fuse_select(branches: Sequence[Tensor], p: Parameters, settings: Settings) -> Results:
+    """Composes differentiable operators alone: for torch.func and forward-mode differentiation.
+
+    Raises:
+        RuntimeError: statistics are taken over a process group, whose sums have no derivative here.
+    """
+    _check_no_group(settings)
+    with no_autocast(branches[0]):
+        results = forward(REFERENCE, branches, p, settings)
+    return Results(results.out, *(small.detach() for small in results[1:]))
+
+
+def differentiable_backward(
+    dout: Tensor, branches: Sequence[Tensor], p: Parameters, settings: Settings
+) -> Gradients:
+    """Carries out the backward such that its results can be differentiated again.
+
+    The small tensors are computed once more: as the forward saved them, nothing says how they
+    depend on the branches.
+
+    Raises:
+        RuntimeError: as in `sk_fuse_select`.
+    """
+    _check_no_group(settings)
+    with no_autocast(dout):
+        saved = forward(REFERENCE, branches, p, settings)
+        return backward(REFERENCE, dout, branches, p, saved, settings)
+
+
+def _check_no_group(settings: Settings) -> None:
+    if settings.group:
+        raise RuntimeError(
+            "sk_fuse_select: statistics over a process group (SyncBatchNorm) have first "
+            "derivatives in reverse mode only"
+        )
+
+
 class SKFuseSelect(torch.autograd.Function):
     """`forward` and `backward` over the PyTorch stages, for autograd and for torch.compile.
 
@@ -288,7 +324,6 @@ class SKFuseSelect(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """Returns a gradient for every tensor that `forward` took."""
         saved_tensors = ctx.saved_tensors
@@ -296,7 +331,10 @@ class SKFuseSelect(torch.autograd.Function):
         if dout is None:
             return (None,) * (NUM_SETTINGS + len(tensors))
         p, branches = Parameters(*tensors[:NUM_PARAMETERS]), tensors[NUM_PARAMETERS:]
-        saved = Results(branches[0], *small)
-        with no_autocast(dout):
-            gradients = backward(REFERENCE, dout, branches, p, saved, ctx.settings)
+        if torch.is_grad_enabled():  # a graph of the backward is asked for
+            gradients = differentiable_backward(dout, branches, p, ctx.settings)
+        else:
+            saved = Results(branches[0], *small)
+            with no_autocast(dout):
+                gradients = backward(REFERENCE, dout, branches, p, saved, ctx.settings)
         return ((None,) * NUM_SETTINGS) + flattened(gradients, p) + tuple(gradients.branches)

@@ -1,0 +1,297 @@
+"""Derivatives beyond the first, forward mode, vmap and torch.func: right, or refused by name."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+
+from sknet_triton import Backend, SKConv, backend, functional, ops, reference, use_backend
+from sknet_triton.reference.sk_fuse_select import Settings
+from tests.plain_sknet import scramble
+
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+
+# float64; the same formulas in another order of operations.
+EXACT = 1e-10
+
+SHAPE = (2, 3, 2, 2)
+
+# torch leaves them untyped.
+make_dual, unpack_dual = cast(Any, forward_ad.make_dual), cast(Any, forward_ad.unpack_dual)
+
+Stage = Callable[..., Tensor]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def positive(*shape: int) -> Tensor:
+    return 0.5 + torch.rand(shape, dtype=torch.float64)
+
+
+def section(batch_stats: bool) -> Stage:
+    """sk_fuse_select of two branches, their norms' weights and fc2's weight."""
+    mean, var = (None, None) if batch_stats else (random(3), positive(3))
+
+    def stage(x0: Tensor, x1: Tensor, gamma: Tensor, fc2: Tensor) -> Tensor:
+        norms = [functional.BatchNormArgs(g, g, mean, var, 1e-5, batch_stats) for g in gamma]
+        fc1 = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+        rows = functional.BatchNormArgs(
+            None, None, fc1[:, 0], fc1[:, 0].square() + 1, 1e-5, batch_stats
+        )
+        return functional.sk_fuse_select([x0, x1], norms, fc1, rows, fc2).out
+
+    return stage
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A stage as a function of tensors, and the shapes of those after the two branches."""
+
+    stage: Stage
+    more: tuple[tuple[int, ...], ...] = ()
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(random(*shape) for shape in (SHAPE, SHAPE, *self.more))
+
+
+def select(activation: Any) -> Subject:
+    def stage(a: Tensor, b: Tensor, logits: Tensor) -> Tensor:
+        return functional.sk_select([a, b], logits, activation=activation)
+
+    return Subject(stage, ((2, 2, 3),))
+
+
+SUBJECTS = {
+    "sk_fuse": Subject(lambda a, b: functional.sk_fuse([a, b])),
+    "sk_fuse sum": Subject(lambda a, b: functional.sk_fuse([a, b], reduction="sum")),
+    "sk_select": select("softmax"),
+    "sk_select sigmoid": select("sigmoid"),
+    "sk_select weights": select(None),
+    "sk_fuse_select eval": Subject(section(False), ((2, 3), (6, 4))),
+    "sk_fuse_select train": Subject(section(True), ((2, 3), (6, 4))),
+}
+every_subject = pytest.mark.parametrize("name", SUBJECTS)
+both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def tangents_of(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(torch.randn_like(x) for x in inputs)
+
+
+def directional(stage: Stage, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """The derivative of ``stage`` along ``tangents``, by reverse mode alone."""
+    leaves = tuple(x.clone().requires_grad_() for x in inputs)
+    out = stage(*leaves)
+    # Twice backwards: the gradient is linear in dout, and its derivative by dout is the tangent.
+    dout = torch.zeros_like(out, requires_grad=True)
+    grads = torch.autograd.grad(out, leaves, dout, create_graph=True)
+    along = sum((g * t).sum() for g, t in zip(grads, tangents, strict=True))
+    return torch.autograd.grad(cast(Tensor, along), dout)[0]
+
+
+# --- the second derivative ----------------------------------------------------------------------
+
+
+@both
+@every_subject
+def test_first_and_second_derivatives_agree_with_finite_differences(
+    name: str, backend: Backend
+) -> None:
+    subject = SUBJECTS[name]
+    inputs = tuple(x.requires_grad_() for x in subject.inputs())
+    # The interpreter is slow: along one random direction instead of every unit vector.
+    with use_backend(backend):
+        assert gradcheck(subject.stage, inputs, fast_mode=True)
+        assert gradgradcheck(subject.stage, inputs, fast_mode=True)
+
+
+def conv(training: bool) -> SKConv:
+    return cast(SKConv, scramble(SKConv(4, 4, G=2, d=5)).double().train(training))
+
+
+@both
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_gradient_penalty_through_skconv(backend: Backend, training: bool) -> None:
+    found = []
+    for name in (backend, "modules"):
+        torch.manual_seed(0)
+        module, x = conv(training), random(3, 4, 4, 3).requires_grad_()
+        if name == "modules":
+            # A hook brings the modules, and with them PyTorch's own rules.
+            module.fc1.register_forward_hook(lambda *_: None)
+        with use_backend(backend if name == backend else "reference"):
+            (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+            penalty = (dx.norm() - 1).square()
+            found.append([dx, *torch.autograd.grad(penalty, [x, *module.parameters()])])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT)
+
+
+def test_statistics_over_a_group_are_refused_by_name() -> None:
+    xs, p = [random(*SHAPE)] * 2, cast(Any, None)
+    settings = Settings(1e-5, 1e-5, True, True, "0")
+    for call in (
+        lambda: reference.sk_fuse_select(xs, p, settings),
+        lambda: reference.differentiable_backward(xs[0], xs, p, settings),
+    ):
+        with pytest.raises(RuntimeError, match=r"sk_fuse_select: statistics over a process group"):
+            call()
+
+
+# --- forward mode and torch.func ----------------------------------------------------------------
+
+
+@every_subject
+def test_forward_mode_is_reverse_mode(name: str) -> None:
+    subject = SUBJECTS[name]
+    inputs = subject.inputs()
+    tangents = tangents_of(inputs)
+    expected = directional(subject.stage, inputs, tangents)
+    with forward_ad.dual_level():
+        duals = [make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        along = unpack_dual(subject.stage(*duals)).tangent
+    assert along is not None
+    torch.testing.assert_close(along, expected, rtol=EXACT, atol=EXACT)
+    along = jvp(subject.stage, inputs, tangents)[1]
+    torch.testing.assert_close(along, expected, rtol=EXACT, atol=EXACT)
+
+
+@every_subject
+def test_torch_func_differentiates(name: str) -> None:
+    subject = SUBJECTS[name]
+    inputs = subject.inputs()
+    every = tuple(range(len(inputs)))
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(subject.stage(*leaves).square().sum(), leaves)
+    actual = grad(lambda *xs: subject.stage(*xs).square().sum(), every)(*inputs)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=EXACT, atol=EXACT)
+    back, ahead = (way(subject.stage, every)(*inputs) for way in (jacrev, jacfwd))
+    for got, want in zip(back, ahead, strict=True):
+        torch.testing.assert_close(got, want, rtol=EXACT, atol=EXACT)
+    # Symmetric: the second derivatives of a function of one tensor.
+    h = hessian(lambda x: subject.stage(x, *inputs[1:]).square().sum())(inputs[0])
+    flat = h.reshape(inputs[0].numel(), -1)
+    assert flat.abs().max() > 0.01
+    torch.testing.assert_close(flat, flat.T, rtol=EXACT, atol=EXACT)
+
+
+@every_subject
+def test_vmap_is_a_loop(name: str) -> None:
+    subject = SUBJECTS[name]
+    runs = [subject.inputs() for _ in range(3)]
+    stacked = [torch.stack(each, 1) for each in zip(*runs, strict=True)]
+    out = vmap(subject.stage, in_dims=1)(*stacked)
+    for got, inputs in zip(out, runs, strict=True):
+        torch.testing.assert_close(got, subject.stage(*inputs), rtol=EXACT, atol=EXACT)
+
+
+def test_an_ensemble_of_skconv_by_vmap_and_its_gradients_by_sample() -> None:
+    modules = [conv(training=False) for _ in range(3)]
+    for seed, module in enumerate(modules):
+        torch.manual_seed(seed)
+        nn.init.normal_(module.fc2.weight)
+    x = random(2, 4, 4, 3)
+    parameters, buffers = stack_module_state(modules)
+
+    def call(p: Any, b: Any, images: Tensor) -> Tensor:
+        return cast(Tensor, functional_call(modules[0], (p, b), (images,)))
+
+    out = vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
+    for got, module in zip(out, modules, strict=True):
+        torch.testing.assert_close(got, module(x), rtol=EXACT, atol=EXACT)
+    own = dict(modules[1].named_parameters()), dict(modules[1].named_buffers())
+    by_sample = vmap(
+        grad(lambda p, image: call(p, own[1], image[None]).square().sum()), in_dims=(None, 0)
+    )(own[0], x)
+    total = torch.autograd.grad(modules[1](x).square().sum(), list(own[0].values()))
+    for got, want in zip(by_sample.values(), total, strict=True):
+        torch.testing.assert_close(got.sum(0), want, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["sk_select", "sk_fuse_select train"])
+def test_torch_func_compiles(name: str) -> None:
+    subject = SUBJECTS[name]
+    inputs = subject.inputs()
+
+    def first(*xs: Tensor) -> Tensor:
+        return cast(Tensor, grad(lambda *ys: subject.stage(*ys).square().sum())(*xs))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(first, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), first(*inputs), rtol=EXACT, atol=EXACT)
+
+
+# --- what the kernels have no rule for ----------------------------------------------------------
+
+TRANSFORMS: dict[str, Callable[[Stage, Sequence[Tensor]], object]] = {
+    "grad": lambda f, xs: grad(lambda *ys: f(*ys).sum())(*xs),
+    "jvp": lambda f, xs: jvp(f, tuple(xs), tangents_of(xs)),
+    "vmap": lambda f, xs: vmap(f)(*(x[None] for x in xs)),
+    "dual numbers": lambda f, xs: dual(f, xs),
+}
+
+
+def dual(f: Stage, xs: Sequence[Tensor]) -> Tensor:
+    with forward_ad.dual_level():
+        return f(*(make_dual(x, torch.ones_like(x)) for x in xs))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["sk_fuse", "sk_select", "sk_fuse_select train"])
+def test_the_triton_backend_refuses_by_name(name: str, transform: str) -> None:
+    subject = SUBJECTS[name]
+    message = "backend: 'triton' has no rule for torch.func's transforms"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        TRANSFORMS[transform](subject.stage, subject.inputs())
+
+
+def test_auto_leaves_the_kernels_out_of_a_transform_alone() -> None:
+    pytest.importorskip("triton", reason="the triton backend is not installed")
+
+    class OnAGpu:
+        is_cuda = True
+
+    choices = []
+
+    def asks(x: Tensor) -> Tensor:
+        choices.append(backend.takes_triton(cast(Tensor, OnAGpu())))
+        return x * 2
+
+    x = random(2, 2)
+    with use_backend("auto"):
+        asks(x)
+        for transform in TRANSFORMS.values():
+            transform(asks, [x])
+        asks(x)
+    assert choices == [True, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("operator", ["sk_fuse", "sk_select", "sk_select_bwd"])
+def test_an_operator_called_by_itself_refuses_forward_mode(operator: str) -> None:
+    xs, z = [random(*SHAPE) for _ in range(2)], random(2, 2, 3)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "sk_fuse": (xs, "mean"),
+        "sk_select": (xs, z, "softmax"),
+        "sk_select_bwd": (xs[0], xs, z, "softmax"),
+    }
+    message = f"sknet_triton::{operator} has no forward-mode derivative"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        getattr(ops, operator)(*arguments[operator])
+
+
+def test_a_gradient_taken_inside_forward_mode_is_refused_and_not_zero() -> None:
+    leaf = random(*SHAPE).requires_grad_()
+    with use_backend("triton"):
+        out = functional.sk_select([leaf, leaf], random(2, 2, 3))
+    with forward_ad.dual_level():
+        dout = make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match="sk_select_bwd has no forward-mode"):
+            torch.autograd.grad(out, leaf, dout)
