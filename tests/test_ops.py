@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from sknet_triton import functional, ops, reference, use_backend
 from tests.helpers import Case
 
-OPCHECK_CASES = [
+OPERATOR_CASES = [
     Case((2, 3, 4, 5), M, layout, dtype)
     for M in (1, 2, 3)
     for layout, dtype in (
@@ -30,32 +29,6 @@ def tensors(case: Case, device: torch.device, grad: bool) -> tuple[list[Tensor],
     # The layout is part of the case: a leaf keeps it only as a detached view.
     xs = [x.detach().requires_grad_(grad) for x in case.branches(device)]
     return xs, case.logits(device).requires_grad_(grad)
-
-
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
-def test_opcheck(case: Case, grad: bool, device: torch.device) -> None:
-    xs, logits = tensors(case, device, grad)
-    opcheck(ops.sk_fuse, (xs, "mean"))
-    opcheck(ops.sk_select, (xs, logits, "softmax"))
-
-
-@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
-def test_opcheck_backward(case: Case, device: torch.device) -> None:
-    xs, logits = tensors(case, device, grad=False)
-    opcheck(ops.sk_select_bwd, (case.tensor(device), xs, logits, "softmax"))
-
-
-@pytest.mark.parametrize("activation", ["sigmoid", "none"])
-def test_opcheck_of_the_other_activations_and_the_sum(
-    activation: str, device: torch.device
-) -> None:
-    case = Case((2, 3, 4, 5), 3)
-    xs, logits = tensors(case, device, grad=True)
-    opcheck(ops.sk_fuse, (xs, "sum"))
-    opcheck(ops.sk_select, (xs, logits, activation))
-    xs, logits = tensors(case, device, grad=False)
-    opcheck(ops.sk_select_bwd, (case.tensor(device), xs, logits, activation))
 
 
 def section(xs: list[Tensor], logits: Tensor) -> Tensor:
@@ -82,7 +55,7 @@ def test_compiled_section_equals_eager(layout: str, device: torch.device) -> Non
 def test_fake_strides_are_the_real_strides(device: torch.device) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for case in OPCHECK_CASES:
+    for case in OPERATOR_CASES:
         xs, logits = tensors(case, device, grad=False)
         real = ops.sk_select(xs, logits, "softmax")
         with FakeTensorMode() as mode:
