@@ -62,7 +62,9 @@ def select(branches: Sequence[Tensor], logits: Tensor, norm: Tensor) -> Tensor:
     out = over_space(attn[:, 0], axes) * _activated(branches[0], norm[0])
     for i, x in enumerate(branches[1:], start=1):
         out = out + over_space(attn[:, i], axes) * _activated(x, norm[i])
-    return out.to(branches[0].dtype)
+    # Under torch.compile of torch 2.11, an output that a cast to its own dtype gives loses its
+    # gradient: that cast returns the tensor itself, and Dynamo counts it as two outputs.
+    return out if out.dtype == branches[0].dtype else out.to(branches[0].dtype)
 
 
 def sums(dout: Tensor, branches: Sequence[Tensor], norm: Tensor) -> Tensor:
