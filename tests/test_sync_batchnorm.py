@@ -7,31 +7,26 @@ processes, because starting a pair takes longer than the cases do.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from sknet_triton import SKConv, use_backend
 from sknet_triton.backend import Backend
 from tests.helpers import is_plain, laid_out
 from tests.plain_sknet import scramble
+from tests.processes import WORLD, in_two_processes, needs_gloo
 
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 EXACT = 1e-11  # float64 with a few hundred additions, in another order
-WORLD = 2
 
 # torch leaves it untyped. It works in place on all but a lone norm.
 convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed's gloo"
-)
+pytestmark = needs_gloo
 
 
 def for_norms(change: Callable[[Any], Any]) -> Callable[[SKConv], None]:
@@ -133,15 +128,7 @@ def share(x: Tensor, images: tuple[int, int], rank: int) -> Tensor:
 # --- what the processes do ----------------------------------------------------------------------
 
 
-def worker(rank: int, folder: str, device_type: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=(Path(folder) / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
+def worker(rank: int, device_type: str) -> dict[str, Any]:
     device = torch.device(device_type)
     seen: dict[str, Any] = {
         f"{name} {backend}": run_case(case, backend, rank, device)
@@ -156,9 +143,7 @@ def worker(rank: int, folder: str, device_type: str) -> None:
             CASES["unequal"], backend, rank, device, groups_of_one[rank]
         )
     seen["mixtures"] = {name: run_mixture(name, rank, device, together) for name in MIXTURES}
-    torch.save(seen, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return seen
 
 
 def run_case(
@@ -235,10 +220,8 @@ def run_mixture(name: str, rank: int, device: torch.device, group: Any) -> dict[
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process saw in every case."""
-    folder = tmp_path_factory.mktemp("ranks")
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    cast(Any, spawn)(worker, (str(folder), device_type), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt", map_location=device_type) for rank in range(WORLD)]
+    return in_two_processes(worker, tmp_path_factory.mktemp("ranks"), device_type)
 
 
 def assert_joined(seen: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:

@@ -1,18 +1,18 @@
 """SyncBatchNorm where processes see other resolutions, or one of them no image at all."""
 
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from sknet_triton import SKConv, use_backend
 from sknet_triton.backend import Backend
 from tests.plain_sknet import scramble
+from tests.processes import in_two_processes, needs_gloo
+
+pytestmark = needs_gloo
 
 EXACT = 1e-11
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
@@ -22,12 +22,15 @@ SHAPES = {
 }
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def drawn(kind: str) -> tuple[SKConv, list[Tensor], list[Tensor]]:
     """Returns a layer, the input of each process and the gradient that arrives there."""
     torch.manual_seed(3)
-    sk = cast(SKConv, scramble(SKConv(3, 4, G=1, d=5, dtype=torch.float64)))
-    xs = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES[kind]]
-    return sk, xs, [torch.randn(len(x), 4, *x.shape[2:], dtype=x.dtype) for x in xs]
+    sk = cast(SKConv, scramble(SKConv(3, 4, G=1, d=5, dtype=torch.float64)).to(DEVICE))
+    xs = [torch.randn(shape, dtype=torch.float64).to(DEVICE) for shape in SHAPES[kind]]
+    return sk, xs, [torch.randn(len(x), 4, *x.shape[2:], dtype=x.dtype).to(DEVICE) for x in xs]
 
 
 def activated(branch: Any, maps: list[Tensor]) -> list[Tensor]:
@@ -57,9 +60,7 @@ def joint(sk: SKConv, xs: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def work(rank: int) -> dict[tuple[str, str], dict[str, Tensor]]:
     seen: dict[tuple[str, str], dict[str, Tensor]] = {}
     for kind in SHAPES:
         for backend in BACKENDS:
@@ -74,15 +75,12 @@ def work(rank: int, folder: str) -> None:
             seen[kind, backend] |= {
                 f"{n}.grad": cast(Tensor, p.grad) for n, p in sk.named_parameters()
             }
-    torch.save(seen, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, Tensor]]]:
-    folder: Path = tmp_path_factory.mktemp("uneven")
-    cast(Any, spawn)(work, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return in_two_processes(work, tmp_path_factory.mktemp("uneven"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

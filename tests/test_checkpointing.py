@@ -1,0 +1,286 @@
+"""Training in less memory: recomputed activations and accumulated micro batches.
+
+Recomputing a batch norm moves its running statistics a second time, in PyTorch as here: the oracle
+of the statistics is the modules called one by one under the same checkpointing.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+
+from sknet_kernels.launch import Launch
+from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, ops, use_backend
+from sknet_triton.backend import Backend
+from tests.plain_sknet import largest_error, scramble
+
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+EXACT = 1e-11  # float64 with a few hundred additions, in another order
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+Run = Callable[[Tensor], Any]
+Step = dict[str, Tensor]
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "SKConv": lambda: SKConv(4, 4, G=2, d=3),
+    "SKConv layer": lambda: SKConv(4, 4, G=2, d=3, fc_norm="layer"),
+    "SKUnit": lambda: SKUnit(4, 4, G=2, d=3),
+}
+KINDS: dict[str, Callable[[nn.Module], Run]] = {
+    "reentrant": lambda m: partial(checkpoint, m, use_reentrant=True),
+    "not reentrant": lambda m: partial(checkpoint, m, use_reentrant=False),
+    "wrapped": lambda m: checkpoint_wrapper(m, CheckpointImpl.NO_REENTRANT),
+}
+
+
+def build(layer: str) -> nn.Module:
+    torch.manual_seed(3)
+    return scramble(LAYERS[layer]()).double().to(DEVICE)
+
+
+def network() -> SKNet:
+    torch.manual_seed(3)
+    stage = StageSpec(4, 2, 1, d=3)
+    net = SKNet((stage,), num_classes=3, in_chans=4, unit_options={"G": 2})
+    return cast(SKNet, scramble(net).double().to(DEVICE))
+
+
+def batch(images: int = 3, size: tuple[int, int] = (5, 4), seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(images, 4, *size, dtype=torch.float64, generator=generator).to(DEVICE)
+
+
+def step(
+    run: Run, module: nn.Module, x: Tensor, forward: AbstractContextManager[Any] | None = None
+) -> Step:
+    """Returns the output, every gradient and every buffer; only the forward is in ``forward``."""
+    x = x.clone().requires_grad_()
+    with forward or nullcontext():
+        out = run(x)
+    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    torch.autograd.backward((out * weight).sum())
+    seen = {"out": out.detach(), "dx": cast(Tensor, x.grad)}
+    seen |= {f"grad {name}": cast(Tensor, p.grad) for name, p in module.named_parameters()}
+    return seen | {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def values(seen: Step) -> Step:
+    return {name: t for name, t in seen.items() if name in ("out", "dx") or "grad" in name}
+
+
+def buffers(seen: Step) -> Step:
+    return {name: t for name, t in seen.items() if name not in values(seen)}
+
+
+def assert_equal(actual: Step, expected: Step) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def assert_near(actual: Step, expected: Step) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert largest_error(actual[name], value.double()) < EXACT, name
+
+
+# --- whole layers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_recomputation_changes_no_bit_of_output_and_gradients(
+    layer: str, kind: str, backend: Backend
+) -> None:
+    kept, module, plain = (build(layer) for _ in range(3))
+    with set_checkpoint_early_stop(False):
+        with use_backend(backend):
+            expected = step(kept, kept, batch())
+            seen = step(KINDS[kind](module), module, batch())
+        with use_backend("reference"):
+            moved = step(KINDS[kind](plain), plain, batch())
+    assert_equal(values(seen), values(expected))
+    assert_near(buffers(seen), buffers(moved))
+    assert all(t == 2 for name, t in moved.items() if "tracked" in name)
+
+
+def test_statistics_move_once_where_recomputation_stops_inside_of_sk_fuse_select() -> None:
+    # Early stop ends recomputation at the last tensor that was saved. On Triton an SKConv at the
+    # end of a region saves it before it moves the statistics, which is once, as without
+    # checkpointing; modules called one by one have moved theirs twice by then.
+    kept, module, plain = (build("SKConv") for _ in range(3))
+    with use_backend("triton"):
+        expected = step(kept, kept, batch())
+        assert_equal(step(KINDS["not reentrant"](module), module, batch()), expected)
+    with use_backend("reference"):
+        moved = step(KINDS["not reentrant"](plain), plain, batch())
+    assert moved["fc1.bn.num_batches_tracked"] == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_evaluation_nothing_moves(backend: Backend) -> None:
+    kept, module = build("SKConv").eval(), build("SKConv").eval()
+    with use_backend(backend):
+        expected = step(kept, kept, batch())
+        assert_equal(step(KINDS["not reentrant"](module), module, batch()), expected)
+    assert_equal(buffers(expected), dict(build("SKConv").named_buffers()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputation_is_under_the_autocast_of_the_forward(kind: str, backend: Backend) -> None:
+    kept, module = build("SKConv").float(), build("SKConv").float()
+    x = batch().float()
+    autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16)
+    with use_backend(backend):
+        expected = step(kept, kept, x, autocast())
+        seen = step(KINDS[kind](module), module, x, autocast())
+    assert expected["out"].dtype == torch.bfloat16
+    assert_equal(values(seen), values(expected))
+
+
+# --- parts of a layer ---------------------------------------------------------------------------
+
+CHILDREN = ("branches.0", "branches.1.bn", "fc1", "fc1.bn", "fc2")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("path", CHILDREN)
+def test_a_wrapped_child_is_called(path: str, backend: Backend) -> None:
+    kept, module, plain = (build("SKConv") for _ in range(3))
+    for each in (module, plain):
+        child = each.get_submodule(path)
+        apply_activation_checkpointing(each, check_fn=lambda m, child=child: m is child)
+    with use_backend("reference"):
+        expected = step(kept, kept, batch())
+        moved = step(plain, plain, batch())
+    with use_backend(backend):
+        seen = step(module, module, batch())
+    assert_near(values(renamed(seen)), values(expected))
+    assert_near(buffers(seen), buffers(moved))
+
+
+def renamed(seen: Step) -> Step:
+    return {name.replace("_checkpoint_wrapped_module.", ""): t for name, t in seen.items()}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the launches of every kernel."""
+    counts: Counter[str] = Counter()
+    run = Launch.run
+
+    def counted(launch: Launch, device: torch.device) -> None:
+        counts[launch.kernel.__name__] += 1
+        run(launch, device)
+
+    monkeypatch.setattr(Launch, "run", counted)
+    return counts
+
+
+OURS = [getattr(torch.ops.sknet_triton, name).default for name in ops.__all__]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_selective_checkpointing_keeps_what_the_kernels_computed(
+    layer: str, launched: Counter[str]
+) -> None:
+    kept, chosen, plain = (build(layer) for _ in range(3))
+    contexts = partial(create_selective_checkpoint_contexts, OURS)
+    select = partial(checkpoint, chosen, use_reentrant=False, context_fn=contexts)
+    with use_backend("triton"):
+        expected = step(kept, kept, batch())
+        once = launched.copy()
+        launched.clear()
+        seen = step(select, chosen, batch())
+        assert launched == once
+        launched.clear()
+        step(KINDS["not reentrant"](plain), plain, batch())
+        assert launched.total() > once.total()
+    assert_equal(values(seen), values(expected))
+
+
+def test_selective_checkpointing_of_convolutions_recomputes_the_kernels(
+    launched: Counter[str],
+) -> None:
+    kept, chosen = build("SKConv"), build("SKConv")
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    select = partial(checkpoint, chosen, use_reentrant=False, context_fn=contexts)
+    with use_backend("triton"):
+        expected = step(kept, kept, batch())
+        forward = launched["_sk_moments_kernel"]
+        assert_equal(values(step(select, chosen, batch())), values(expected))
+    assert forward == 1
+    assert launched["_sk_moments_kernel"] == 3
+
+
+# --- the network --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_network_recomputes_its_units_as_checkpoint_does(backend: Backend) -> None:
+    kept, module = network(), network()
+    module.set_grad_checkpointing()
+    plain = network()
+    for stage in plain.stages:
+        apply_activation_checkpointing(stage, check_fn=lambda m: isinstance(m, SKUnit))
+    x = batch(size=(16, 12))
+    with use_backend("reference"):
+        moved = step(plain, plain, x)
+    with use_backend(backend):
+        expected = step(kept, kept, x)
+        seen = step(module, module, x)
+    assert_equal(values(seen), values(expected))
+    assert_near(seen, renamed(moved))
+    assert seen["stem.bn.num_batches_tracked"] == 1
+    assert seen["stages.0.1.sk.fc1.bn.num_batches_tracked"] == 2
+
+
+# --- micro batches ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gradients_of_micro_batches_add_up(layer: str, backend: Backend) -> None:
+    # In evaluation, since statistics would be those of a micro batch.
+    whole, parts = build(layer).eval(), build(layer).eval()
+    x, sizes = batch(4), [1, 2, 1]
+    with use_backend("reference"):
+        out = whole(x)
+        weight = torch.linspace(-1, 2, out.numel(), dtype=x.dtype, device=DEVICE).view_as(out)
+        torch.autograd.backward((out * weight).sum())
+    with use_backend(backend):
+        for micro, w in zip(torch.split(x, sizes), torch.split(weight, sizes), strict=True):
+            torch.autograd.backward((parts(micro) * w).sum())
+    expected = {name: cast(Tensor, p.grad) for name, p in whole.named_parameters()}
+    assert_near({name: cast(Tensor, p.grad) for name, p in parts.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_forwards_may_wait_for_one_backward(backend: Backend) -> None:
+    # The second forward moves the running statistics; the first one's backward needs none of them.
+    module, plain = build("SKConv"), build("SKConv")
+    for each, name in ((plain, "reference"), (module, backend)):
+        with use_backend(cast(Backend, name)):
+            out = each(batch()) * each(batch(seed=2))
+            torch.autograd.backward(out.sum())
+    expected = {name: cast(Tensor, p.grad) for name, p in plain.named_parameters()}
+    assert_near({name: cast(Tensor, p.grad) for name, p in module.named_parameters()}, expected)
+    assert_near(dict(module.named_buffers()), dict(plain.named_buffers()))

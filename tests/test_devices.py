@@ -1,0 +1,506 @@
+"""Devices: tensors without memory, CPUs beside GPUs, the current device, streams, CUDA graphs.
+
+What needs a GPU is marked so. That nothing waits for a device is shown without one: tensors on
+the device "meta" hold no values, so that nobody can read one.
+"""
+
+import importlib
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sknet_kernels.launch import Launch
+from sknet_triton import SKConv, SKNet, StageSpec, backend, functional, ops, use_backend, warmup
+from sknet_triton.backend import Backend
+from tests.helpers import laid_out
+from tests.plain_sknet import largest_error, scramble
+
+EXACT = 1e-11  # float64 with a few hundred additions, in another order
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+# --- everything there is to run -----------------------------------------------------------------
+
+
+class Stages(nn.Module):
+    """fuse and select as functions, with the pooled sum for logits."""
+
+    def __init__(self, activation: functional.Activation | None) -> None:
+        super().__init__()
+        self.activation = activation
+        self.weight = nn.Parameter(torch.ones(1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [x * self.weight, x.flip(0), x.flip(1)]
+        pooled = functional.sk_fuse(branches)
+        logits = torch.stack([pooled, -pooled, 2 * pooled], 1)
+        return functional.sk_select(branches, logits, activation=self.activation)
+
+
+def network() -> nn.Module:
+    stage = StageSpec(4, 1, 1, d=3)
+    return SKNet((stage,), num_classes=3, in_chans=4, unit_options={"G": 2})
+
+
+def convolution(**options: Any) -> SKConv:
+    return SKConv(4, 4, G=2, d=3, **options)
+
+
+def hooked() -> nn.Module:
+    sk = convolution()
+    sk.fc2.register_forward_hook(lambda *_: None)
+    return sk
+
+
+def synced() -> nn.Module:
+    """In one process: `sk_fuse_select` in plain PyTorch too."""
+    return cast(nn.Module, cast(Any, nn.SyncBatchNorm).convert_sync_batchnorm(convolution()))
+
+
+def cumulative() -> nn.Module:
+    sk = convolution()
+    for m in sk.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = None
+    return sk
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@dataclass(frozen=True)
+class Path:
+    """A module and the layout of its input [3, 4, height, width]."""
+
+    build: Callable[[], nn.Module]
+    layout: str = "contiguous"
+    size: tuple[int, int] = (5, 4)
+    training: bool = True
+
+    def module(self, device: torch.device, dtype: torch.dtype = torch.float64) -> nn.Module:
+        torch.manual_seed(3)
+        with device, default_dtype(dtype):
+            module = self.build()
+        return scramble(module).train(self.training)
+
+    def x(self, device: torch.device, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(3, 4, *self.size, dtype=torch.float64, generator=generator)
+        return laid_out(x.to(device, dtype), self.layout)
+
+
+PATHS = {
+    "stages": Path(lambda: Stages("softmax")),
+    "stages sigmoid": Path(lambda: Stages("sigmoid"), "channels_last"),
+    "stages none cropped": Path(lambda: Stages(None), "cropped"),
+    "SKConv": Path(convolution),
+    "SKConv eval": Path(convolution, training=False),
+    "SKConv channels_last M3": Path(lambda: convolution(M=3), "channels_last"),
+    "SKConv hooked": Path(hooked),
+    "SKConv synced": Path(synced),
+    "SKConv layer": Path(lambda: convolution(fc_norm="layer")),
+    "SKNet": Path(network, size=(16, 12)),
+    "SKNet eval": Path(network, size=(16, 12), training=False),
+}
+every_path = pytest.mark.parametrize("name", PATHS)
+on_both = pytest.mark.parametrize("chosen", BACKENDS)
+
+
+def step(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Returns output, gradients and buffers, without reading any of them."""
+    x = x.detach().requires_grad_()
+    out = run(x)
+    torch.autograd.backward(out, torch.ones_like(out))
+    seen = {"out": out.detach(), "dx": cast(Tensor, x.grad)}
+    seen |= {f"grad {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return seen | {name: b.detach().clone() for name, b in module.named_buffers()}
+
+
+def kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (t.shape, t.dtype) for name, t in tensors.items()}
+
+
+def strides(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: t.stride() for name, t in tensors.items()}
+
+
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert largest_error(actual[name].to(value.device), value.double()) < EXACT, name
+
+
+# --- tensors without memory ---------------------------------------------------------------------
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@every_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_meta_tensors_tell_what_a_step_would_give(name: str, dtype: torch.dtype) -> None:
+    path = PATHS[name]
+    with use_backend("auto"):
+        module = path.module(META, dtype)
+        seen = step(module, module, path.x(META, dtype))
+        real = path.module(CPU, dtype)
+        expected = step(real, real, path.x(CPU, dtype))
+    assert {t.device.type for t in seen.values()} == {"meta"}
+    assert kinds(seen) == kinds(expected)  # torch's convolution loses its layout on this device
+
+
+def test_a_network_made_without_memory_computes_once_it_has_some() -> None:
+    path = PATHS["SKNet eval"]
+    source, model = path.module(DEVICE), path.module(META)
+    model.to_empty(device=DEVICE)
+    model.load_state_dict(source.state_dict())
+    assert torch.equal(model(path.x(DEVICE)), source(path.x(DEVICE)))
+
+
+@every_path
+@on_both
+def test_fake_tensors_tell_what_a_step_would_give(name: str, chosen: Backend) -> None:
+    path = PATHS[name]
+    with use_backend(chosen):
+        real = path.module(DEVICE, torch.float32)
+        expected = step(real, real, path.x(DEVICE, torch.float32))
+        with FakeTensorMode():
+            module = path.module(DEVICE, torch.float32)
+            seen = step(module, module, path.x(DEVICE, torch.float32))
+    assert kinds(seen) == kinds(expected)
+    assert strides(seen) == strides(expected)
+
+
+# --- CPUs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the kernels and lets none of them run."""
+    counts: Counter[str] = Counter()
+
+    def count(launch: Launch, device: torch.device) -> None:
+        counts[launch.kernel.__name__] += 1
+
+    monkeypatch.setattr(Launch, "run", count)
+    return counts
+
+
+@every_path
+def test_cpu_tensors_take_pytorch_though_triton_is_installed(
+    name: str, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert importlib.util.find_spec("triton") is not None
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    path = PATHS[name]
+    names: tuple[Backend, ...] = ("auto", "reference")
+    results = []
+    for chosen in names:
+        with use_backend(chosen):
+            module = path.module(CPU)
+            results.append(step(module, module, path.x(CPU)))
+    assert not launched
+    assert all(torch.equal(results[0][key], t) for key, t in results[1].items())
+
+
+@pytest.mark.parametrize("name", ["stages", "SKConv", "SKConv layer", "SKNet"])
+def test_kernels_insisted_on_are_refused_to_a_device_without_any(name: str) -> None:
+    path = PATHS[name]
+    module, x = path.module(META), path.x(META)
+    with use_backend("triton"), pytest.raises(ValueError, match=r"needs tensors on a GPU .* meta"):
+        module(x)
+
+
+# --- nothing waits for a device -----------------------------------------------------------------
+
+aten = torch.ops.aten
+# They bring a value from the device, or need one to know the size of their result.
+WAITING = {
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten.unique_consecutive,
+    aten.bincount,
+}
+
+
+class NoSynchronisation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own hook
+    """Fails where an operator would wait for the device, inside of our own operators too."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.ours: Counter[str] = Counter()
+        self.bodies = {
+            getattr(torch.ops.sknet_triton, name).default: cast(Any, getattr(ops, name))._init_fn
+            for name in ops.__all__
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        assert packet not in WAITING, f"{func} waits for the device"
+        if packet is aten._to_copy:
+            device = kwargs.get("device") or args[0].device
+            assert device == args[0].device, f"{func} from {args[0].device} to {device}"
+        if packet is aten.copy_:
+            assert args[0].device == args[1].device, f"{func} to {args[0].device}"
+        if packet is aten.index:  # of a mask, whose true elements are counted
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            assert not masks, f"{func} of a mask"
+        with self:
+            if func in self.bodies:
+                self.ours[packet.__name__] += 1
+                return self.bodies[func](*args, **kwargs)
+            parts = func.decompose(*args, **kwargs)  # as autograd would, which is past in a body
+        return func(*args, **kwargs) if parts is NotImplemented else parts
+
+
+@contextmanager
+def refusing_to_wait() -> Iterator[NoSynchronisation]:
+    def refused(*args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("a tensor made of the host's values waits for the copy")
+
+    with pytest.MonkeyPatch.context() as patch, NoSynchronisation() as mode:
+        patch.setattr(torch, "tensor", refused)
+        patch.setattr(torch, "as_tensor", refused)
+        yield mode
+
+
+STEMS = ("sk_fuse", "sk_select", "sk_fuse_select")
+
+
+@pytest.fixture
+def kernels_for_meta(launched: Counter[str], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Sends tensors without memory along the way of those on a GPU, up to the launches."""
+    for module in (backend, *(importlib.import_module(f"sknet_triton.ops.{n}") for n in STEMS)):
+        monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    return launched
+
+
+@every_path
+@on_both
+def test_no_step_waits_for_the_device(
+    name: str, chosen: Backend, kernels_for_meta: Counter[str]
+) -> None:
+    path = PATHS[name]
+    module, x = path.module(META), path.x(META)
+    with use_backend(chosen), refusing_to_wait() as mode:
+        step(module, module, x)
+    assert (mode.ours.total() > 0) == (chosen == "triton")
+    assert (kernels_for_meta.total() > 0) == (chosen == "triton")
+
+
+@every_path
+@on_both
+def test_no_step_reads_a_value_that_is_there(name: str, chosen: Backend) -> None:
+    # As above, with values to read and on the kernels themselves.
+    path = PATHS[name]
+    module, x = path.module(DEVICE), path.x(DEVICE)
+    with use_backend(chosen), refusing_to_wait() as mode:
+        step(module, module, x)
+    assert (mode.ours.total() > 0) == (chosen == "triton")
+
+
+def test_the_cumulative_average_waits_for_nothing_on_the_kernels(
+    kernels_for_meta: Counter[str],
+) -> None:
+    # torch's own batch norm with momentum None reads its counter.
+    path = Path(cumulative)
+    module, x = path.module(META), path.x(META)
+    with use_backend("triton"), refusing_to_wait():
+        step(module, module, x)
+    assert kernels_for_meta["_sk_moments_kernel"] == 1
+    with use_backend("reference"), refusing_to_wait(), pytest.raises(AssertionError):
+        module(x)
+
+
+WAITERS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x.sum()),
+    "if": lambda x: bool((x > 0).any()),
+    "list": lambda x: x.sum().tolist(),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "equal": lambda x: torch.equal(x, x),
+    "unique": lambda x: cast(Any, x).unique(),
+    "to the CPU": lambda x: x.cpu(),
+    "from the CPU": lambda x: torch.zeros(1).to(x.device),
+    "made on the CPU": lambda x: torch.tensor([1.0], device=x.device),
+    "copied to the CPU": lambda x: torch.zeros(x.shape).copy_(x),
+}
+
+
+@pytest.mark.parametrize("name", WAITERS)
+def test_what_waits_would_be_seen(name: str) -> None:
+    x = torch.ones(3, device=META)
+    with refusing_to_wait(), pytest.raises(AssertionError):
+        WAITERS[name](x)
+
+
+# --- a GPU --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@every_path
+@on_both
+def test_no_step_waits_for_a_gpu(name: str, chosen: Backend) -> None:
+    path = PATHS[name]
+    module, x = path.module(DEVICE), path.x(DEVICE)
+    with use_backend(chosen):
+        step(module, module, x)  # compiles the kernels
+        with waiting_is_an_error():
+            step(module, module, x)
+
+
+@pytest.mark.gpu
+def test_waiting_for_a_gpu_would_be_seen() -> None:
+    x = torch.ones(3, device=DEVICE)
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
+        x.sum().item()
+
+
+@pytest.mark.gpu
+@two_gpus
+@every_path
+@on_both
+def test_tensors_on_a_device_that_is_not_the_current_one(name: str, chosen: Backend) -> None:
+    path = PATHS[name]
+    current, other = torch.device("cuda:0"), torch.device("cuda:1")
+    results = []
+    with use_backend(chosen), torch.cuda.device(current):
+        for device in (current, other):
+            module = path.module(device)
+            results.append(step(module, module, path.x(device)))
+            assert torch.cuda.current_device() == 0
+    assert {t.device for t in results[1].values()} == {other}
+    assert_near(results[1], results[0])
+
+
+@pytest.mark.gpu
+@every_path
+@on_both
+def test_work_stays_on_the_stream_that_it_was_called_on(name: str, chosen: Backend) -> None:
+    path = PATHS[name]
+    seeds = (1, 2)
+    with use_backend(chosen):
+        expected = []
+        for seed in seeds:
+            module = path.module(DEVICE)
+            expected.append(step(module, module, path.x(DEVICE, seed=seed)))
+        modules = [path.module(DEVICE) for _ in seeds]
+        inputs = [path.x(DEVICE, seed=seed) for seed in seeds]
+        values = [x.clone() for x in inputs]
+        # torch leaves the constructor untyped.
+        streams = [torch.cuda.Stream() for _ in seeds]  # type: ignore[no-untyped-call]
+        results = []
+        for x in inputs:
+            x.zero_()
+        for stream, module, x, value in zip(streams, modules, inputs, values, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                # The input comes late: whoever does not wait on this stream reads zeros.
+                cast(Any, torch.cuda)._sleep(50_000_000)
+                x.copy_(value)
+                results.append(step(module, module, x))
+        torch.cuda.synchronize()
+    for actual, wanted in zip(results, expected, strict=True):
+        assert_near(actual, wanted)
+
+
+def loss(out: Tensor) -> Tensor:
+    return out.square().mean()
+
+
+def train_step(module: nn.Module, x: Tensor) -> None:
+    torch.autograd.backward(loss(module(x)))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.sub_(cast(Tensor, p.grad), alpha=0.05)
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    grads = {f"grad {n}": cast(Tensor, p.grad) for n, p in module.named_parameters()}
+    return grads | {name: t.detach() for name, t in module.state_dict().items()}
+
+
+@pytest.mark.gpu
+@every_path
+@on_both
+def test_inference_in_a_cuda_graph(name: str, chosen: Backend) -> None:
+    path = PATHS[name]
+    module, x = path.module(DEVICE).eval(), path.x(DEVICE)
+    with use_backend(chosen), torch.no_grad():
+        warmup(module, x, training=False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = module(x)
+        for seed in (5, 6):
+            x.copy_(path.x(DEVICE, seed=seed))
+            graph.replay()
+            assert_near({"out": out}, {"out": module(x)})
+
+
+@pytest.mark.gpu
+@every_path
+@on_both
+def test_a_training_step_in_a_cuda_graph(name: str, chosen: Backend) -> None:
+    path = PATHS[name]
+    module, twin, x = path.module(DEVICE), path.module(DEVICE), path.x(DEVICE)
+    with use_backend(chosen):
+        warmup(module, x, loss=loss)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            train_step(module, x)
+        for seed in (5, 6, 7):
+            x.copy_(path.x(DEVICE, seed=seed))
+            graph.replay()
+            twin.zero_grad()
+            train_step(twin, x)
+            assert_near(state(module), state(twin))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["SKConv", "SKConv layer", "SKNet"])
+@on_both
+def test_a_graphed_callable(name: str, chosen: Backend) -> None:
+    path = PATHS[name]
+    module, twin, x = path.module(DEVICE), path.module(DEVICE), path.x(DEVICE).requires_grad_()
+    with use_backend(chosen):
+        warmup(module, x, loss=loss)
+        graphed = cast(Any, torch.cuda).make_graphed_callables(module, (x,))
+        twin.load_state_dict(module.state_dict())  # graphing has run a few steps of its own
+        for seed in (5, 6):
+            module.zero_grad()
+            twin.zero_grad()
+            other = path.x(DEVICE, seed=seed)
+            assert_near(step(graphed, module, other), step(twin, twin, other))
