@@ -21,7 +21,14 @@ FLOORS = (
     {"sknet_triton.functional"},
     {"sknet_triton.layers"},
     {"sknet_triton.models"},
-    {"sknet_triton.acceleration", "sknet_triton.inference", "sknet_triton.warmup"},
+    {
+        "sknet_triton.acceleration",
+        "sknet_triton.analysis",
+        "sknet_triton.checkpoints",
+        "sknet_triton.inference",
+        "sknet_triton.timm",
+        "sknet_triton.warmup",
+    },
     {"sknet_triton"},
     {"perf", "tests"},
 )

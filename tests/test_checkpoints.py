@@ -1,0 +1,790 @@
+"""Checkpoints of other implementations: their keys, the numbers, and what a refusal says."""
+
+import argparse
+import hashlib
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sknet_triton import SKNet, SKNetFeatures, SKUnit, StageSpec, sknet26, sknet50, sknet101
+from sknet_triton.checkpoints import (
+    CheckpointMismatchError,
+    convert_state_dict,
+    fold_fc2_bias,
+    load_checkpoint,
+    read_checkpoint,
+)
+from sknet_triton.checkpoints.layouts import LAYOUTS, LayoutName
+from tests.peer_networks import (
+    PEERS,
+    UNITS,
+    InsightSKNet,
+    Sizes,
+    TimmSKNet,
+    published,
+)
+from tests.plain_sknet import largest_error
+
+# As in test_models.py: rounding through a dozen layers, in units of the largest value.
+EXACT = 1e-9
+
+SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2))
+# The layouts whose network is an SKNet without further ado.
+SAME = ("timm", "ports", "pytorchcv")
+WITH_HEADS = ("developer0hye", "syt2")
+
+
+def small(**kwargs: Any) -> SKNet:
+    return SKNet(SMALL, **{"num_classes": 5, **kwargs})
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every tensor values of its own, and variances and weights of norms that suit them."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5
+            spread = 0.5 if tensor.dim() < 2 else (3 / tensor[0].numel()) ** 0.5
+            centre = 1.0 if tensor.dim() == 1 and not key.endswith(("bias", "mean")) else 0.0
+            tensor.copy_(centre + 2 * spread * drawn)
+    return model
+
+
+def peer(name: str, sizes: Sizes | None = None) -> nn.Module:
+    return randomised(PEERS[name](sizes or Sizes()).double())
+
+
+def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert actual[key].dtype == tensor.dtype
+        assert torch.equal(actual[key], tensor), key
+
+
+def assert_same_network(model: nn.Module, other: nn.Module) -> None:
+    """Compares outputs in eval and in training, the gradient of the image, and the statistics."""
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert largest_error(model.eval()(x), other.eval()(x)) < EXACT
+    images = [x.clone().requires_grad_() for _ in range(2)]
+    outs = [m.train()(image) for m, image in zip((model, other), images, strict=True)]
+    assert largest_error(outs[0], outs[1]) < EXACT
+    for out in outs:
+        out.square().sum().backward()
+    assert largest_error(cast(Tensor, images[0].grad), cast(Tensor, images[1].grad)) < EXACT
+
+
+# The keys
+
+# SHA-256 of the lines "key shape", sorted, of the implementations' own state dicts.
+DIGESTS = {
+    ("timm", 50): "5cd80a34dad074b850111079fd56d010208aa83ef5571a2e22d31fbf425408e1",
+    ("ports", 50): "2bf5623d0472b51636d160f370ed358dd482cacd7106359756acdb0ca39ab478",
+    ("ports", 101): "15fb75f49724a11651b5caf0bbf8d6529df211a6aa155a1ea8b7948dbdaf360c",
+    ("pytorchcv", 50): "84089d614e80a6fd775728199ca3f2f089db48f5a3cc6a5a93802ac37e1231bf",
+    ("pytorchcv", 101): "264253792c3da60aa4ca013d21a2e82eb4e58277c6182ac3b1897e538bc545f7",
+    ("developer0hye", 26): "f7faaca3655ad2509a44d665916a3ed9a0a6748890524b3fe145927cbe336d2f",
+    ("developer0hye", 50): "3c70c37d169aa123a706e5ae09bb67582a64ba4ecc39808d343940d7ee64041c",
+    ("developer0hye", 101): "ca6b5dd5ec24c42bf4e7d2943155b80f921e3109217ae4a25281053d9c069fa9",
+    ("syt2", 50): "0c4c43b04cee59a6509589a444d1eb8def9507d2c3de2655ba7a9993c082c249",
+    ("syt2", 101): "d371720046cbceabc538e2fe201974dda50e4ae9137f976266622b025bc1b250",
+    ("pytorchinsight", 50): "5d94ae112bca3bf8d72ea92b06e569f5b7f0e191b79a4dc47cdc58c4a0300720",
+    ("pytorchinsight", 101): "8dce1648f3ef868a66beba24bda60e3e1c827600f619d2b5914ca44cde989acd",
+}
+SMP_DIGEST = "0551c762dff07f08525415c162272ca7181828ec3f4e34f19b096c0fdba0a482"
+INSIGHT_WIDTHS = (64, 128, 256, 512)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    lines = sorted(f"{key} {tuple(tensor.shape)}" for key, tensor in tensors.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def shapes_of(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Returns a state dict of zeros that takes no memory: one number, expanded."""
+    with torch.device("meta"):
+        state = build(*args, **kwargs).state_dict()
+    return {k: torch.zeros((), dtype=t.dtype).expand(t.shape) for k, t in state.items()}
+
+
+def full(name: str, depth: int, **changes: Any) -> dict[str, Tensor]:
+    sizes = published(depth, **changes)
+    if name == "pytorchinsight":
+        sizes = Sizes(UNITS[depth], INSIGHT_WIDTHS, 1000)
+    return shapes_of(PEERS[name], sizes)
+
+
+def smp_encoder() -> dict[str, Tensor]:
+    """segmentation_models_pytorch's timm-skresnext50_32x4d: split inputs, narrow fc1, no head."""
+    state = shapes_of(TimmSKNet, published(50, least=1, split_input=True))
+    return {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+
+
+@pytest.mark.parametrize(("name", "depth"), DIGESTS, ids=lambda v: str(v))
+def test_the_rebuilt_networks_have_the_keys_and_shapes_of_the_real_ones(
+    name: str, depth: int
+) -> None:
+    assert digest(full(name, depth)) == DIGESTS[name, depth]
+
+
+def test_the_rebuilt_encoder_has_the_keys_and_shapes_of_the_real_one() -> None:
+    assert digest(smp_encoder()) == SMP_DIGEST
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"), [key for key in DIGESTS if key[0] != "pytorchinsight"], ids=lambda v: str(v)
+)
+def test_every_published_size_has_the_keys_and_shapes_of_ours(name: str, depth: int) -> None:
+    build = {26: sknet26, 50: sknet50, 101: sknet101}[depth]
+    converted = convert_state_dict(full(name, depth))
+    assert digest(converted) == digest(shapes_of(build))
+
+
+def test_the_real_timm_network_has_the_same_logits() -> None:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    real = randomised(timm.create_model("skresnext50_32x4d", num_classes=7)).double().eval()
+    model = sknet50(num_classes=7, dtype=torch.float64).eval()
+    assert not load_checkpoint(model, real.state_dict())
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert largest_error(model(x), real(x)) < EXACT
+
+
+# The numbers
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_converted_network_computes_what_the_original_does(name: str) -> None:
+    original, model = peer(name), small(dtype=torch.float64)
+    assert not load_checkpoint(model, original.state_dict())
+    assert_same_network(model, original)
+    moved = convert_state_dict(original.state_dict())
+    # In training both moved the running statistics, from the same to the same.
+    for key, tensor in model.state_dict().items():
+        assert torch.allclose(tensor.double(), moved[key].double(), rtol=EXACT, atol=EXACT), key
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_gradients_convert_like_parameters(name: LayoutName) -> None:
+    original, model = peer(name), small(dtype=torch.float64)
+    load_checkpoint(model, original.state_dict())
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    for module in (model, original):
+        module.train()(x).square().sum().backward()
+    grads = {k: cast(Tensor, p.grad) for k, p in original.named_parameters()}
+    converted = convert_state_dict(grads, name)
+    ours = dict(model.named_parameters())
+    assert converted.keys() == ours.keys()
+    for key, parameter in ours.items():
+        assert largest_error(cast(Tensor, parameter.grad), converted[key]) < EXACT, key
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_heads_without_a_bias_are_one_fc2(name: str) -> None:
+    original, model = peer(name), small(dtype=torch.float64)
+    for key, tensor in original.state_dict().items():
+        if ".fcs." in key and key.endswith("bias"):
+            tensor.zero_()
+    assert not load_checkpoint(model, original.state_dict())
+    assert_same_network(model, original)
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_biased_heads_are_refused_and_folded_they_compute_the_same(name: str) -> None:
+    original, model = peer(name), small(dtype=torch.float64)
+    with pytest.raises(CheckpointMismatchError, match="fold_fc2_bias") as refusal:
+        load_checkpoint(model, original.state_dict())
+    assert refusal.value.diff.keys("unexpected") == [
+        f"stages.{unit}.sk.fc2.bias" for unit in ("0.0", "1.0", "1.1")
+    ]
+    wide = SKNet(
+        (StageSpec(32, 1, 1, d=33), StageSpec(64, 2, d=33)), num_classes=5, dtype=torch.float64
+    )
+    converted = convert_state_dict(original.state_dict())
+    assert not load_checkpoint(wide, fold_fc2_bias(converted))
+    assert any(key.endswith("fc2.bias") for key in converted), "the argument is not changed"
+    assert_same_network(wide, original)
+    # The new channel stays constant in training: of all that makes it, only its bias is moved.
+    fc1 = wide.get_submodule("stages.1.0.sk.fc1")
+    for name, moves in (("conv.weight", False), ("bn.weight", False), ("bn.bias", True)):
+        assert bool(cast(Tensor, fc1.get_parameter(name).grad)[-1].any()) is moves
+
+
+def test_without_a_bias_nothing_is_folded() -> None:
+    state = small().state_dict()
+    assert_equal(fold_fc2_bias(state), state)
+
+
+def test_one_biased_unit_widens_all_of_them() -> None:
+    state = dict(small().state_dict())
+    state["stages.1.0.sk.fc2.bias"] = torch.ones(128)
+    folded = fold_fc2_bias(state)
+    for unit in ("0.0", "1.0", "1.1"):
+        column = folded[f"stages.{unit}.sk.fc2.weight"][:, 32]
+        assert torch.equal(column.flatten(), torch.full_like(column.flatten(), unit == "1.0"))
+
+
+def test_a_bias_without_a_batch_norm_beside_it_is_not_folded() -> None:
+    state = dict(small(unit_options={"fc_norm": "layer"}).state_dict())
+    state["stages.0.0.sk.fc2.bias"] = torch.ones(64)
+    with pytest.raises(ValueError, match=r"^stages\.0\.0\.sk\.fc1\.bn\.weight: expected"):
+        fold_fc2_bias(state)
+
+
+def test_a_bias_of_another_length_is_not_folded() -> None:
+    state = {**small().state_dict(), "stages.0.0.sk.fc2.bias": torch.ones(63)}
+    with pytest.raises(ValueError, match=r"fc2\.bias: expected 64 values, got 63"):
+        fold_fc2_bias(state)
+
+
+def test_units_of_pytorchinsight_fit_an_skunit_with_its_branches() -> None:
+    sizes = Sizes((1, 1), (64, 128))
+    network = randomised(InsightSKNet(sizes).double()).eval()
+    original = network.get_submodule("layer2.0")
+    unit = SKUnit(
+        256, 128, 512, 2, branches=[(3, 1, 1), (3, 1, 32)], d=8, dtype=torch.float64
+    ).eval()
+    converted = convert_state_dict(network.state_dict())
+    prefix = "stages.1.0."
+    unit.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in converted.items() if k.startswith(prefix)}
+    )
+    x = torch.randn(2, 256, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert largest_error(unit(x), original(x)) < EXACT
+
+
+def test_pytorchinsight_computes_the_same_where_sknet_is_given_its_expansion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SKUnit, "expansion", 4)
+    stages = (StageSpec(32, 1, 1, d=2), StageSpec(64, 2, d=4))
+    branches = [(3, 1, 1), (3, 1, 32)]
+    model = SKNet(stages, 5, unit_options={"branches": branches}, dtype=torch.float64)
+    original = peer("pytorchinsight")
+    assert not load_checkpoint(model, original.state_dict())
+    assert_same_network(model, original)
+
+
+def test_pytorchinsight_is_refused_by_sknet50() -> None:
+    with pytest.raises(CheckpointMismatchError) as refusal:
+        load_checkpoint(sknet50(), full("pytorchinsight", 50))
+    assert "it fits none of sknet26, sknet50, sknet101" in str(refusal.value)
+
+
+# There and back
+
+
+@pytest.mark.parametrize("target", [name for name in LAYOUTS if name != "pytorchinsight"])
+@pytest.mark.parametrize("name", [*SAME, "sknet_triton"])
+def test_there_and_back_gives_the_same_tensors(name: LayoutName, target: LayoutName) -> None:
+    model = randomised(small()) if name == "sknet_triton" else peer(name).float()
+    state = model.state_dict()
+    there = convert_state_dict(state, name, target=target)
+    expected = small() if target == "sknet_triton" else PEERS[target](Sizes())
+    assert digest(there) == digest(expected.state_dict())
+    assert_equal(convert_state_dict(there, target, target=name), state)
+
+
+@pytest.mark.parametrize("target", ["sknet_triton", *WITH_HEADS])
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_biased_heads_go_there_and_back(name: LayoutName, target: LayoutName) -> None:
+    state = peer(name).state_dict()
+    there = convert_state_dict(state, target=target)
+    assert_equal(convert_state_dict(there, target=name), state)
+
+
+def test_pytorchinsight_goes_there_and_back() -> None:
+    state = peer("pytorchinsight").state_dict()
+    assert_equal(convert_state_dict(convert_state_dict(state), target="pytorchinsight"), state)
+
+
+def test_converting_copies_and_changes_nothing() -> None:
+    state = peer("timm").state_dict()
+    before = dict(state)
+    converted = convert_state_dict(state)
+    assert state.keys() == before.keys()
+    moved = {tensor.data_ptr() for tensor in converted.values()}
+    assert moved == {tensor.data_ptr() for tensor in before.values()}
+
+
+def test_three_branches_are_joined_and_split_in_order() -> None:
+    state = small(unit_options={"M": 3}).state_dict()
+    heads = convert_state_dict(state, target="syt2")
+    whole = state["stages.0.0.sk.fc2.weight"]
+    for i in range(3):
+        assert torch.equal(heads[f"stage_1.0.conv2.fcs.{i}.weight"], whole[32 * i : 32 * i + 32])
+    assert_equal(convert_state_dict(heads), state)
+
+
+def test_split_heads_can_be_saved(tmp_path: Path) -> None:
+    heads = convert_state_dict(small().state_dict(), target="syt2")
+    assert_equal(read_checkpoint(saved(heads, tmp_path / "heads.safetensors")), heads)
+
+
+def test_heads_that_do_not_fit_their_unit_are_refused() -> None:
+    state = peer("syt2").state_dict()
+    gap = {k: v for k, v in state.items() if ".fcs.0." not in k}
+    with pytest.raises(ValueError, match=r"^stages\.0\.0\.sk\.fc2\.weight: expected one head a"):
+        convert_state_dict(gap)
+    scalars = {k: torch.tensor(1.0) if ".fcs." in k else v for k, v in state.items()}
+    with pytest.raises(ValueError, match=r"got \{0: \[\], 1: \[\]\}"):
+        convert_state_dict(scalars)
+    odd = {**small().state_dict(), "stages.0.0.sk.fc2.weight": torch.zeros(65, 32, 1, 1)}
+    with pytest.raises(ValueError, match=r"^stages\.0\.0\.sk\.fc2: expected as many rows"):
+        convert_state_dict(odd, target="syt2")
+
+
+def test_what_the_target_cannot_hold_is_refused() -> None:
+    biased = peer("syt2").state_dict()
+    with pytest.raises(ValueError, match="'timm' has no place for 3 of the keys") as refusal:
+        convert_state_dict(biased, target="timm")
+    assert "stages.0.0.sk.fc2.bias" in str(refusal.value)
+    layer = small(unit_options={"fc_norm": "layer"}).state_dict()
+    with pytest.raises(ValueError, match=r"no place for 6 of the keys.*fc1\.norm\.weight"):
+        convert_state_dict(layer, target="ports")
+    three = small(unit_options={"M": 3}).state_dict()
+    with pytest.raises(ValueError, match=r"no place for .*branches\.2\.conv\.weight"):
+        convert_state_dict(three, target="pytorchinsight")
+
+
+# Detection
+
+
+def test_every_layout_is_told_by_its_mark_and_no_other() -> None:
+    for name, layout in LAYOUTS.items():
+        model = small() if name == "sknet_triton" else PEERS[name](Sizes())
+        marks = [other for other in LAYOUTS if LAYOUTS[other].mark in model.state_dict()]
+        assert marks == [name] == [layout.name]
+
+
+def test_an_unknown_layout_says_what_was_looked_for() -> None:
+    with pytest.raises(ValueError, match="no layout of an SKNet found") as refusal:
+        convert_state_dict(nn.Linear(2, 3).state_dict())
+    for layout in LAYOUTS.values():
+        assert f"{layout.name}: {layout.mark}" in str(refusal.value)
+    assert "in 2 keys: weight, bias" in str(refusal.value)
+
+
+def test_a_named_source_is_not_guessed() -> None:
+    with pytest.raises(ValueError, match="source='ports'") as refusal:
+        convert_state_dict(peer("timm").state_dict(), "ports")
+    assert LAYOUTS["ports"].mark in str(refusal.value)
+    assert LAYOUTS["timm"].mark not in str(refusal.value)
+
+
+@pytest.mark.parametrize("argument", ["source", "target"])
+def test_an_unknown_name_is_refused(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: expected one of 'sknet_triton', .*'tim'"):
+        convert_state_dict(small().state_dict(), **cast(Any, {argument: "tim"}))
+
+
+def test_two_networks_in_one_dict_are_refused() -> None:
+    two = {f"{name}.{k}": v for name in "ab" for k, v in peer("timm").state_dict().items()}
+    with pytest.raises(ValueError, match=r"got 2: timm under 'a\.', timm under 'b\.'"):
+        convert_state_dict(two)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "encoder."])
+@pytest.mark.parametrize("name", PEERS)
+def test_prefixes_are_taken_off(prefix: str, name: str) -> None:
+    state = PEERS[name](Sizes()).state_dict()
+    wrapped = {f"{prefix}{key}": tensor for key, tensor in state.items()}
+    assert_equal(convert_state_dict(wrapped), convert_state_dict(state))
+
+
+def test_parts_that_were_compiled_are_found() -> None:
+    model = small()
+    state = dict(model.state_dict())
+    model.stages[1] = cast(nn.Module, torch.compile(model.stages[1]))
+    assert "stages.1._orig_mod.0.reduce.conv.weight" in model.state_dict()
+    assert_equal(convert_state_dict(model.state_dict()), state)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "net", "model_ema"])
+def test_checkpoints_of_training_scripts_are_opened(key: str) -> None:
+    state = peer("timm").state_dict()
+    checkpoint = {key: state, "epoch": 3, "best": torch.tensor(0.7), "optimizer": {"lr": 0.1}}
+    assert_equal(convert_state_dict(checkpoint), convert_state_dict(state))
+    assert_equal(convert_state_dict({"model": checkpoint}), convert_state_dict(state))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "error", "message"),
+    [
+        ([1], TypeError, "expected a mapping, got list"),
+        (nn.Linear(1, 1), TypeError, "expected a mapping, got Linear"),
+        ({"state_dict": {}, "model_ema": {}}, ValueError, "got 2, under"),
+        ({"weights": {}}, ValueError, "got dict under 'weights'"),
+        ({1: torch.ones(1)}, TypeError, "expected strings as keys, got 1"),
+        ({"a": torch.ones(2, device="meta")}, ValueError, "dense tensors, got .* on meta"),
+        ({"a": torch.eye(2).to_sparse()}, ValueError, "dense tensors, got .*sparse"),
+        ({"a": torch.ones(1), "_orig_mod.a": torch.ones(1)}, ValueError, "two keys stand for 'a'"),
+    ],
+    ids=["list", "module", "two", "other", "number", "meta", "sparse", "double"],
+)
+def test_what_holds_no_tensors_is_refused(
+    checkpoint: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        convert_state_dict(checkpoint)
+
+
+def test_unknown_keys_stay_and_are_named() -> None:
+    state = peer("timm").state_dict() | {"layer1.0.se.weight": torch.ones(3)}
+    assert "layer1.0.se.weight" in convert_state_dict(state)
+    with pytest.raises(CheckpointMismatchError, match=r"1 unexpected\n.*layer1\.0\.se\.weight"):
+        load_checkpoint(small(), state)
+
+
+@pytest.mark.parametrize(
+    "key", ["layer01.0.conv1.conv.weight", "layer0.0.conv1.conv.weight", "layer1.00.conv3.bn.bias"]
+)
+def test_numbers_that_are_not_the_sources_are_unknown(key: str) -> None:
+    assert key in convert_state_dict(peer("timm").state_dict() | {key: torch.ones(1)})
+
+
+def test_an_unknown_key_never_passes_for_one_of_ours() -> None:
+    state = {f"encoder.{k}": v for k, v in peer("timm").state_dict().items()}
+    state["head.weight"] = torch.zeros(5, 128)
+    with pytest.raises(ValueError, match=r"'head\.weight' is unknown to the layout 'timm'"):
+        convert_state_dict(state)
+
+
+# Loading
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def test_another_head_is_named_and_all_the_rest_can_be_loaded() -> None:
+    model, state = small(num_classes=3), peer("timm").float().state_dict()
+    before = snapshot(model)
+    with pytest.raises(CheckpointMismatchError) as refusal:
+        load_checkpoint(model, state)
+    assert str(refusal.value).splitlines()[:4] == [
+        "the checkpoint does not fit the model: 2 different",
+        "different   head.weight: float32 [5, 128], the model has float32 [3, 128]",
+        "different   head.bias: float32 [5], the model has float32 [3]",
+        "only the head differs: num_classes is 5 in the checkpoint and 3 in the model; "
+        "strict=False loads all the rest",
+    ]
+    assert_equal(model.state_dict(), before)
+    diff = load_checkpoint(model, state, strict=False)
+    assert diff.keys("different") == ["head.weight", "head.bias"]
+    assert len(diff) == 2
+    expected = convert_state_dict(state)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key] if key.startswith("head.") else expected[key])
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 5), (5, 0)])
+def test_a_head_on_one_side_only_is_named(ours: int, theirs: int) -> None:
+    state = {
+        key: tensor
+        for key, tensor in peer("timm").state_dict().items()
+        if theirs or not key.startswith("fc.")
+    }
+    with pytest.raises(ValueError, match=f"num_classes is {theirs} in the .* and {ours} in the"):
+        load_checkpoint(small(num_classes=ours), state)
+
+
+def test_a_backbone_takes_a_checkpoint_without_its_head() -> None:
+    backbone, original = SKNetFeatures(SMALL, dtype=torch.float64).eval(), peer("timm").eval()
+    state = {k: v for k, v in original.state_dict().items() if not k.startswith("fc.")}
+    assert not load_checkpoint(backbone, state)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        logits = cast(nn.Linear, original.get_submodule("fc"))(backbone(x)[-1].mean((2, 3)))
+        assert largest_error(logits, original(x)) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: full("timm", 50), "sknet50()"),
+        (lambda: full("ports", 101), "sknet101()"),
+        (lambda: full("ports", 26, num_classes=7), "sknet26(num_classes=7)"),
+        (lambda: shapes_of(sknet101, variant="caffe"), "sknet101(variant='caffe')"),
+        (
+            lambda: shapes_of(sknet50, num_classes=0, in_chans=1),
+            "sknet50(num_classes=0, in_chans=1",
+        ),
+        (lambda: shapes_of(sknet50, M=3), "sknet50(M=3)"),
+        (
+            lambda: fold_fc2_bias(
+                convert_state_dict(full("syt2", 50)) | {"stages.0.0.sk.fc2.bias": torch.ones(256)}
+            ),
+            "SKNet((StageSpec(128, 3, 1, d=33), StageSpec(256, 4, 2, d=33), "
+            "StageSpec(512, 6, 2, d=33), StageSpec(1024, 3, 2, d=65)))",
+        ),
+    ],
+    ids=["50", "101", "26", "caffe", "input", "three", "folded"],
+)
+def test_the_network_that_would_fit_is_named(
+    build: Callable[[], dict[str, Tensor]], text: str
+) -> None:
+    with pytest.raises(CheckpointMismatchError) as refusal:
+        load_checkpoint(small(), build())
+    assert f"what it fits: {text}" in str(refusal.value)
+
+
+def test_sizes_that_no_network_has_fit_none() -> None:
+    state = full("timm", 26) | {"conv1.weight": torch.zeros(64, 0, 7, 7)}
+    with pytest.raises(CheckpointMismatchError, match="it fits none of sknet26, sknet50, sknet101"):
+        load_checkpoint(small(), state)
+
+
+def test_the_list_of_differences_is_capped_and_complete_in_the_exception() -> None:
+    with pytest.raises(CheckpointMismatchError) as refusal:
+        load_checkpoint(small(), full("timm", 50))
+    lines = str(refusal.value).splitlines()
+    assert len(lines) == 1 + 20 + 1 + 1
+    assert lines[-2] == f"... and {len(refusal.value.diff) - 20} more"
+    found = convert_state_dict(full("timm", 50))
+    ours = small().state_dict()
+    assert set(refusal.value.diff.keys("unexpected")) == found.keys() - ours.keys()
+    assert {row.key for row in refusal.value.diff if row.kind == "different"} == {
+        key for key in ours if found[key].shape != ours[key].shape
+    }
+
+
+def test_missing_keys_are_named() -> None:
+    state = peer("ports").state_dict()
+    del state["layer1.0.conv2.fc1.0.weight"], state["layer1.0.conv2.fc1.1.running_mean"]
+    with pytest.raises(CheckpointMismatchError) as refusal:
+        load_checkpoint(small(), state)
+    assert refusal.value.diff.keys("missing") == [
+        "stages.0.0.sk.fc1.conv.weight",
+        "stages.0.0.sk.fc1.bn.running_mean",
+    ]
+
+
+def test_a_checkpoint_without_counts_of_batches_loads() -> None:
+    state = peer("ports").state_dict()
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    assert len(old) < len(state)
+    assert not load_checkpoint(small(), old)
+
+
+def test_integers_do_not_load_as_weights() -> None:
+    state = peer("timm").state_dict()
+    state["fc.weight"] = state["fc.weight"].to(torch.int8)
+    with pytest.raises(CheckpointMismatchError, match=r"int8 \[5, 128\], the model has float32"):
+        load_checkpoint(small(), state)
+
+
+def test_an_exception_survives_a_pickle() -> None:
+    with pytest.raises(CheckpointMismatchError) as refusal:
+        load_checkpoint(small(num_classes=3), peer("timm").state_dict())
+    copied = pickle.loads(pickle.dumps(refusal.value))
+    assert str(copied) == str(refusal.value)
+    assert copied.diff == refusal.value.diff
+
+
+@pytest.mark.parametrize("name", ["timm", "syt2"])
+def test_no_shape_leads_to_another_error_than_a_refusal(name: str) -> None:
+    state = peer(name).float().state_dict()
+    model = small()
+    before = snapshot(model)
+    for key in state:
+        # Heads are joined, or not, before there is anything to compare.
+        error = ValueError if ".fcs." in key else CheckpointMismatchError
+        for odd in (torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 3), torch.zeros(1, 0, 1, 1)):
+            with pytest.raises(error):
+                load_checkpoint(model, {**state, key: odd[None] if "tracked" in key else odd})
+    assert_equal(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.Linear(1, 1), ValueError, "expected an SKNet or a module with its names, got Linear"),
+        (nn.Sequential(small()), ValueError, r"such as ddp\.module"),
+        (small(device="meta"), ValueError, "got the meta device"),
+        ("sknet50", TypeError, "got str"),
+    ],
+    ids=["other", "wrapped", "meta", "text"],
+)
+def test_a_model_that_cannot_be_loaded_is_refused(
+    model: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^model: .*{message}"):
+        load_checkpoint(model, peer("timm").state_dict())
+
+
+def test_loading_keeps_the_models_dtype() -> None:
+    model = small(dtype=torch.bfloat16)
+    assert not load_checkpoint(model, peer("timm").state_dict())
+    assert {t.dtype for t in model.parameters()} == {torch.bfloat16}
+
+
+# segmentation_models_pytorch
+
+
+def test_an_encoder_with_timms_shapes_loads() -> None:
+    state = {
+        f"encoder.{key}": tensor
+        for key, tensor in full("timm", 50).items()
+        if not key.startswith("fc.")
+    }
+    assert not load_checkpoint(sknet50(num_classes=0), state)
+
+
+def test_an_encoder_with_its_own_shapes_is_refused_with_all_74_of_them() -> None:
+    state = {f"encoder.{key}": tensor for key, tensor in smp_encoder().items()}
+    state["decoder.blocks.0.conv.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointMismatchError) as refusal:
+        load_checkpoint(sknet50(num_classes=0), state)
+    diff = refusal.value.diff
+    assert len(diff.keys("different")) == 74
+    assert diff.keys("unexpected") == ["decoder.blocks.0.conv.weight"]
+    assert diff.keys("missing") == []
+    assert {key.split(".sk.")[1].split(".")[0] for key in diff.keys("different")} == {
+        "branches",
+        "fc1",
+        "fc2",
+    }
+
+
+# Files
+
+
+@pytest.fixture
+def original() -> nn.Module:
+    return peer("timm").float()
+
+
+def saved(state: Any, path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save_file = pytest.importorskip("safetensors.torch").save_file
+        save_file(dict(state), path)
+    elif path.suffix == ".old":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.save(state, path)
+    return path
+
+
+FILES = ("weights.safetensors", "weights.pth", "weights.old")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("renamed", [None, "weights.bin", "weights", "weights.pth.safetensors"])
+def test_files_are_told_by_their_content(
+    tmp_path: Path, original: nn.Module, name: str, renamed: str | None
+) -> None:
+    path = saved(original.state_dict(), tmp_path / name)
+    if renamed is not None:
+        path = path.rename(tmp_path / renamed)
+    for given in (path, str(path)):
+        model = small()
+        assert not load_checkpoint(model, given)
+        assert_equal(model.state_dict(), convert_state_dict(original.state_dict()))
+
+
+class Touching:
+    """Opens a file for writing when it is unpickled by a trusting reader."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["evil.pth", "evil.old", "evil.pkl"])
+def test_a_pickle_with_code_is_refused_and_not_run(
+    tmp_path: Path, original: nn.Module, name: str
+) -> None:
+    touched, path = tmp_path / "touched", tmp_path / name
+    checkpoint = {"state_dict": original.state_dict(), "extra": Touching(touched)}
+    if path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(checkpoint, protocol=2))
+    else:
+        saved(checkpoint, path)
+    model = small()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="only tensors are loaded") as refusal:
+        load_checkpoint(model, path)
+    assert str(path) in str(refusal.value)
+    assert refusal.value.__cause__ is None
+    assert "weights_only" not in str(refusal.value)
+    assert not touched.exists()
+    assert_equal(model.state_dict(), before)
+    if path.suffix == ".pth":
+        torch.load(path, weights_only=False)["extra"].close()
+        assert touched.exists(), "the pickle does what it says"
+
+
+def test_what_a_pickle_asks_for_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "trained.pth"
+    torch.save({"args": argparse.Namespace(lr=0.1), "model": {}}, path)
+    with pytest.raises(ValueError, match=r"trained\.pth: the pickle asks for argparse\.Namespace"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, name: str) -> None:
+    path = saved({"a": torch.arange(7.0), "b": torch.ones(2, 3)}, tmp_path / name)
+    whole = path.read_bytes()
+    assert read_checkpoint(path)["a"][3] == 3
+    for size in range(0, len(whole), 1 + len(whole) // 250):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: "):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "got an empty one"), (b"GIF89a....", "begins with b'GIF89a"), (b"\x00" * 9, "begins")],
+    ids=["empty", "gif", "zeros"],
+)
+def test_another_kind_of_file_is_refused_by_name(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(str(path))}: expected a safetensors file .*{message}"
+    ):
+        load_checkpoint(small(), path)
+
+
+def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a file, got a folder"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
+        read_checkpoint(tmp_path / "gone.pth")
+
+
+def test_without_safetensors_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved({"a": torch.ones(1)}, tmp_path / "weights.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'sknet-triton\[hub\]'"):
+        read_checkpoint(path)
+
+
+def test_importing_loads_neither_hub_nor_safetensors() -> None:
+    code = (
+        "import sys, sknet_triton.checkpoints; "
+        "print({'huggingface_hub', 'safetensors', 'timm'} & set(sys.modules))"
+    )
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "set()\n"

@@ -1,0 +1,360 @@
+"""SKNets in folders and on the Hub: what is written builds the same network, and only that."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("huggingface_hub")
+pytest.importorskip("safetensors")
+
+from sknet_triton import SKNet, SKNetFeatures, StageSpec, fuse_bn, sknet26, sknet101
+from sknet_triton.checkpoints import CheckpointMismatchError, hub, load_checkpoint
+from sknet_triton.checkpoints.config import from_config, to_config
+from sknet_triton.checkpoints.hub import SKNetHub
+
+SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2, 2, d=7))
+
+
+def small(**kwargs: Any) -> SKNetHub:
+    return SKNetHub(SMALL, **{"num_classes": 5, **kwargs})
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"the network was asked for {args} {kwargs}")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for key, tensor in model.state_dict().items():
+        assert tensor.dtype == expected[key].dtype
+        assert torch.equal(tensor, expected[key]), key
+
+
+# Round trips
+
+CASES: dict[str, Callable[[], SKNet]] = {
+    "sknet26": lambda: sknet26(num_classes=3),
+    "custom": small,
+    "no head, one channel": lambda: small(num_classes=0, in_chans=1),
+    "caffe": lambda: small(variant="caffe"),
+    "three branches": lambda: small(unit_options={"M": 3, "r": 4, "L": 8, "G": 16}),
+    "kernels": lambda: small(unit_options={"branches": [(3, 1, 32), (5, 1, 8), (7, 3, 1)]}),
+    "sum": lambda: small(unit_options={"aggregate": "sum"}),
+    "layer norm": lambda: small(unit_options={"fc_norm": "layer"}),
+    "no norm": lambda: small(unit_options={"fc_norm": "none"}),
+    "bfloat16": lambda: small(dtype=torch.bfloat16),
+    "strides": lambda: SKNetHub(
+        (StageSpec(32, 1, 2), StageSpec(32, 1, 3), StageSpec(32, 2, 1)), num_classes=2
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_saved_is_built_again(case: str, tmp_path: Path) -> None:
+    model = CASES[case]()
+    SKNetHub.from_model(model).save_pretrained(tmp_path / "net")
+    loaded = SKNetHub.from_pretrained(tmp_path / "net")
+    assert isinstance(loaded, SKNet)
+    assert_same(loaded, model)
+    assert not loaded.training
+    x = torch.randn(2, to_config(model)["in_chans"], 64, 64, dtype=next(model.parameters()).dtype)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model.eval()(x))
+    # Kernels, strides, dilations and groups; only the name of the class may differ.
+    assert str(loaded).removeprefix("SKNetHub") == str(model).removeprefix(type(model).__name__)
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    for name in ("config.json", "model.safetensors"):
+        assert (again / name).read_bytes() == (tmp_path / "net" / name).read_bytes()
+
+
+def test_the_caffe_network_keeps_its_width_and_its_pooling() -> None:
+    model = sknet101(variant="caffe", device="meta", num_classes=0)
+    rebuilt = SKNet(**from_config(to_config(model)), device="meta")
+    assert str(rebuilt) == str(model)
+
+
+def test_the_folder_holds_a_config_weights_and_a_card(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "model_type": "sknet",
+        "stages": [
+            {"width": 32, "units": 1, "stride": 1, "d": 32},
+            {"width": 64, "units": 2, "stride": 2, "d": 7},
+        ],
+        "num_classes": 5,
+        "in_chans": 3,
+        "variant": "paper",
+        "unit_options": {
+            "branches": [[3, 1, 32], [3, 2, 32]],
+            "aggregate": "sk",
+            "fc_norm": "batch",
+        },
+    }
+
+
+def test_the_config_is_that_of_the_network_as_it_is_now(tmp_path: Path) -> None:
+    model = small()
+    model.reset_classifier(9)
+    model.save_pretrained(tmp_path)
+    loaded = SKNetHub.from_pretrained(tmp_path)
+    assert loaded.num_classes == 9
+    assert_same(loaded, model)
+
+
+def test_channels_last_is_saved(tmp_path: Path) -> None:
+    model = small()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
+    model.save_pretrained(tmp_path)
+    assert_same(SKNetHub.from_pretrained(tmp_path), model)
+
+
+def test_the_loaded_network_trains(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    model = SKNetHub.from_pretrained(tmp_path).train()
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_weights_load_into_a_plain_network_too(tmp_path: Path) -> None:
+    model, plain = small(), SKNet(SMALL, num_classes=5)
+    model.save_pretrained(tmp_path)
+    assert not load_checkpoint(plain, tmp_path / "model.safetensors")
+    assert_same(plain, model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_saved_like_the_original(
+    tmp_path: Path, copied: Callable[[SKNetHub], SKNetHub]
+) -> None:
+    model = copied(small(in_chans=2))
+    model.save_pretrained(tmp_path)
+    assert_same(SKNetHub.from_pretrained(tmp_path), model)
+
+
+def test_from_model_shares_the_tensors_and_the_mode() -> None:
+    model = SKNet(SMALL).eval()
+    shared = SKNetHub.from_model(model)
+    assert not shared.training
+    with torch.no_grad():
+        model.stem.get_parameter("conv.weight").fill_(2.0)
+    assert_same(shared, model)
+
+
+def test_from_model_takes_no_backbone() -> None:
+    with pytest.raises(TypeError, match=r"^model: expected an SKNet, got SKNetFeatures$"):
+        SKNetHub.from_model(SKNetFeatures(SMALL))
+
+
+# Refusals
+
+
+def test_a_folded_network_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = small()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"^model: expected an SKNet as it was built, got changes"):
+        fuse_bn(model.eval()).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    config = json.loads((path / "config.json").read_text())
+    changed = edit(config)
+    (path / "config.json").write_text(json.dumps(config if changed is None else changed))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: [c], r"^config: expected an object, got \["),
+        (lambda c: c.pop("stages") and None, "^config: expected the keys model_type, stages"),
+        (lambda c: c.update(weights="../secret.safetensors"), "^config: .* got .*, weights"),
+        (lambda c: c.update(model_type="resnet"), "^model_type: expected 'sknet', got 'resnet'"),
+        (lambda c: c.update(stages=[]), "^stages: expected at least one"),
+        (lambda c: c.update(stages="SKNET50"), r"^config\.stages: expected a list, got 'SKNET50'"),
+        (lambda c: c.update(stages=[[1]]), r"^config\.stages\[0\]: expected an object"),
+        (
+            lambda c: c["stages"][1].update(width="64"),
+            r"^config\.stages\[1\]\.width: expected an integer from 1 to 1048576, got '64'",
+        ),
+        (lambda c: c["stages"][1].update(width=63), "^in_channels: expected a multiple of the"),
+        (lambda c: c["stages"][0].update(units=10**9), r"\.units: expected an integer from 1 to"),
+        (lambda c: c["stages"][0].update(units=True), r"\.units: .* got True"),
+        (lambda c: c["stages"][0].update(d=0), r"\.d: expected an integer from 1 to"),
+        (lambda c: c["stages"][0].update(expansion=4), r"^config\.stages\[0\]: expected the keys"),
+        (lambda c: c.update(num_classes=-1), r"^config\.num_classes: .* got -1"),
+        (lambda c: c.update(num_classes=float("nan")), r"^config\.num_classes: .* got nan"),
+        (lambda c: c.update(in_chans=3.0), r"^config\.in_chans: .* got 3\.0"),
+        (lambda c: c.update(variant="tf"), "^variant: expected 'paper' or 'caffe', got 'tf'"),
+        (lambda c: c.update(variant=["paper"]), r"^config\.variant: expected a string"),
+        (
+            lambda c: c["unit_options"].update(branches=[[3, 1]]),
+            r"^config\.unit_options\.branches\[0\]: expected a list of 3, got \[3, 1\]",
+        ),
+        (lambda c: c["unit_options"].update(branches=[[4, 1, 1]]), "^kernel: expected an odd"),
+        (lambda c: c["unit_options"].update(branches=[]), "^branches: expected at least one"),
+        (lambda c: c["unit_options"].update(aggregate="max"), "^aggregate: expected 'sk' or 'sum'"),
+        (lambda c: c["unit_options"].update(fc_norm=None), r"\.fc_norm: expected a string"),
+        (
+            lambda c: c["unit_options"].update(device="cuda"),
+            r"^config\.unit_options: expected the keys branches, aggregate, fc_norm, got",
+        ),
+    ],
+)
+def test_a_wrong_value_in_the_config_is_named(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    small().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        SKNetHub.from_pretrained(edited(tmp_path, edit))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, "\xff\xfe", "__import__('os').abort()"], ids=range(5)
+)
+def test_a_config_that_is_no_json_is_named(tmp_path: Path, text: str) -> None:
+    small().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON, got something else"):
+        SKNetHub.from_pretrained(tmp_path)
+
+
+def test_no_name_in_a_config_leads_out_of_the_folder(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.safetensors"
+    small().save_pretrained(tmp_path / "a")
+    small().save_pretrained(tmp_path / "b")
+    (tmp_path / "a" / "model.safetensors").rename(secret)
+    config = to_config(small())
+    for key in ("weights", "model_file", "_name_or_path"):
+        (tmp_path / "b" / "config.json").write_text(
+            json.dumps({**config, key: f"../{secret.name}"})
+        )
+        with pytest.raises(ValueError, match="expected the keys"):
+            SKNetHub.from_pretrained(tmp_path / "b")
+    with pytest.raises(FileNotFoundError, match=r"expected a file model\.safetensors in it"):
+        SKNetHub.from_pretrained(tmp_path / "a")
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    edited(tmp_path, lambda c: c.update(num_classes=6))
+    with pytest.raises(CheckpointMismatchError, match="num_classes is 5 in the checkpoint and 6"):
+        SKNetHub.from_pretrained(tmp_path)
+
+
+def test_a_huge_config_allocates_nothing_before_it_is_compared(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    # 2 ** 41 numbers in the head alone.
+    edited(
+        tmp_path, lambda c: c.update(num_classes=2**20, stages=[{**c["stages"][0], "width": 2**20}])
+    )
+    with pytest.raises(CheckpointMismatchError):
+        SKNetHub.from_pretrained(tmp_path)
+
+
+def test_truncated_weights_are_named(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors: the safetensors file is damaged"):
+        SKNetHub.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./gone", "../gone", "~/gone", "/gone/net", Path("gone")])
+def test_a_missing_folder_is_not_asked_of_the_hub(name: str | Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a folder, found none"):
+        SKNetHub.from_pretrained(name)
+
+
+def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected a file config\.json in it"):
+        SKNetHub.from_pretrained(tmp_path)
+
+
+# The Hub, with its two functions replaced
+
+
+def test_a_repository_is_asked_for_its_two_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small()
+    model.save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo: str, file: str, **options: Any) -> str:
+        asked.append((repo, file, options["revision"], options["local_files_only"]))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    loaded = SKNetHub.from_pretrained("someone/sknet", revision="v1", local_files_only=True)
+    assert_same(loaded, model)
+    assert asked == [
+        ("someone/sknet", "config.json", "v1", True),
+        ("someone/sknet", "model.safetensors", "v1", True),
+    ]
+
+
+def test_pushing_uploads_what_saving_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoUrl
+
+    uploaded: dict[str, bytes] = {}
+
+    def create(self: HfApi, repo_id: str, **kwargs: Any) -> RepoUrl:
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload(self: HfApi, *, folder_path: Path, **kwargs: Any) -> str:
+        uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+        return "done"
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    model = small()
+    assert model.push_to_hub("someone/sknet") == "done"
+    model.save_pretrained(tmp_path)
+    assert uploaded == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert b"sknet-triton" in uploaded["README.md"]
+
+
+@pytest.mark.parametrize("missing", ["huggingface_hub", "safetensors"])
+def test_without_the_extra_the_import_names_it(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import sknet_triton.checkpoints\n"
+        "import sknet_triton.checkpoints.hub\n"
+    )
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.rstrip().endswith(
+        "ImportError: sknet_triton.checkpoints.hub needs huggingface_hub and safetensors: "
+        "pip install 'sknet-triton[hub]'"
+    )
