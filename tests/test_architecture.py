@@ -23,12 +23,11 @@ FLOORS = (
     {"sknet_triton.models"},
     {
         "sknet_triton.acceleration",
-        "sknet_triton.analysis",
         "sknet_triton.checkpoints",
         "sknet_triton.inference",
-        "sknet_triton.timm",
         "sknet_triton.warmup",
     },
+    {"sknet_triton.analysis", "sknet_triton.timm"},
     {"sknet_triton"},
     {"perf", "tests"},
 )
