@@ -116,7 +116,7 @@ def branch_weights(
     """
     logits = ()
     for i in tl.static_range(NUM_BRANCHES):
-        offs = i * stride_m + offs_c * stride_c
+        offs = tl.cast(stride_m, tl.int64) * i + offs_c * stride_c
         logits = logits + (tl.load(logits_ptr + offs, mask=mask_c, other=0.0).to(ACC),)
     if ACTIVATION == "softmax":
         attn = _softmax(logits, NUM_BRANCHES)

@@ -116,16 +116,17 @@ def _sk_moments_combine_kernel(
     mean = tl.zeros([BLOCK], ACC)
     m2 = tl.zeros([BLOCK], ACC)
     ptrs = partial_ptr + offs
+    step = tl.cast(size, tl.int64)
     for _ in range(PARTS):
         part_n = tl.load(ptrs, mask=mask, other=0.0)
-        part_mean = tl.load(ptrs + size, mask=mask, other=0.0)
-        part_m2 = tl.load(ptrs + size + size, mask=mask, other=0.0)
+        part_mean = tl.load(ptrs + step, mask=mask, other=0.0)
+        part_m2 = tl.load(ptrs + 2 * step, mask=mask, other=0.0)
         joined = tl.maximum(n + part_n, 1.0)
         apart = part_mean - mean
         mean += apart * (part_n / joined)
         m2 += part_m2 + apart * apart * (n * part_n / joined)
         n += part_n
-        ptrs += size + size + size
+        ptrs += 3 * step
     tl.store(mean_ptr + offs, mean, mask=mask)
     tl.store(var_ptr + offs, m2 / tl.maximum(n, 1.0), mask=mask)
 

@@ -229,7 +229,7 @@ def _sk_select_bwd_combine_kernel(
     for i in tl.static_range(NUM_BRANCHES):
         total = tl.zeros([BLOCK_C], ACC)
         for k in range(SPLITS):
-            offs = ((k * B + pid_b) * NUM_BRANCHES + i) * C + offs_c
+            offs = ((tl.cast(B, tl.int64) * k + pid_b) * NUM_BRANCHES + i) * C + offs_c
             total += tl.load(partial_ptr + offs, mask=mask_c, other=0.0)
         dattn = dattn + (total,)
     dlogits = branch_weights_bwd(attn, dattn, NUM_BRANCHES, ACTIVATION)
