@@ -75,7 +75,8 @@ def sk_select(
         branch_dim: the axis of length M where ``branches`` is one tensor.
 
     Returns:
-        [B, C, *spatial] in the dtype and the memory layout of the first branch.
+        [B, C, *spatial] in the dtype of the branches and in the first one's memory format,
+        contiguous or channels_last; the Triton kernels keep any dense order of its axes.
 
     Raises:
         TypeError: as in `sk_fuse`, or ``logits`` is not a floating-point tensor.

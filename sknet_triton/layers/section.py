@@ -55,7 +55,10 @@ def pays(module: nn.Module, x: Tensor) -> bool:
     the modules' operators, for what comes after it knows them: it folds batch norms into
     convolutions. torch's SyncBatchNorm takes no CPU tensors, this does.
     """
-    if takes_triton(x) or (torch.compiler.is_dynamo_compiling() and not in_transform()):
+    fused = takes_triton(x) or (torch.compiler.is_dynamo_compiling() and not in_transform())
+    # An empty batch has no statistics: the modules know what torch does then. Processes that share
+    # statistics all take part, also one without an image.
+    if fused and x.shape[0] > 0:
         return True
     return any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
 

@@ -1,0 +1,553 @@
+"""What holds for branches of any size, dtype and memory layout, on both backends.
+
+The examples, how they are drawn and how a failure is reproduced: `tests.strategies`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sknet_kernels.config import MAX_BRANCHES, LaunchConfig
+from sknet_kernels.sk_fuse import sk_fuse_fwd
+from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
+from sknet_kernels.sk_moments import sk_moments
+from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
+from sknet_triton import Backend, functional, use_backend
+from sknet_triton.functional import Activation, Reduction
+from sknet_triton.reference import accumulation_dtype, stages
+from tests import strategies
+from tests.helpers import assert_matches, store_rounding
+from tests.strategies import (
+    DEVICE,
+    DTYPES,
+    Sample,
+    examples,
+    launch_configs,
+    samples,
+)
+
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+ACTIVATIONS: tuple[Activation | None, ...] = ("softmax", "sigmoid", None)
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
+
+_Check = TypeVar("_Check", bound=Callable[..., None])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Examples of one property; one in the interpreter costs as much as ten without it."""
+
+    reference: int = 0
+    triton: int = 0
+
+
+SELECT = Budget(reference=260, triton=60)
+FUSE = Budget(reference=240, triton=60)
+SUM_TO_ONE = Budget(reference=200, triton=50)
+MEAN = Budget(reference=200, triton=50)
+SHIFT = Budget(reference=180, triton=40)
+ORDER = Budget(reference=180, triton=40)
+LINEAR = Budget(reference=180, triton=40)
+LAYOUT = Budget(reference=150, triton=40)
+SECTION = Budget(reference=50, triton=15)
+LOW_SECTION = Budget(reference=60, triton=20)
+CONFIGS = Budget(triton=30)
+MANY_BRANCHES = Budget(reference=60)
+
+
+def holds(
+    budget: Budget, **drawn: st.SearchStrategy[Any]
+) -> Callable[[_Check], Callable[[Backend], None]]:
+    """Makes a test of both backends from a check of ``backend`` and what is drawn."""
+
+    def decorate(check: _Check) -> Callable[[Backend], None]:
+        @pytest.mark.parametrize("backend", BACKENDS)
+        def test(backend: Backend) -> None:
+            property_test = given(backend=st.just(backend), **drawn)(check)
+            examples(getattr(budget, backend))(property_test)()
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
+
+
+# exp, its argument, the quotient, the product and one addition a branch, as in test_sk_select.
+ROUNDINGS = 16.0
+# A lane adds at most this many numbers one after the other; the tree that joins lanes adds ten.
+SUM_ROUNDINGS = 80.0
+
+
+def test_at_least_2000_examples_are_drawn() -> None:
+    budgets = [value for value in globals().values() if isinstance(value, Budget)]
+    assert sum(b.reference + b.triton for b in budgets) >= 2000
+
+
+# --- float64 oracles and the magnitudes that bound their rounding -------------------------------
+
+
+def weights(logits: Tensor, activation: Activation | None) -> Tensor:
+    """The branches' weights [B, M, C], written out."""
+    if activation == "softmax":
+        exponentials = (logits - logits.amax(1, keepdim=True)).exp()
+        return exponentials / exponentials.sum(1, keepdim=True)
+    return 1 / (1 + (-logits).exp()) if activation == "sigmoid" else logits
+
+
+def weighed(xs: Sequence[Tensor], attn: Tensor) -> Tensor:
+    """The sum of the branches, each times its weight."""
+    stacked = torch.stack([x.flatten(2) for x in xs], 1)
+    return (stacked * attn[..., None]).sum(1).view(xs[0].shape)
+
+
+def averaged(xs: Sequence[Tensor], reduction: Reduction) -> Tensor:
+    """The sum of the branches, and its average over space or its sum."""
+    total = torch.stack(list(xs)).sum(0).flatten(2)
+    return total.mean(2) if reduction == "mean" else total.sum(2)
+
+
+def wide(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach().double() for x in xs]
+
+
+def magnitudes(xs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.abs() for x in wide(xs)]
+
+
+def reach(logits: Tensor) -> float:
+    """The error of a weight in units of its rounding: it grows with its logit's distance."""
+    return 1.0 + 2.0 * float(logits.detach().double().abs().amax()) if logits.numel() else 1.0
+
+
+def assert_is(
+    name: str, actual: Tensor, exact: Tensor, magnitude: Tensor, terms: float, branch: torch.dtype
+) -> None:
+    """`assert_matches` with both tensors at hand; ``actual`` is no finer than its sums were."""
+    finer = actual.dtype == torch.float64 and accumulation_dtype(branch) == torch.float32
+    actual = actual.detach().float() if finer else actual.detach()
+
+    def either(f: Callable[[Tensor], Tensor]) -> Tensor:
+        return exact if f(torch.tensor(-1.0)).item() < 0 else magnitude
+
+    assert_matches(name, actual, either, terms)
+
+
+def assert_same(name: str, actual: Tensor, other: Tensor, magnitude: Tensor, terms: float) -> None:
+    """Asserts that two results of the same sums agree, each off by its own rounding."""
+    assert actual.dtype == other.dtype
+    eps = torch.finfo(accumulation_dtype(actual.dtype)).eps
+    stored = store_rounding(actual) * torch.finfo(actual.dtype).eps * other.double().abs()
+    bound = 2 * (
+        1.01 * stored + terms * eps * magnitude + torch.finfo(actual.dtype).smallest_normal
+    )
+    error = (actual.double() - other.double()).abs()
+    assert (error <= bound).all(), f"{name}: off by {error.max().item()}"
+
+
+def leaves_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    # A leaf keeps its layout only as a detached view.
+    return [x.detach().requires_grad_() for x in tensors]
+
+
+# --- forward and backward against float64 -------------------------------------------------------
+
+
+@holds(SELECT, sample=samples(), activation=st.sampled_from(ACTIVATIONS))
+def test_select_and_its_gradients_match_float64(
+    backend: Backend, sample: Sample, activation: Activation | None
+) -> None:
+    check_select(backend, sample, activation)
+
+
+def check_select(backend: Backend, sample: Sample, activation: Activation | None) -> None:
+    *xs, logits = leaves_of([*sample.random_branches(), sample.random_logits()])
+    dout = sample.random_dout()
+    with use_backend(backend):
+        out = functional.sk_select(xs, logits, activation=activation)
+        *dxs, dlogits = torch.autograd.grad(out, [*xs, logits], dout)
+    assert [g.dtype for g in dxs] == [sample.dtype] * sample.num_branches
+    assert (out.dtype, dlogits.dtype) == (sample.dtype, sample.logits_dtype)
+
+    exact_leaves = leaves_of(wide([*xs, logits]))
+    exact = weighed(exact_leaves[:-1], weights(exact_leaves[-1], activation))
+    exact_grads = torch.autograd.grad(exact, exact_leaves, dout.double())
+    attn = weights(logits.detach().double(), activation).abs()
+    terms = ROUNDINGS * reach(logits)
+    assert_is("out", out, exact.detach(), weighed(magnitudes(xs), attn), terms, sample.dtype)
+    for i, dx in enumerate(dxs):
+        share = weighed([dout.double().abs()], attn[:, i : i + 1])
+        assert_is(f"dx{i}", dx, exact_grads[i], share, terms, sample.dtype)
+    sums = torch.stack([(dout.double().abs() * x).flatten(2).sum(2) for x in magnitudes(xs)], 1)
+    if activation == "softmax":
+        sums = attn * (sums + (attn * sums).sum(1, keepdim=True))
+    elif activation == "sigmoid":
+        sums = attn * sums  # 1 - a is off by a rounding of one
+    terms = SUM_ROUNDINGS * reach(logits)
+    assert_is("dlogits", dlogits, exact_grads[-1], sums, terms, sample.dtype)
+
+
+@holds(FUSE, sample=samples(), reduction=st.sampled_from(REDUCTIONS))
+def test_fuse_and_its_gradients_match_float64(
+    backend: Backend, sample: Sample, reduction: Reduction
+) -> None:
+    check_fuse(backend, sample, reduction)
+
+
+def check_fuse(backend: Backend, sample: Sample, reduction: Reduction) -> None:
+    xs = leaves_of(sample.random_branches())
+    dpooled = sample.small(0, *sample.shape[:2]).to(sample.dtype)
+    with use_backend(backend):
+        out = functional.sk_fuse(xs, reduction=reduction)
+        dxs = torch.autograd.grad(out, xs, dpooled)
+    exact, magnitude = (averaged(ys, reduction) for ys in (wide(xs), magnitudes(xs)))
+    assert out.dtype == sample.dtype
+    assert_is("pooled", out, exact, magnitude, SUM_ROUNDINGS, sample.dtype)
+    positions = torch.Size(sample.shape[2:]).numel() if reduction == "mean" else 1
+    share = (dpooled.double() / positions).view(*sample.shape[:2], *(1,) * (len(sample.shape) - 2))
+    share = share.expand(sample.shape)
+    for i, dx in enumerate(dxs):
+        assert dx.dtype == sample.dtype
+        assert_is(f"dx{i}", dx, share, share.abs(), ROUNDINGS, sample.dtype)
+
+
+@examples(MANY_BRANCHES.reference)
+@given(
+    sample=samples(branches=st.integers(MAX_BRANCHES + 1, 20)),
+    activation=st.sampled_from(ACTIVATIONS),
+    reduction=st.sampled_from(REDUCTIONS),
+)
+def test_the_reference_takes_any_number_of_branches(
+    sample: Sample, activation: Activation | None, reduction: Reduction
+) -> None:
+    check_select("reference", sample, activation)
+    check_fuse("reference", sample, reduction)
+
+
+@examples(CONFIGS.triton)
+@given(sample=samples(), config=launch_configs())
+def test_any_tile_and_any_split_give_the_same(sample: Sample, config: LaunchConfig) -> None:
+    xs, dout, logits = sample.random_branches(), sample.random_dout(), sample.random_logits()
+    attn = weights(logits.double(), "softmax")
+    terms = SUM_ROUNDINGS * reach(logits)
+
+    pooled, average = sk_fuse_fwd(xs, config=config), averaged(magnitudes(xs), "mean")
+    assert_is("pooled", pooled, averaged(wide(xs), "mean"), average, terms, sample.dtype)
+    out, largest = sk_select_fwd(xs, logits, config=config), weighed(magnitudes(xs), attn)
+    assert_is("out", out, weighed(wide(xs), attn), largest, terms, sample.dtype)
+    dxs, dlogits = sk_select_bwd(dout, xs, logits, config)
+    for i, dx in enumerate(dxs):
+        exact = weighed([dout.double()], attn[:, i : i + 1])
+        assert_is(f"dx{i}", dx, exact, exact.abs(), terms, sample.dtype)
+    sums = torch.stack([(dout.double() * x).flatten(2).sum(2) for x in wide(xs)], 1)
+    bounds = torch.stack([(dout.double() * x).abs().flatten(2).sum(2) for x in wide(xs)], 1)
+    exact = attn * (sums - (attn * sums).sum(1, keepdim=True))
+    bounds = attn * (bounds + (attn * bounds).sum(1, keepdim=True))
+    assert_is("dlogits", dlogits, exact, bounds, terms, sample.dtype)
+    check_norm_kernels(sample, config)
+
+
+def check_norm_kernels(sample: Sample, config: LaunchConfig) -> None:
+    """The kernels that know norms, in float64 and so to its last digits."""
+    xs, dout = wide(sample.random_branches()), sample.random_dout().double()
+    (B, C), M = sample.shape[:2], sample.num_branches
+    norm, attn = sample.small(0, M, 4, C), sample.small(1, B, M, C)
+    share, drift = sample.small(2, B, C), sample.small(3, M, 2, C)
+    # The kernels take scale for gamma * rstd, the formulas read both rows.
+    norm[:, 1] = norm[:, 1].abs() + 0.5
+    pairs: list[tuple[Tensor, Tensor]] = [
+        (sk_fuse_fwd(xs, norm, config), stages.fuse(xs, norm)),
+        (sk_select_fwd(xs, attn, norm, config), stages.select(xs, attn, norm)),
+        (sk_fuse_select_sums(dout, xs, norm, config), stages.sums(dout, xs, norm)),
+    ]
+    got = sk_fuse_select_dx(dout, xs, norm, attn, share, drift, config)
+    pairs += zip(got, stages.gradients(dout, xs, norm, attn, share, drift), strict=True)
+    if B:
+        pairs += zip(sk_moments(xs, config), stages.moments(xs), strict=True)
+    for actual, exact in pairs:
+        torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-11)
+
+
+# --- properties ---------------------------------------------------------------------------------
+
+
+@holds(SUM_TO_ONE, sample=samples())
+def test_weights_sum_to_one(backend: Backend, sample: Sample) -> None:
+    ones = sample.placed(
+        [torch.ones(sample.shape, dtype=torch.float64, device=DEVICE)] * sample.num_branches
+    )
+    with use_backend(backend):
+        out = functional.sk_select(ones, sample.random_logits())
+    exact = torch.ones_like(out, dtype=torch.float64)
+    # The weights' errors cancel: a quotient and an addition a branch are left.
+    assert_is("out", out, exact, exact, 2.0 * sample.num_branches, sample.dtype)
+
+
+@holds(MEAN, sample=samples(), value=st.floats(-1e4, 1e4, width=16))
+def test_equal_logits_give_the_mean(backend: Backend, sample: Sample, value: float) -> None:
+    xs = sample.random_branches()
+    logits = sample.placed_logits(
+        torch.full(sample.logits_shape, value, dtype=torch.float64, device=DEVICE)
+    )
+    with use_backend(backend):
+        out = functional.sk_select(xs, logits)
+    exact, magnitude = (torch.stack(ys).mean(0) for ys in (wide(xs), magnitudes(xs)))
+    assert_is("out", out, exact, magnitude, ROUNDINGS, sample.dtype)
+
+
+@holds(SHIFT, sample=samples(), shift=st.integers(-8, 8))
+def test_a_shift_of_all_logits_changes_nothing(
+    backend: Backend, sample: Sample, shift: int
+) -> None:
+    xs, dout, logits = sample.random_branches(), sample.random_dout(), sample.eighths()
+    shifts = torch.full(sample.logits_shape[::2], shift, dtype=torch.float64, device=DEVICE)
+    shifts[:, ::2] *= -1  # another for every other channel
+    moved = sample.placed_logits(logits.double() + shifts[:, None])
+    assert ((moved.double() - logits.double()).abs() == abs(shift)).all()
+    results = []
+    for leaf in leaves_of([logits, moved]):
+        with use_backend(backend):
+            out = functional.sk_select(xs, leaf)
+            results.append((out.detach(), *torch.autograd.grad(out, [leaf], dout)))
+    (out, dlogits), (moved_out, moved_dlogits) = results
+    attn = weights(logits.double(), "softmax")
+    terms = ROUNDINGS * reach(logits)
+    assert_same("out", moved_out, out, weighed(magnitudes(xs), attn), terms)
+    sums = torch.stack([(dout.double() * x).abs().flatten(2).sum(2) for x in wide(xs)], 1)
+    sums = attn * (sums + (attn * sums).sum(1, keepdim=True))
+    if accumulation_dtype(sample.dtype) == torch.float32 and dlogits.dtype == torch.float64:
+        dlogits, moved_dlogits = dlogits.float(), moved_dlogits.float()
+    assert_same("dlogits", moved_dlogits, dlogits, sums, SUM_ROUNDINGS * reach(logits))
+
+
+@holds(ORDER, sample=samples(), data=st.data())
+def test_the_order_of_the_branches_does_not_matter(
+    backend: Backend, sample: Sample, data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(sample.num_branches)), label="order")
+    xs, logits = sample.random_branches(), sample.random_logits()
+    with use_backend(backend):
+        out = functional.sk_select(xs, logits)
+        permuted = functional.sk_select([xs[i] for i in order], logits[:, order])
+        pooled = functional.sk_fuse(xs)
+        permuted_pooled = functional.sk_fuse([xs[i] for i in order])
+    magnitude = weighed(magnitudes(xs), weights(logits.double(), "softmax"))
+    assert_same("out", permuted, out, magnitude, ROUNDINGS * reach(logits))
+    average = averaged(magnitudes(xs), "mean")
+    assert_same("pooled", permuted_pooled, pooled, average, SUM_ROUNDINGS)
+
+
+@holds(
+    LINEAR,
+    sample=samples(),
+    activation=st.sampled_from(ACTIVATIONS),
+    factors=st.tuples(st.integers(-4, 4), st.integers(-4, 4)),
+)
+def test_both_stages_are_linear_in_the_branches(
+    backend: Backend, sample: Sample, activation: Activation | None, factors: tuple[int, int]
+) -> None:
+    (a, b), logits = factors, sample.random_logits()
+    xs, ys = sample.whole_branches(0), sample.whole_branches(50)
+    # Whole numbers up to 64: no dtype rounds the combination.
+    combined = sample.placed([a * x.double() + b * y.double() for x, y in zip(xs, ys, strict=True)])
+    with use_backend(backend):
+        vs = [functional.sk_select(zs, logits, activation=activation) for zs in (xs, ys, combined)]
+        ss = [functional.sk_fuse(zs) for zs in (xs, ys, combined)]
+    attn = weights(logits.double(), activation).abs()
+    # Bounded by the parts: each is stored once, rounded, and then multiplied by its factor.
+    parts = [abs(a) * x + abs(b) * y for x, y in zip(magnitudes(xs), magnitudes(ys), strict=True)]
+    for name, (x, y, z), magnitude, terms in (
+        ("out", vs, weighed(parts, attn), ROUNDINGS * reach(logits)),
+        ("pooled", ss, averaged(parts, "mean"), SUM_ROUNDINGS),
+    ):
+        expected = a * x.double() + b * y.double()
+        stored = store_rounding(z) * torch.finfo(z.dtype).eps
+        summed = terms * torch.finfo(accumulation_dtype(z.dtype)).eps
+        tiny = 10 * torch.finfo(z.dtype).smallest_normal
+        bound = 2 * (stored + summed) * magnitude + tiny
+        error = (z.double() - expected).abs()
+        assert (error <= bound).all(), f"{name}: off by {error.max().item()}"
+
+
+@examples(LAYOUT.triton)
+@given(sample=samples(batches=(2, 3, 1)))
+def test_results_of_the_kernels_lie_like_their_branches(sample: Sample) -> None:
+    *xs, logits = leaves_of([*sample.random_branches(), sample.random_logits()])
+    with use_backend("triton"):
+        out = functional.sk_select(xs, logits)
+        dxs = torch.autograd.grad(out, xs, sample.random_dout())
+    for result, x in zip((out, *dxs), (xs[0], *xs), strict=True):
+        assert strides(result) == strides(like(x)), (x.shape, x.stride())
+
+
+@examples(LAYOUT.reference)
+@given(sample=samples(first_kinds=("contiguous", "channels_last", "sliced")))
+def test_the_reference_keeps_the_two_usual_layouts(sample: Sample) -> None:
+    xs, logits = sample.random_branches(), sample.random_logits()
+    with use_backend("reference"):
+        out = functional.sk_select(xs, logits)
+    assert strides(out) == strides(like(xs[0])) or 0 in out.shape
+
+
+def like(x: Tensor) -> Tensor:
+    """A new tensor in the layout of ``x``, contiguous where its space is uneven."""
+    new = torch.empty_like(x)
+    return new if new.flatten(2).data_ptr() == new.data_ptr() else torch.empty(x.shape)
+
+
+def strides(x: Tensor) -> list[int]:
+    """The strides that mean something: an axis of one index has any."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+# --- everything between the convolutions and V --------------------------------------------------
+
+# Each is multiplied by the gain of a norm, at most 1 / sqrt(eps), and the section has two in a row.
+SECTION_ROUNDINGS = 64.0
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `sk_fuse_select` takes beside the branches, in float64."""
+
+    gamma: Tensor
+    beta: Tensor
+    mean: Tensor
+    var: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc1_gamma: Tensor
+    fc1_beta: Tensor
+    fc1_mean: Tensor
+    fc1_var: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+    @classmethod
+    def of(cls, sample: Sample, d: int) -> "Parts":
+        C, M = sample.shape[1], sample.num_branches
+        shapes = [(M, C)] * 4 + [(d, C)] + [(d,)] * 5 + [(M * C, d), (M * C,)]
+        drawn = dict(zip(cls.__dataclass_fields__, shapes, strict=True))
+        parts = {k: sample.small(i, *shape) for i, (k, shape) in enumerate(drawn.items())}
+        for variance in ("var", "fc1_var"):
+            parts[variance] = parts[variance].abs() + 0.5
+        parts["fc1_weight"] /= C**0.5
+        parts["fc2_weight"] /= d**0.5
+        return cls(**parts)
+
+    def trained(self) -> list[Tensor]:
+        """Returns what has a gradient."""
+        constant = ("mean", "var", "fc1_mean", "fc1_var")
+        return [x for name, x in vars(self).items() if name not in constant]
+
+
+@holds(
+    SECTION,
+    sample=samples(branches=st.integers(1, 3), dtypes=(torch.float64,), batches=(2, 3)),
+    d=st.integers(1, 5),
+    batch_stats=st.booleans(),
+    fc1_batch_stats=st.booleans(),
+)
+def test_the_section_equals_its_modules_with_every_gradient(
+    backend: Backend, sample: Sample, d: int, batch_stats: bool, fc1_batch_stats: bool
+) -> None:
+    xs, p, dout = leaves_of(sample.random_branches()), Parts.of(sample, d), sample.random_dout()
+    leaves = [*xs, *(x.requires_grad_() for x in p.trained())]
+    with use_backend(backend):
+        out = section(xs, p, batch_stats, fc1_batch_stats)
+        grads = torch.autograd.grad(out, leaves, dout)
+    exact = modules(xs, p, batch_stats, fc1_batch_stats)
+    exact_grads = torch.autograd.grad(exact, leaves, dout)
+    relative = SECTION_ROUNDINGS * torch.finfo(torch.float64).eps / EPS
+    for i, (got, expected) in enumerate(zip((out, *grads), (exact, *exact_grads), strict=True)):
+        size = 1 + expected.abs().max()
+        assert (got - expected).abs().max() <= relative * size, f"result {i}"
+
+
+@holds(
+    LOW_SECTION,
+    sample=samples(branches=st.integers(1, 3), dtypes=DTYPES[:3], batches=(2, 3)),
+    d=st.integers(1, 5),
+    batch_stats=st.booleans(),
+)
+def test_the_section_of_low_dtypes_rounds_only_what_it_stores(
+    backend: Backend, sample: Sample, d: int, batch_stats: bool
+) -> None:
+    xs, p = sample.random_branches(), Parts.of(sample, d)
+    with use_backend(backend):
+        out = section(xs, p, batch_stats, False)
+    exact = modules(wide(xs), p, batch_stats, False)
+    eps, stored = torch.finfo(torch.float32).eps, torch.finfo(sample.dtype).eps
+    bound = SECTION_ROUNDINGS * eps / EPS**0.5 * (1 + exact.abs().max())  # one norm of the batch
+    bound = bound + store_rounding(out) * stored * exact.abs()
+    assert ((out.double() - exact).abs() <= bound).all()
+
+
+def section(xs: Sequence[Tensor], p: Parts, batch_stats: bool, fc1_batch_stats: bool) -> Tensor:
+    """V by `sk_fuse_select`, with parameters in the dtype of the sums."""
+    dtype = accumulation_dtype(xs[0].dtype)
+    q = Parts(**{name: x.to(dtype) for name, x in vars(p).items()})
+    rows = zip(q.gamma, q.beta, q.mean, q.var, strict=True)
+    norms = [functional.BatchNormArgs(*row, eps=EPS, batch_stats=batch_stats) for row in rows]
+    fc1_norm = functional.BatchNormArgs(
+        q.fc1_gamma, q.fc1_beta, q.fc1_mean, q.fc1_var, EPS, fc1_batch_stats
+    )
+    return functional.sk_fuse_select(
+        list(xs),
+        norms,
+        q.fc1_weight,
+        fc1_norm,
+        q.fc2_weight,
+        fc1_bias=q.fc1_bias,
+        fc2_bias=q.fc2_bias,
+    ).out
+
+
+def modules(xs: Sequence[Tensor], p: Parts, batch_stats: bool, fc1_batch_stats: bool) -> Tensor:
+    """V by the functions that the modules call."""
+    F = torch.nn.functional
+
+    def normed(x: Tensor, row: Sequence[Tensor], training: bool) -> Tensor:
+        gamma, beta, *running = row
+        mean, var = (None, None) if training else running
+        return torch.relu(F.batch_norm(x, mean, var, gamma, beta, training, eps=EPS))
+
+    rows = zip(p.gamma, p.beta, p.mean, p.var, strict=True)
+    us = [normed(x, row, batch_stats) for x, row in zip(xs, rows, strict=True)]
+    hidden = F.linear(averaged(us, "mean"), p.fc1_weight, p.fc1_bias)
+    row = (p.fc1_gamma, p.fc1_beta, p.fc1_mean, p.fc1_var)
+    z = normed(hidden, row, fc1_batch_stats)
+    logits = F.linear(z, p.fc2_weight, p.fc2_bias).view(len(hidden), len(xs), -1)
+    return weighed(us, weights(logits, "softmax"))
+
+
+# --- what a failure prints ----------------------------------------------------------------------
+
+
+def test_a_failure_prints_all_that_reproduces_it() -> None:
+    seen: list[Sample] = []
+
+    @examples(20)
+    @given(sample=samples())
+    def fails(sample: Sample) -> None:
+        seen.append(sample)
+        raise AssertionError
+
+    with pytest.raises(AssertionError) as failure:
+        fails()
+    printed = "\n".join(failure.value.__notes__)
+    assert "@reproduce_failure(" in printed
+    found = re.search(r"sample=(Sample\(.*\)),", printed, re.DOTALL)
+    assert found is not None
+    again = eval(found[1], {**vars(strategies), "torch": torch})
+    assert again == seen[-1]
+    for x, y in zip(again.random_branches(), seen[-1].random_branches(), strict=True):
+        assert torch.equal(x, y)
+        assert x.stride() == y.stride()

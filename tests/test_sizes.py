@@ -1,0 +1,457 @@
+"""Sizes at the edges: more than 2^31 elements, grids of a million rows, one of everything, none."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sknet_kernels.config import LaunchConfig
+from sknet_kernels.launch import Launch
+from sknet_kernels.sk_fuse import sk_fuse_fwd_launches
+from sknet_kernels.sk_fuse_select import sk_fuse_select_dx_launch, sk_fuse_select_sums_launch
+from sknet_kernels.sk_moments import sk_moments_launches
+from sknet_kernels.sk_select import sk_select_bwd_launches, sk_select_fwd_launch
+from sknet_triton import Backend, SKConv, functional, use_backend
+from sknet_triton.reference import sk_fuse, sk_select, sk_select_bwd, stages
+from tests.address_arithmetic import narrow_offsets
+
+ROOT = Path(__file__).parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+
+both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+# --- more than 2^31 elements, by strides --------------------------------------------------------
+
+# Every tensor lies in the second half of the storage: an offset that wraps around, between -2^31
+# and 2^31, still hits memory of this test, zeros, rather than none.
+STORAGE = 2**32 + 2**20
+START = 2**31 + 5
+ROOM = 256  # elements between the tensors' first elements
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tensor]:
+    """Eight GiB of zeros in float16: on a CPU a sparse file, of which touched pages exist."""
+    if torch.cuda.is_available():
+        if torch.cuda.mem_get_info()[0] < 3 * STORAGE:
+            pytest.skip("needs 13 GB of free GPU memory")
+        yield torch.zeros(STORAGE, dtype=torch.float16, device="cuda")
+        return
+    path = tmp_path_factory.mktemp("sparse") / "storage"
+    yield torch.from_file(str(path), shared=True, size=STORAGE, dtype=torch.float16)
+    assert 512 * path.stat().st_blocks < 2**24  # nothing was written but what the tests placed
+    path.unlink()
+
+
+@dataclass(frozen=True)
+class Far:
+    """Strides [B, C, S] by which a small tensor spans more than 2^31 elements, and its sizes."""
+
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
+
+
+# The products of index and stride pass 2^31 where the strides themselves do not, or at once.
+FAR = (
+    Far((3, 2, 4), (2**30 + 8, 8, 1), "images"),
+    Far((2, 2, 4), (2**31 + 8, 8, 1), "images by one stride"),
+    Far((3, 2, 4), (2**30 + 8, 1, 2), "images, channels last"),
+    Far((2, 3, 4), (16, 2**30 + 8, 1), "channels"),
+    Far((2, 2, 4), (16, 2**31 + 8, 1), "channels by one stride"),
+    Far((2, 3, 2), (3, 1, 2**31 + 8), "positions, channels last"),
+    Far((1, 1, 2), (1, 1, 2**31 + 8), "positions of one plane"),
+)
+
+
+class Tensors:
+    """Places tensors one after the other in the storage."""
+
+    def __init__(self, storage: Tensor) -> None:
+        self._storage, self._placed = storage, 0
+
+    def far(self, values: Tensor, strides: Sequence[int]) -> Tensor:
+        """Returns ``values`` by these strides."""
+        start = START + self._placed * ROOM
+        self._placed += 1
+        view = self._storage.as_strided(values.shape, strides, start)
+        return view.copy_(values)
+
+
+@pytest.fixture
+def tensors(storage: Tensor) -> Tensors:
+    return Tensors(storage)
+
+
+def run(launches: Sequence[Launch]) -> None:
+    for launch in launches:
+        launch.run(DEVICE)
+
+
+WHOLE = LaunchConfig(block_c=2, block_s=2, splits=1, num_warps=1)
+SPLIT = LaunchConfig(block_c=2, block_s=2, splits=2, num_warps=1)
+
+
+@pytest.mark.parametrize("far", FAR, ids=str)
+def test_fuse_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
+    values = [randn(i, *far.shape) for i in range(2)]
+    xs = [tensors.far(x, far.strides) for x in values]
+    for config in (WHOLE, SPLIT):
+        out = torch.full(far.shape[:2], float("nan"), dtype=torch.float16, device=DEVICE)
+        run(sk_fuse_fwd_launches(out, xs, config=config))
+        close(out, sk_fuse(values))
+
+
+@pytest.mark.parametrize("far", FAR, ids=str)
+def test_select_and_its_backward_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
+    (B, C, _), values = far.shape, [randn(i, *far.shape) for i in range(2)]
+    dout, logits = randn(8, *far.shape), randn(9, B, 2, C)
+    xs = [tensors.far(x, far.strides) for x in values]
+    out, *dxs, far_dout = (
+        tensors.far(x, far.strides) for x in (torch.zeros_like(dout),) * 3 + (dout,)
+    )
+    run([sk_select_fwd_launch(out, xs, logits, config=WHOLE)])
+    close(out, sk_select(values, logits))
+    exact_dxs, exact_dlogits = sk_select_bwd(dout, values, logits)
+    for config in (WHOLE, SPLIT):
+        dlogits = torch.full_like(logits, float("nan"))
+        run(sk_select_bwd_launches(dxs, dlogits, far_dout, xs, logits, config))
+        close(dlogits, exact_dlogits)
+        for dx, exact in zip(dxs, exact_dxs, strict=True):
+            close(dx, exact)
+            dx.zero_()
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((3, 2, 2), (2**30 + 8, 2, 1)),
+        ((2, 3, 2), (2, 2**30 + 8, 1)),
+        ((2, 2, 3), (2, 1, 2**30 + 8)),
+    ],
+    ids=["images", "branches", "channels"],
+)
+def test_logits_beyond_2_to_the_31(
+    shape: tuple[int, int, int], strides: tuple[int, int, int], tensors: Tensors
+) -> None:
+    (B, M, C), logits = shape, randn(9, *shape)
+    far_logits = tensors.far(logits, strides)
+    xs, dout = [randn(i, B, C, 4) for i in range(M)], randn(8, B, C, 4)
+    out, dxs = torch.empty_like(dout), [torch.empty_like(dout) for _ in range(M)]
+    run([sk_select_fwd_launch(out, xs, far_logits)])
+    close(out, sk_select(xs, logits))
+    for config in (WHOLE, SPLIT):
+        dlogits = torch.empty_like(logits)
+        run(sk_select_bwd_launches(dxs, dlogits, dout, xs, far_logits, config))
+        close(dlogits, sk_select_bwd(dout, xs, logits)[1])
+
+
+@pytest.mark.parametrize("far", FAR, ids=str)
+def test_the_section_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
+    (B, C, _), values = far.shape, [randn(i, *far.shape) for i in range(2)]
+    xs, dout = [tensors.far(x, far.strides) for x in values], randn(8, *far.shape)
+    dxs = [tensors.far(torch.zeros_like(dout), far.strides) for _ in range(2)]
+    far_dout = tensors.far(dout, far.strides)
+    norm, attn = randn(10, 2, 4, C).float(), randn(11, B, 2, C).float()
+    share, drift = randn(12, B, C).float(), randn(13, 2, 2, C).float()
+    norm[:, 1] = 1.0  # the kernels take scale for gamma * rstd, the formulas read both rows
+    norm[:, 3] = 3.0  # and most of what is normalised passes the ReLU
+
+    mean, var = torch.empty(2, C, device=DEVICE), torch.empty(2, C, device=DEVICE)
+    run(sk_moments_launches(mean, var, xs, SPLIT))
+    for actual, exact in zip((mean, var), stages.moments(values), strict=True):
+        close(actual, exact)
+    sums = sk_fuse_select_sums_launch(far_dout, xs, norm, SPLIT)
+    run([sums])
+    close(sums.arguments["sums_ptr"].sum(0), stages.sums(dout, values, norm))
+    run([sk_fuse_select_dx_launch(dxs, far_dout, xs, norm, attn, share, drift, WHOLE)])
+    exact_dxs = stages.gradients(dout, values, norm, attn, share, drift)
+    for dx, exact in zip(dxs, exact_dxs, strict=True):
+        close(dx, exact)
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).half().to(DEVICE)
+
+
+def close(actual: Tensor, exact: Tensor) -> None:
+    # Four numbers or fewer are added, in float32: of a result in float16 its one rounding, which
+    # falls on the neighbour where the sum lies half between two; and nothing is zero by chance.
+    eps = torch.finfo(actual.dtype).eps
+    assert not torch.equal(exact, torch.zeros_like(exact))
+    torch.testing.assert_close(actual, exact.to(actual.dtype), rtol=16 * eps, atol=16 * eps)
+
+
+# --- the same in what the compiler makes --------------------------------------------------------
+
+
+def test_no_compiled_offset_is_32_bits_wide() -> None:
+    """The interpreter's widths are not the compiler's: it counts positions in 32 bits."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.address_arithmetic"]
+    path = os.pathsep.join(str(p) for p in (ROOT / "kernels", ROOT))
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": path},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    lines = set(done.stdout.splitlines())
+    assert {line for line in lines if ": " in line} == set()
+    sources = (ROOT / "kernels" / "sknet_kernels").glob("*.py")
+    kernels = {
+        line.split("(")[0].removeprefix("def ")
+        for source in sources
+        for line in source.read_text().splitlines()
+        if line.startswith("def _") and "_kernel(" in line
+    }
+    assert lines == kernels
+
+
+NARROW = """
+    %n = arith.muli %i, %stride : i32
+    %w = arith.extsi %n : i32 to i64
+    %last = scf.for %k = %c0 to %c9 step %c1 iter_args(%o = %c0_i64) -> (i64)  : i64 {
+      %p = tt.addptr %x, %o : !tt.ptr<f32>, i64
+      %next = arith.addi %o, %w : i64
+      scf.yield %next : i64
+    }
+"""
+
+
+def test_a_32_bit_product_is_found_through_a_loop() -> None:
+    assert narrow_offsets(NARROW) == ["%n = arith.muli %i, %stride : i32"]
+    assert narrow_offsets(NARROW.replace("%stride : i32", "%stride : i64")) == []
+    known_multiple = "    %i = arith.divsi %m, %stride : i32\n"
+    assert narrow_offsets(known_multiple + NARROW) == []
+
+
+# --- grids --------------------------------------------------------------------------------------
+
+ONE_AXIS = 2**31 - 1
+OTHER_AXES = 65_535
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the grid it is launched with."""
+
+    def __init__(self) -> None:
+        self.grid: tuple[int, ...] = ()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grid = grid
+        return lambda **arguments: None
+
+
+def every_launch(x: Tensor) -> list[Launch]:
+    """Returns what each kernel is launched with for two branches like ``x`` [B, C, S]."""
+    (B, C, _), xs = x.shape, [x, x]
+
+    def small(*shape: int) -> Tensor:
+        return torch.empty(shape, device=x.device)
+
+    norm, logits = small(2, 4, C), small(B, 2, C)
+    return [
+        *sk_fuse_fwd_launches(small(B, C), xs),
+        sk_select_fwd_launch(x, xs, logits),
+        *sk_select_bwd_launches(xs, logits, x, xs, logits),
+        *sk_moments_launches(small(2, C), small(2, C), xs),
+        *sk_fuse_fwd_launches(small(B, C), xs, norm),
+        sk_select_fwd_launch(x, xs, logits, norm),
+        sk_fuse_select_sums_launch(x, xs, norm),
+        sk_fuse_select_dx_launch(xs, x, xs, norm, logits, small(B, C), small(2, 2, C)),
+    ]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1_000_000, 1, 1),
+        (1, 1_000_000, 1),
+        (1000, 1000, 1),
+        (65_536, 1, 49),
+        (1, 65_536, 49),
+        (512, 2048, 49),
+        (256, 256, 3136),
+        (1, 1, 2**31 + 1),
+    ],
+    ids=str,
+)
+def test_grids_stay_within_their_limits(shape: tuple[int, int, int], channels_last: bool) -> None:
+    B, C, S = shape
+    x = torch.empty(B, C, S, dtype=torch.bfloat16, device="meta")
+    if channels_last:
+        x = torch.empty(B, S, C, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    for launch in every_launch(x):
+        recorder = Recorder()
+        dataclasses.replace(launch, kernel=recorder).run(torch.device("cpu"))
+        first, *others = recorder.grid
+        assert 1 <= first <= ONE_AXIS, (launch.kernel, recorder.grid)
+        assert all(size <= OTHER_AXES for size in others), (launch.kernel, recorder.grid)
+        if "span" in launch.arguments:
+            blocks = -(-C // launch.constants["BLOCK_C"])
+            splits = launch.arguments.get("splits", launch.constants.get("SPLITS"))
+            assert first == B * blocks * splits, launch.kernel
+            assert launch.arguments["span"] * splits >= S, launch.kernel
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 70_000, 1),
+        # 70,000 programs: the interpreter would take minutes.
+        pytest.param((70_000, 1, 1), marks=pytest.mark.gpu),
+        pytest.param((70_000, 3, 5), marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def test_more_rows_than_a_grid_has_in_y_and_z(shape: tuple[int, int, int]) -> None:
+    xs, (B, C, _) = [randn(i, *shape) for i in range(2)], shape
+    logits, dout = randn(2, B, 2, C), randn(3, *shape)
+    leaves = [t.requires_grad_() for t in (*xs, logits)]
+    results = []
+    for backend in BACKENDS:
+        with use_backend(backend):
+            out = functional.sk_select(leaves[:2], leaves[2])
+            pooled = functional.sk_fuse(leaves[:2])
+            results.append([out, pooled, *torch.autograd.grad(out, leaves, dout)])
+    for actual, exact in zip(*results, strict=True):
+        close(actual, exact)
+
+
+# --- one position, no image, no channel ---------------------------------------------------------
+
+EMPTY = ((0, 3, 4, 4), (2, 0, 4, 4), (0, 0, 4, 4), (0, 3, 1), (0, 3, 2, 2, 2))
+
+
+@both
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_nothing_in_gives_nothing_out_and_gradients_of_nothing(
+    shape: tuple[int, ...], backend: Backend
+) -> None:
+    xs = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
+    logits = torch.randn(shape[0], 2, shape[1], device=DEVICE, requires_grad=True)
+    with use_backend(backend):
+        pooled, out = functional.sk_fuse(xs), functional.sk_select(xs, logits)
+        assert (pooled.shape, out.shape) == (shape[:2], shape)
+        grads = torch.autograd.grad(pooled.sum() + out.sum(), [*xs, logits])
+    assert [g.shape for g in grads] == [shape, shape, logits.shape]
+
+
+@both
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 1), (2, 3, 1, 1), (2, 3, 1, 1, 1)], ids=str)
+def test_one_position(shape: tuple[int, ...], backend: Backend) -> None:
+    leaves = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
+    logits = torch.randn(shape[0], 2, shape[1], device=DEVICE, requires_grad=True)
+    with use_backend(backend):
+        pooled, out = functional.sk_fuse(leaves), functional.sk_select(leaves, logits)
+        grads = torch.autograd.grad(out.sum() + pooled.sum(), [*leaves, logits])
+    attn = torch.softmax(logits.double(), 1)
+    wide = [x.double().view(shape[:2]) for x in leaves]
+    expected = attn[:, 0] * wide[0] + attn[:, 1] * wide[1]
+    slope = attn[:, 0] * attn[:, 1] * (wide[0] - wide[1])
+    torch.testing.assert_close(pooled.double(), wide[0] + wide[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.double().view(shape[:2]), expected, rtol=1e-5, atol=1e-6)
+    for i, grad in enumerate(grads[:2]):
+        exact = attn[:, i] + 1
+        torch.testing.assert_close(grad.double().view(shape[:2]), exact, rtol=1e-5, atol=1e-6)
+    exact = torch.stack([slope, -slope], 1)
+    torch.testing.assert_close(grads[2].double(), exact, rtol=1e-4, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("batch_stats", [False, True], ids=["running", "batch"])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 0, 2, 2), (2, 3, 1, 1), (1, 3, 1, 1)], ids=str)
+def test_the_section_with_little_or_nothing(
+    shape: tuple[int, ...], batch_stats: bool, backend: Backend
+) -> None:
+    (B, C), d = shape[:2], 2
+    xs = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
+    ones, zeros = (f(max(C, d), device=DEVICE) for f in (torch.ones, torch.zeros))
+    norm = functional.BatchNormArgs(None, None, zeros[:C], ones[:C], batch_stats=batch_stats)
+    fc1_norm = functional.BatchNormArgs(None, None, zeros[:d], ones[:d], batch_stats=batch_stats)
+    fc1 = torch.randn(d, C, device=DEVICE, requires_grad=True)
+    fc2 = torch.randn(2 * C, d, device=DEVICE, requires_grad=True)
+
+    def section() -> Tensor:
+        with use_backend(backend):
+            return functional.sk_fuse_select(xs, [norm, norm], fc1, fc1_norm, fc2).out
+
+    if batch_stats and B < 2:
+        with pytest.raises(ValueError, match="batch"):
+            section()
+        return
+    out = section()
+    grads = torch.autograd.grad(out.square().sum(), [*xs, fc1, fc2])
+    assert out.shape == shape
+    assert out.isfinite().all()
+    for grad, leaf in zip(grads, (*xs, fc1, fc2), strict=True):
+        assert grad.shape == leaf.shape
+        assert grad.isfinite().all()
+    if 0 in shape:
+        assert all((grad == 0).all() for grad in grads)
+
+
+@both
+@pytest.mark.parametrize("size", [(0, 5, 5), (2, 1, 1), (1, 1, 1)], ids=str)
+def test_skconv_in_eval_mode_with_little_or_nothing(
+    size: tuple[int, int, int], backend: Backend
+) -> None:
+    B, H, W = size
+    results = []
+    for choice in ("reference", backend):
+        torch.manual_seed(0)
+        sk = SKConv(4, 8, G=2, d=4, device=DEVICE).eval()
+        x = torch.randn(B, 4, H, W, device=DEVICE, requires_grad=True)
+        with use_backend(choice):
+            out = sk(x)
+            torch.autograd.backward(out.square().sum())
+        results.append([out, x.grad, *(p.grad for p in sk.parameters())])
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-5)
+    assert results[0][0].shape == (B, 8, H, W)
+
+
+def empty_batch() -> tuple[SKConv, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(0, 4, 5, 5, device=DEVICE, requires_grad=True)
+    return SKConv(4, 8, G=2, d=4, device=DEVICE).train(), x
+
+
+@both
+def test_an_empty_batch_in_training_is_what_it_is_to_batch_norm(backend: Backend) -> None:
+    sk, x = empty_batch()
+    bn, y = nn.BatchNorm2d(8, device=DEVICE).train(), torch.empty(0, 8, 5, 5, device=DEVICE)
+    bn(y)
+    with use_backend(backend):
+        out = sk(x)
+        torch.autograd.backward(out.sum())
+    assert out.shape == (0, 8, 5, 5)
+    assert x.grad is not None
+    for branch in sk.branches:
+        for name, buffer in bn.named_buffers():
+            assert torch.equal(branch.get_submodule("bn").get_buffer(name), buffer), name
+    assert all(p.grad is not None and (p.grad == 0).all() for p in sk.parameters())
+
+
+@both
+def test_an_image_of_one_position_cannot_train(backend: Backend) -> None:
+    sk = SKConv(4, 8, G=2, d=4, device=DEVICE).train()
+    with use_backend(backend), pytest.raises(ValueError, match=r"batch of at least 2|more than 1"):
+        sk(torch.randn(1, 4, 1, 1, device=DEVICE))
