@@ -4,6 +4,9 @@ They are ``torch.library.custom_op``s rather than ``triton_op``s: a custom op is
 machine without a GPU (opcheck, fake tensors, compile, under Triton's interpreter too), and Inductor
 cannot relaunch its kernels with arguments of its own choosing. What is given up is Inductor's view
 into the kernel, which has no neighbour worth fusing: convolutions stand before it and after it.
+
+The first call on the Triton backend imports this package. Import it before making a
+``FlopCounterMode``, which copies the registry of FLOP formulas when it is made.
 """
 
 from sknet_triton.ops.sk_fuse import sk_fuse

@@ -1,0 +1,392 @@
+"""The kernel repository that kernels/hub builds, as Hugging Face `kernels` loads it, offline.
+
+Loading happens in processes of its own. The functions called ``child_...`` are handed to them as
+text, so nothing that runs there leans on this process.
+"""
+
+import ast
+import importlib.util
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from hub.build import PACKAGES, ROOT, VARIANT, build_repository, collect, rewrite
+
+# Without a file of its own, what was found is this checkout's folder of that name.
+needs_kernels = pytest.mark.skipif(
+    getattr(importlib.util.find_spec("kernels"), "origin", None) is None,
+    reason="kernels is in the extra dev, which is not installed",
+)
+
+# -I and -S leave the checkout, the user's folder and every .pth file out; the path is what is given
+# and what is installed. Where this package is installed itself, None refuses its import.
+ALONE = "sys.modules.update(sknet_triton=None, sknet_kernels=None)"
+CHILD = """
+import sys
+sys.path[:0] = {path}
+{first}
+import torch
+torch.manual_seed(0)
+torch.set_num_threads(1)
+{source}
+{name}(*{arguments})
+print("done")
+"""
+
+
+def in_a_child(
+    child: Callable[..., None], *arguments: str, tmp_path: Path, beside: bool = False
+) -> None:
+    """Runs ``child(*arguments)`` in a fresh process, alone or with the checkout on its path."""
+    site = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    checkout = [str(ROOT), str(ROOT / "kernels")]
+    code = CHILD.format(
+        path=checkout + site if beside else site,
+        first="" if beside else ALONE,
+        source=inspect.getsource(child),
+        name=child.__name__,
+        arguments=arguments,
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "SKNET_TRITON_BACKEND"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    environment |= {"TRITON_INTERPRET": "1"}  # the tensors are on the CPU, here and beside a GPU
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("done\n")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repository")
+    build_repository(folder)
+    return folder
+
+
+# What a loaded kernel does
+
+
+def child_functions(repository: str, backend: str, checkout: str) -> None:
+    import functools
+    import importlib
+    import sys
+    from pathlib import Path
+
+    import torch
+    import torch.nn.functional as F
+
+    # By name: to a type checker "kernels" is this checkout's folder.
+    hf = importlib.import_module("kernels")
+    try:
+        import sknet_triton  # noqa: F401 - the import is the question
+    except ImportError:
+        pass
+    else:
+        raise AssertionError("sknet_triton can be imported, so nothing is shown")
+    kernel = hf.get_local_kernel(Path(repository))
+    (loaded,) = hf.get_loaded_kernels()
+    M, B, C, d = 3, 2, 6, 4
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    branches, logits = [draw(B, C, 4, 5) for _ in range(M)], draw(B, M, C)
+    norms = [kernel.BatchNormArgs(draw(C), draw(C)) for _ in range(M)]
+    fc1, norm, fc2 = draw(d, C), kernel.BatchNormArgs(draw(d), draw(d)), draw(M * C, d)
+
+    def plain_fuse(xs: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(xs).sum(0).mean((2, 3))
+
+    def plain_select(xs: list[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("mbchw,bmc->bchw", torch.stack(xs), logits.softmax(1))
+
+    def normed(x: torch.Tensor, n: object) -> torch.Tensor:
+        return F.batch_norm(x, None, None, n.weight, n.bias, training=True).relu()  # type: ignore[attr-defined]  # the kernel's class has no static type
+
+    def plain_section() -> torch.Tensor:
+        us = [normed(x, n) for x, n in zip(branches, norms, strict=True)]
+        z = normed(plain_fuse(us) @ fc1.T, norm)
+        return plain_select(us, (z @ fc2.T).view(B, M, C))
+
+    def compare(got: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -> None:
+        # float64 on both sides: 40 additions in another order are 1e-14 of magnitudes around 1,
+        # which the batch norms' gradients raise to some tens.
+        close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+        close(got, expected)
+        cotangent = torch.randn_like(expected)
+        grads = (torch.autograd.grad(out, inputs, cotangent) for out in (got, expected))
+        for ours, theirs in zip(*grads, strict=True):
+            close(ours, theirs)
+
+    affine = [t for n in (*norms, norm) for t in (n.weight, n.bias)]
+    with kernel.use_backend(backend):
+        compare(kernel.sk_fuse(branches), plain_fuse(branches), *branches)
+        compare(
+            kernel.sk_select(branches, logits), plain_select(branches, logits), *branches, logits
+        )
+        section = kernel.sk_fuse_select(branches, norms, fc1, norm, fc2)
+        compare(section.out, plain_section(), *branches, *affine, fc1, fc2)
+
+    operators = {n for n in torch._C._dispatch_get_all_op_names() if "::sk_" in n}
+    names = ("sk_fuse", "sk_select", "sk_select_bwd", "sk_fuse_select", "sk_fuse_select_bwd")
+    assert operators == {
+        f"{loaded.metadata.id}::{name}" for name in names if backend == "triton"
+    }, operators
+    files = {str(getattr(m, "__file__", None)) for m in sys.modules.values()}
+    ours = tuple(f"{checkout}/{folder}/" for folder in ("sknet_triton", "kernels"))
+    assert not {file for file in files if file.startswith(ours)}
+    assert ("triton" in sys.modules) >= (backend == "triton")
+
+
+@needs_kernels
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_loaded_kernel_equals_plain_pytorch_without_this_package(
+    backend: str, repository: Path, tmp_path: Path
+) -> None:
+    in_a_child(child_functions, str(repository), backend, str(ROOT), tmp_path=tmp_path)
+
+
+def child_layers(repository: str) -> None:
+    import copy
+    import importlib
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    # By name: to a type checker "kernels" is this checkout's folder.
+    hf = importlib.import_module("kernels")
+
+    @hf.use_kernel_forward_from_hub("Fuse")
+    class Fuse(nn.Module):
+        def forward(self, branches: tuple[Tensor, ...]) -> Tensor:
+            return torch.stack(branches).sum(0).mean((2, 3))
+
+    @hf.use_kernel_forward_from_hub("Select")
+    class Select(nn.Module):
+        def forward(self, branches: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+            return torch.einsum("mbchw,bmc->bchw", torch.stack(branches), logits.softmax(1))
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fuse, self.select = Fuse(), Select()
+            self.fc = nn.Linear(6, 18, dtype=torch.float64)
+
+        def forward(self, *branches: Tensor) -> Tensor:
+            logits = self.fc(self.fuse(branches)).view(-1, 3, 6)
+            out: Tensor = self.select(branches, logits)
+            return out
+
+    plain = Attention()
+    model = copy.deepcopy(plain)
+    mapping = {
+        name: {"cpu": hf.LocalLayerRepository(Path(repository), layer_name=f"SK{name}")}
+        for name in ("Fuse", "Select")
+    }
+    with hf.use_kernel_mapping(mapping):
+        mode = hf.Mode.TRAINING | hf.Mode.TORCH_COMPILE
+        hf.kernelize(model, mode=mode, device="cpu", use_fallback=False)
+    (loaded,) = hf.get_loaded_kernels()
+    layers = loaded.module.layers
+    assert model.fuse.forward.__func__ is layers.SKFuse.forward  # type: ignore[attr-defined]  # bound
+    assert model.select.forward.__func__ is layers.SKSelect.forward  # type: ignore[attr-defined]  # bound
+
+    branches = [torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    cotangent = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+
+    def results(run: Callable[..., Tensor], module: nn.Module) -> tuple[Tensor, ...]:
+        out = run(*branches)
+        return out, *torch.autograd.grad(out, [*branches, *module.parameters()], cotangent)
+
+    expected = results(plain, plain)
+    for backend in ("reference", "triton"):
+        with loaded.module.use_backend(backend):
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            for run in (model, compiled):
+                for ours, theirs in zip(results(run, model), expected, strict=True):
+                    # float64; sums of 20 positions and 2 images in another order.
+                    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+            torch._dynamo.reset()
+
+
+@needs_kernels
+def test_kernelize_replaces_the_forward_of_a_users_layers(repository: Path, tmp_path: Path) -> None:
+    in_a_child(child_layers, str(repository), tmp_path=tmp_path)
+
+
+def child_beside(*repositories: str) -> None:
+    import importlib
+    from pathlib import Path
+    from typing import Any
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import sknet_triton
+    from sknet_triton import ops  # noqa: F401 - registers the package's own operators first
+    from sknet_triton.backend import current_backend
+
+    hf = importlib.import_module("kernels")
+    branches = [torch.randn(2, 6, 4, 5) for _ in range(3)]
+    additions = sum(x.numel() for x in branches)
+
+    def fuse(functions: Any) -> torch.Tensor:
+        functions.sk_fuse(branches)  # a counter knows the operators that exist when it is made
+        with FlopCounterMode(display=False) as counter:
+            pooled: torch.Tensor = functions.sk_fuse(branches)
+        assert counter.get_total_flops() == additions
+        return pooled
+
+    with sknet_triton.use_backend("triton"):
+        expected = fuse(sknet_triton.functional)
+    for repository in repositories:
+        kernel = hf.get_local_kernel(Path(repository))
+        with kernel.use_backend("triton"):
+            assert current_backend() == "auto"
+            assert torch.equal(fuse(kernel), expected)
+    with sknet_triton.use_backend("triton"):
+        assert torch.equal(fuse(sknet_triton.functional), expected)
+
+    names = torch._C._dispatch_get_all_op_names()
+    namespaces = {name.split("::")[0] for name in names if name.endswith("::sk_fuse")}
+    ids = {loaded.metadata.id for loaded in hf.get_loaded_kernels()}
+    assert len(hf.get_loaded_kernels()) == 3
+    assert len(ids) == 2
+    assert namespaces == {"sknet_triton", *ids}
+
+
+def changed_source(folder: Path) -> Path:
+    """Copies what is built to ``folder``, with one comment more."""
+    for part in ("sknet_triton", "kernels"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "LICENSE", folder)
+    with (folder / "kernels" / "sknet_kernels" / "layout.py").open("a") as file:
+        file.write("# another version\n")
+    return folder
+
+
+@needs_kernels
+def test_kernels_live_beside_the_package_another_version_and_a_copy(
+    repository: Path, tmp_path: Path
+) -> None:
+    other, copy = tmp_path / "other", tmp_path / "copy"
+    build_repository(other, changed_source(tmp_path / "source"))
+    shutil.copytree(repository, copy)
+    paths = [str(path) for path in (repository, other, copy)]
+    in_a_child(child_beside, *paths, tmp_path=tmp_path, beside=True)
+
+
+# What the builder writes
+
+
+def written(folder: Path) -> dict[PurePosixPath, bytes]:
+    return {
+        PurePosixPath(path.relative_to(folder).as_posix()): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_building_twice_gives_the_same_bytes(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "kernels" / "hub" / "build.py"), str(tmp_path / "again")]
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    # Loading left compiled files beside the first.
+    first = {p: b for p, b in written(repository).items() if p.suffix != ".pyc"}
+    assert written(tmp_path / "again") == first
+    assert first[PurePosixPath("LICENSE")] == (ROOT / "LICENSE").read_bytes()
+
+
+def test_only_imports_and_the_namespace_differ_from_the_sources(repository: Path) -> None:
+    build = repository / "build" / VARIANT
+    changed = re.compile(
+        rf"\s*from \.+({'|'.join(PACKAGES)})[.\w]* import .*|NAMESPACE = .*|.*torch\.ops\._sknet.*"
+    )
+    for path, source in collect(ROOT).items():
+        lines = (build / path).read_text().splitlines()
+        pairs = zip(lines, source.splitlines(), strict=True)
+        different = [line for line, original in pairs if line != original]
+        assert all(changed.fullmatch(line) for line in different), path
+        for node in ast.walk(ast.parse((build / path).read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [str(node.module)]
+            assert not [name for name in names if name.split(".")[0] in PACKAGES], path
+
+
+def test_the_kernel_takes_no_layers_and_models_along() -> None:
+    folders = {path.parts[1] for path in collect(ROOT) if path.parts[0] == "sknet_triton"}
+    assert folders == {"__init__.py", "backend.py", "functional.py", "ops", "reference"}
+
+
+PATH = PurePosixPath("sknet_triton/ops/x.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "if x:\n    s = 'from sknet_triton import a'; from sknet_triton.a import (\n b)",
+            "if x:\n    s = 'from sknet_triton import a'; from ...sknet_triton.a import (\n b)",
+        ),
+        (
+            "é = 1; from sknet_kernels import a; from sknet_kernels import b",
+            "é = 1; from ...sknet_kernels import a; from ...sknet_kernels import b",
+        ),
+        ("from . import sknet_triton", "from . import sknet_triton"),
+        ("from sknet_triton_x import a", "from sknet_triton_x import a"),
+        ("@f(torch.ops.sknet_triton.a)\ndef g(): ...", "@f(torch.ops.new.a)\ndef g(): ..."),
+        (
+            "o = torch.ops.sknet_triton, torch.ops.sknet_triton, torch.ops.sknet_triton",
+            "o = torch.ops.new, torch.ops.new, torch.ops.new",
+        ),
+        ('NAMESPACE = "sknet_triton"', 'NAMESPACE = "new"'),
+        ('name = "sknet_triton"  # torch.ops.sknet_triton', None),
+    ],
+)
+def test_rewriting_touches_names_and_never_strings_or_comments(
+    text: str, expected: str | None
+) -> None:
+    assert rewrite(PATH, text, "new") == (text if expected is None else expected)
+
+
+def test_a_name_that_an_edit_cannot_find_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ops/x\.py: expected names of ours unbroken"):
+        rewrite(PATH, "from sknet_triton . ops import a", "new")
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        ("import sknet_triton.functional", "'import sknet_triton.functional', which has no rel"),
+        ("from sknet_triton import use_backend", "use_backend from sknet_triton itself"),
+    ],
+)
+def test_an_import_that_a_kernel_cannot_have_is_refused(
+    line: str, got: str, tmp_path: Path
+) -> None:
+    source = changed_source(tmp_path / "source")
+    (source / "kernels" / "hub" / "package" / "layers.py").write_text(f"\n{line}\n")
+    with pytest.raises(ValueError, match=rf"layers\.py:2: expected imports .*, got {got}"):
+        build_repository(tmp_path / "out", source)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_build_is_refused(repository: Path) -> None:
+    with pytest.raises(ValueError, match="folder: expected one without build/torch-universal, got"):
+        build_repository(repository)

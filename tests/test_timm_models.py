@@ -1,0 +1,346 @@
+"""SKNets in timm's registry: names, arguments, features, weights, and what timm's scripts ask."""
+
+import copy
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sknet_triton as skt
+from sknet_triton import SKNet, SKNetFeatures, StageSpec
+from sknet_triton.models.sknet import SKNET26
+from tests.plain_sknet import largest_error, scramble
+
+WIDTHS, REDUCTIONS = [64, 256, 512, 1024, 2048], [2, 4, 8, 16, 32]
+
+
+@pytest.fixture(scope="module")
+def timm() -> Any:
+    """timm, with the registry filled."""
+    try:
+        module = importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:  # torchvision raises either where it does not fit
+        pytest.skip(f"timm cannot be imported: {error}")
+    importlib.import_module("sknet_triton.timm")
+    return module
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    """Allows float64 an average over space in another order."""
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def twins(timm: Any, name: str = "sknet26.triton", **kwargs: Any) -> tuple[Any, SKNet]:
+    """A model of timm's and the package's own with the same random weights, in float64."""
+    theirs = timm.create_model(name, **{"num_classes": 5, **kwargs})
+    ours = skt.sknet26(num_classes=theirs.num_classes, in_chans=theirs.in_chans)
+    ours.load_state_dict(scramble(theirs).state_dict(), strict=True)
+    return theirs.double().eval(), ours.double().eval()
+
+
+def images(channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, 64, 48, dtype=torch.float64)
+
+
+# Without timm
+
+
+def test_without_timm_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("timm", "timm.layers", "timm.models"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "sknet_triton.timm", raising=False)
+    with pytest.raises(ImportError, match=r"needs timm: pip install 'sknet-triton\[timm\]'"):
+        importlib.import_module("sknet_triton.timm")
+
+
+# Names and arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("sknet26", 16_746_408),
+        ("sknet50", 27_479_784),
+        ("sknet101", 48_736_040),
+        ("sknet101_caffe", 48_686_760),
+    ],
+)
+def test_every_network_is_found_by_its_name_with_and_without_the_tag(
+    name: str, parameters: int, timm: Any
+) -> None:
+    assert name in timm.list_models("sknet*")
+    assert timm.list_models("sknet*", pretrained=True) == []
+    for asked in (name, f"{name}.triton"):
+        model = timm.create_model(asked, device="meta")
+        assert model.pretrained_cfg["tag"] == "triton"
+        assert model.pretrained_cfg["architecture"] == name
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert isinstance(model, SKNet)
+
+
+def test_the_caffe_form_pools_as_its_prototxt_does(timm: Any) -> None:
+    model = timm.create_model("sknet101_caffe", device="meta")
+    assert model.pool.ceil_mode
+    assert not timm.create_model("sknet101", device="meta").pool.ceil_mode
+
+
+def test_the_network_is_the_packages_own(timm: Any) -> None:
+    theirs, ours = twins(timm, num_classes=7, in_chans=4)
+    x = images(4)
+    assert theirs(x).shape == (2, 7)
+    assert_equal(theirs(x), ours(x))
+    assert (theirs.num_classes, theirs.in_chans, theirs.num_features) == (7, 4, 2048)
+
+
+def test_the_units_arguments_arrive(timm: Any) -> None:
+    model = timm.create_model("sknet26.triton", M=3, r=8, G=16, device="meta")
+    unit = model.stages[3][0].sk
+    assert (len(unit.branches), unit.fc1.conv.out_channels) == (3, 1024 // 8)
+    assert unit.branches[0].conv.groups == 16
+
+
+def test_an_unknown_argument_is_refused_by_name(timm: Any) -> None:
+    with pytest.raises(TypeError, match="drop_path_rate"):
+        timm.create_model("sknet26.triton", drop_path_rate=0.1)
+
+
+# Head and pooling
+
+
+def test_no_classes_leave_the_pooled_features(timm: Any) -> None:
+    theirs, _ = twins(timm, num_classes=0)
+    x = images()
+    maps = theirs.forward_features(x)
+    assert maps.shape == (2, 2048, 2, 2)
+    assert_equal(theirs(x), maps.mean((2, 3)))
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "fastmax", ""])
+def test_the_pooling_is_timms(pool: str, timm: Any) -> None:
+    num_classes = 5 if pool else 0
+    theirs, _ = twins(timm, global_pool=pool, num_classes=num_classes)
+    x = images()
+    maps = theirs.forward_features(x)
+    mean, largest = maps.mean((2, 3)), maps.amax((2, 3))
+    expected = {
+        "avg": mean,
+        "max": largest,
+        "avgmax": (mean + largest) / 2,
+        "fastmax": largest,
+        "": maps,
+    }[pool]
+    assert_equal(theirs.forward_head(maps, pre_logits=True), expected)
+    assert_equal(theirs(x), theirs.get_classifier()(expected))
+
+
+def test_a_pooling_that_does_not_fit_is_refused(timm: Any) -> None:
+    with pytest.raises(ValueError, match="global_pool: '' needs num_classes=0, got num_classes=9"):
+        timm.create_model("sknet26.triton", global_pool="", num_classes=9)
+    with pytest.raises(ValueError, match=r"global_pool: expected a pooling .* got 'catavgmax'"):
+        timm.create_model("sknet26.triton", global_pool="catavgmax")
+
+
+def test_the_classifier_is_named_replaced_and_removed(timm: Any) -> None:
+    model = timm.create_model("sknet26.triton")
+    assert model.get_classifier(name_only=True) == model.pretrained_cfg["classifier"] == "head"
+    assert model.get_classifier() is model.head
+    assert model.head_hidden_size == model.head.in_features
+    model.reset_classifier(4)
+    assert (model.num_classes, model.head.out_features) == (4, 4)
+    assert model.global_pool.pool_type == "avg"
+    model.reset_classifier(3, "max")
+    assert (model.head.out_features, model.global_pool.pool_type) == (3, "max")
+    model.reset_classifier(2)
+    assert (model.head.out_features, model.global_pool.pool_type) == (2, "max")
+    with pytest.raises(ValueError, match="global_pool: ''"):
+        model.reset_classifier(3, "")
+    model.reset_classifier(0, "")
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 2048, 2, 2)
+
+
+def test_dropout_acts_before_the_head_and_in_training_only(timm: Any) -> None:
+    theirs, ours = twins(timm, drop_rate=0.5)
+    x = images()
+    maps = theirs.forward_features(x)
+    assert_equal(theirs(x), ours(x))
+    theirs.train()
+    pooled, kept = maps.mean((2, 3)), theirs.forward_head(maps, pre_logits=True)
+    dropped = kept[pooled != 0] == 0
+    # Half of n features are dropped, give or take 5 standard deviations of sqrt(n) / 2.
+    assert abs(dropped.sum() - len(dropped) / 2) < 2.5 * len(dropped) ** 0.5
+    assert_equal(kept[kept != 0], 2 * pooled[kept != 0])
+
+
+# Features
+
+
+def test_features_are_those_of_the_packages_backbone(timm: Any) -> None:
+    net = timm.create_model("sknet26.triton", features_only=True)
+    ours = SKNetFeatures(SKNET26)
+    ours.load_state_dict(scramble(net.model).state_dict(), strict=True)
+    x = images()
+    maps = net.double().eval()(x)
+    assert net.feature_info.channels() == [m.shape[1] for m in maps] == WIDTHS
+    assert net.feature_info.reduction() == [x.shape[2] // m.shape[2] for m in maps] == REDUCTIONS
+    for actual, expected in zip(maps, ours.double().eval()(x), strict=True):
+        assert torch.equal(actual, expected)
+    assert net.default_cfg["architecture"] == "sknet26"
+
+
+@pytest.mark.parametrize("indices", [(1, 3), (-4, -2), (3, 1), 2, (0,), (4,)], ids=str)
+def test_out_indices_choose_maps_and_nothing_idle_is_kept(indices: Any, timm: Any) -> None:
+    net = timm.create_model("sknet26.triton", features_only=True, out_indices=indices)
+    chosen = range(3, 5) if isinstance(indices, int) else [index % 5 for index in indices]
+    maps = net(torch.randn(2, 3, 64, 64))
+    assert net.feature_info.channels() == [WIDTHS[index] for index in chosen]
+    assert net.feature_info.reduction() == [REDUCTIONS[index] for index in chosen]
+    assert [m.shape[1] for m in maps] == [WIDTHS[index] for index in chosen]
+    assert [64 // m.shape[2] for m in maps] == [REDUCTIONS[index] for index in chosen]
+    # DistributedDataParallel waits for every parameter's gradient.
+    torch.autograd.backward([m.sum() for m in maps])
+    assert all(p.grad is not None for p in net.parameters())
+    assert len(net.model.stages) == max(chosen)
+
+
+def test_features_by_hooks_are_the_same(timm: Any) -> None:
+    getter = timm.create_model("sknet26.triton", features_only=True, out_indices=(0, 2))
+    hooked = timm.create_model(
+        "sknet26.triton", features_only=True, out_indices=(0, 2), feature_cls="hook"
+    )
+    hooked.body.load_state_dict(getter.model.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(getter.eval()(x), hooked.eval()(x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("indices", [(5,), (0, -6), (), 0, 6], ids=str)
+def test_indices_out_of_range_are_refused(indices: Any, timm: Any) -> None:
+    with pytest.raises(ValueError, match="indices: expected"):
+        timm.create_model("sknet26.triton", features_only=True, out_indices=indices)
+
+
+def test_forward_intermediates_gives_last_maps_and_those_asked_for(timm: Any) -> None:
+    model, _ = twins(timm)
+    x = images()
+    last, maps = model.forward_intermediates(x)
+    assert torch.equal(last, model.forward_features(x))
+    assert torch.equal(maps[-1], last)
+    assert [m.shape[1] for m in maps] == WIDTHS
+    (third,) = model.forward_intermediates(x, indices=[2], intermediates_only=True)
+    assert torch.equal(third, maps[2])
+    stopped, (stem, second) = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+    assert torch.equal(stopped, maps[1])
+    assert torch.equal(stem, maps[0])
+    assert torch.equal(second, maps[1])
+    with pytest.raises(ValueError, match="output_fmt: expected 'NCHW', got 'NHWC'"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+
+
+def test_pruning_keeps_a_head_only_where_all_stages_stay(timm: Any) -> None:
+    model = timm.create_model("sknet26.triton", num_classes=5)
+    assert model.prune_intermediate_layers([1, -1], prune_head=False) == [1, 4]
+    assert (model.num_classes, model.num_features) == (5, 2048)
+    assert model.prune_intermediate_layers([0, 2], prune_head=False) == [0, 2]
+    assert (model.num_classes, model.num_features, model.head_hidden_size) == (0, 512, 512)
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 512, 8, 8)
+
+
+# Weights
+
+
+def test_pretrained_weights_are_refused_because_there_are_none(timm: Any) -> None:
+    assert not timm.is_model_pretrained("sknet26.triton")
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for sknet26"):
+        timm.create_model("sknet26.triton", pretrained=True)
+
+
+def test_a_checkpoint_of_timms_scripts_loads(timm: Any, tmp_path: Path) -> None:
+    theirs, _ = twins(timm)
+    torch.save({"state_dict": theirs.float().state_dict(), "epoch": 3}, tmp_path / "last.pth.tar")
+    loaded = timm.create_model(
+        "sknet26.triton", num_classes=5, checkpoint_path=str(tmp_path / "last.pth.tar")
+    )
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_a_file_in_another_layout_loads_for_other_channels_and_classes(
+    timm: Any, tmp_path: Path
+) -> None:
+    source = scramble(timm.create_model("skresnext50_32x4d")).eval()
+    torch.save(source.state_dict(), tmp_path / "skresnext50.pth")
+    overlay = {"file": str(tmp_path / "skresnext50.pth")}
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    model = timm.create_model("sknet50.triton", **options)
+    x = images()
+    # As in test_models.py: some dozens of layers, computed in another order.
+    assert largest_error(copy.deepcopy(model).double().eval()(x), source.double()(x)) < 1e-9
+    grey = timm.create_model("sknet50.triton", in_chans=1, num_classes=7, **options)
+    assert grey.head.out_features == 7
+    coloured = dict(model.state_dict())
+    filters = coloured.pop("stem.conv.weight").sum(1, keepdim=True)
+    # timm adds the filters of three colours in float32, perhaps in another order.
+    torch.testing.assert_close(grey.stem.conv.weight.detach(), filters, rtol=1e-6, atol=1e-6)
+    for name, tensor in coloured.items():
+        assert name.startswith("head.") or torch.equal(grey.state_dict()[name], tensor), name
+
+
+# What timm's scripts ask
+
+
+def test_the_data_config_is_imagenets(timm: Any) -> None:
+    model = timm.create_model("sknet26.triton", device="meta")
+    assert model.default_cfg == model.pretrained_cfg
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, 224, 224)
+    assert config["mean"] == timm.data.IMAGENET_DEFAULT_MEAN
+
+
+@pytest.mark.parametrize(("coarse", "groups"), [(False, 1 + 8 + 1), (True, 1 + 4 + 1)])
+def test_parameter_groups_run_from_the_stem_to_the_head(
+    coarse: bool, groups: int, timm: Any
+) -> None:
+    model = timm.create_model("sknet26.triton", device="meta")
+    by_group = timm.models.group_parameters(model, model.group_matcher(coarse))
+    assert list(by_group) == list(range(groups))
+    assert all(name.startswith("stem.") for name in by_group[0])
+    assert by_group[groups - 1] == ["head.weight", "head.bias"]
+    assert [name for group in by_group.values() for name in group] == [
+        name for name, _ in model.named_parameters()
+    ]
+
+
+def test_layerwise_decay_makes_an_optimizer(timm: Any) -> None:
+    model = timm.create_model("sknet26.triton")
+    optim = importlib.import_module("timm.optim")
+    optimizer = optim.create_optimizer_v2(model, opt="adamw", layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert scales[id(model.head.weight)] == 1
+    assert scales[id(model.stem.conv.weight)] == 0.5**9
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(timm: Any) -> None:
+    model, _ = twins(timm)
+    x, grads = images(), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        assert model.grad_checkpointing is enable
+        grads.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_accelerate_finds_nothing_to_do(timm: Any) -> None:
+    model = timm.create_model("sknet26.triton", device="meta")
+    report = skt.accelerate(model)
+    assert len(report.paths("left")) == len(report) == 8
+
+
+def test_another_table_can_be_built_directly(timm: Any) -> None:
+    from sknet_triton.timm import SKNetTimm
+
+    model: nn.Module = SKNetTimm((StageSpec(32, 1, 2),), num_classes=3)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
