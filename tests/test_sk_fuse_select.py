@@ -504,18 +504,6 @@ def test_triton_equals_the_reference_with_every_gradient(
         torch.testing.assert_close(got, exact, rtol=EXACT, atol=EXACT)
 
 
-@pytest.mark.usefixtures("section_in_eager")
-def test_a_second_derivative_is_refused(device: torch.device) -> None:
-    x = torch.randn(2, 2, 2, 2, dtype=torch.float64, device=device)
-    for backend in BACKENDS:
-        with use_backend(backend):
-            sk = SKConv(2, 4, G=1, d=3, dtype=torch.float64, device=device)
-            out = sk(x)
-        (first,) = torch.autograd.grad(out.square().sum(), [sk.fc2.weight], create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|sk_fuse_select_bwd"):
-            torch.autograd.backward(first.sum())
-
-
 # --- what it costs ------------------------------------------------------------------------------
 
 TRAFFIC = [
