@@ -27,8 +27,9 @@ FLOORS = (
         "sknet_triton.inference",
         "sknet_triton.warmup",
     },
-    {"sknet_triton.analysis", "sknet_triton.timm"},
+    {"sknet_triton.timm"},
     {"sknet_triton"},
+    {"sknet_triton.analysis"},
     {"perf", "tests"},
 )
 # The mathematics in plain PyTorch stands on nothing of ours, and the kernels neither.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sknet_triton import backend
+from sknet_triton.acceleration import registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,14 +26,17 @@ def heading_of(code: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _the_backend_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def _the_package_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_chosen", None)
+    monkeypatch.setattr(registry, "_registered", {})
 
 
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=[heading_of(c) for c, _ in EXAMPLES])
 def test_the_code_prints_what_the_readme_says(code: str, printed: str) -> None:
     if "torch.compile" in code and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("Inductor compiles for the CPU with a C++ compiler, and there is none")
+    if "import timm" in code:
+        pytest.importorskip("timm", reason="timm cannot be imported")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
