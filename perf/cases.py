@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Level = Literal["op", "layer", "model", "workload"]
+Level = Literal["op", "layer", "family", "model", "workload"]
 Mode = Literal["infer", "train", "bwd"]
 DType = Literal["fp32", "tf32", "bf16", "fp16", "autocast"]
 Layout = Literal["nchw", "channels_last"]
@@ -14,8 +14,38 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 STAGES = (1, 2, 3, 4)
 
-WHOLE_NETWORK = 0
+NO_STAGE = 0
 DIGITS_RESOLUTION = 8
+
+
+@dataclass(frozen=True)
+class FamilyMap:
+    """The map [B, C, H, W] that a family of modules sees in the network it comes from.
+
+    Attributes:
+        C: channels.
+        reduction: pixels of the image for one position of the map, along a side.
+        M: branches.
+    """
+
+    C: int
+    reduction: int
+    M: int
+
+
+# What `accelerate` knows, in the first stage of SKNet-50, ResNeSt-50, SimCLRv2's ResNet-50,
+# CycleMLP-B1 and ViP-Small/7, and at full resolution in MIRNet and DehazeFormer-B.
+FAMILY_MAPS = {
+    "timm_selective_kernel": FamilyMap(C=128, reduction=4, M=2),
+    "port_sk_conv": FamilyMap(C=128, reduction=4, M=2),
+    "pytorchcv_sk_conv": FamilyMap(C=128, reduction=4, M=2),
+    "resnest_split_attention": FamilyMap(C=64, reduction=4, M=2),
+    "simclr_sk_conv": FamilyMap(C=64, reduction=4, M=2),
+    "cycle_mlp": FamilyMap(C=64, reduction=4, M=3),
+    "vision_permutator": FamilyMap(C=192, reduction=7, M=3),
+    "mirnet_skff": FamilyMap(C=64, reduction=1, M=3),
+    "dehazeformer_sk_fusion": FamilyMap(C=24, reduction=1, M=2),
+}
 
 LEVEL_OF: dict[str, Level] = {
     "sk_fuse": "op",
@@ -23,6 +53,7 @@ LEVEL_OF: dict[str, Level] = {
     "sk_fuse_select": "op",
     "sk_conv": "layer",
     "sk_unit": "layer",
+    **dict.fromkeys(FAMILY_MAPS, "family"),
     "sknet26": "model",
     "sknet50": "model",
     "sknet101": "model",
@@ -35,10 +66,11 @@ class Case:
     """One computation. The fields are the key columns of the CSV, in this order.
 
     ``resolution`` is that of the image; an op or a layer sees the map [B, C, H, W] that an SKNet
-    has in ``stage`` at that resolution. ``stage`` is 0 where the whole network runs, and C, H, W
-    are then those of its input. Mode infer is the forward pass without gradients, train the
-    forward and the backward pass, bwd the backward pass of an op or a layer alone; the digits
-    workload trains to the end, optimiser included.
+    has in ``stage`` at that resolution, a family the map that it has in its own network. ``stage``
+    is 0 for all but ops and layers; where the whole network runs, C, H, W are those of its input.
+    Mode infer is the forward pass without gradients, train the forward and the backward pass, bwd
+    the backward pass of an op, a layer or a family alone; the digits workload trains to the end,
+    optimiser included.
     """
 
     level: Level
@@ -82,13 +114,16 @@ def make_case(
 ) -> Case:
     """Returns the case with the shape that ``workload`` has at ``resolution``.
 
-    A network and the digits have no stage; the digits have their own resolution.
+    Only ops and layers have a stage. A family has its own M, the digits their own resolution.
     """
     level = LEVEL_OF[workload]
     if level in ("op", "layer"):
         channels, size = stage_shape(stage, resolution)
+    elif level == "family":
+        stage, own = NO_STAGE, FAMILY_MAPS[workload]
+        M, channels, size = own.M, own.C, -(-resolution // own.reduction)
     else:
-        stage = WHOLE_NETWORK
+        stage = NO_STAGE
         resolution = DIGITS_RESOLUTION if level == "workload" else resolution
         channels, size = (1 if level == "workload" else 3), resolution
     return Case(

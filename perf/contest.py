@@ -163,10 +163,9 @@ class Contest:
         """Returns the entry's result with its times and all that follows from them."""
         device = self.conditions.device
         return replace(
-            self._with_times(entry, times),
+            self._with_saved(entry, self._with_times(entry, times)),
             launches=measure.launches(step, device),
             peak_mb=measure.peak_memory_mb(step, device),
-            saved_mb=self._saved_mb(entry),
         )
 
     def _learn(self, entry: Entry) -> Result:
@@ -179,9 +178,8 @@ class Contest:
             device=self.conditions.device,
         )
         return replace(
-            self._with_times(entry, training.step_ms),
+            self._with_saved(entry, self._with_times(entry, training.step_ms)),
             accuracy=training.accuracy,
-            saved_mb=self._saved_mb(entry),
         )
 
     def _with_times(self, entry: Entry, times: list[float]) -> Result:
@@ -225,11 +223,13 @@ class Contest:
             return lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True)
         return lambda: torch.autograd.grad(entry.call(*wanted.inputs), tensors, dout)
 
-    def _saved_mb(self, entry: Entry) -> float | None:
+    def _with_saved(self, entry: Entry, result: Result) -> Result:
+        """Returns ``result`` with what is kept for the backward pass, where there is one."""
         if not self.case.differentiates:
-            return None
+            return result
         inputs = gate.differentiated(entry.module, self.case, self._inputs(0)).inputs
-        return measure.saved_mb(lambda: entry.call(*inputs), entry.module)
+        saved = measure.saved(lambda: entry.call(*inputs), entry.module, inputs)
+        return replace(result, saved_mb=saved.mb, saved_own_mb=saved.own_mb)
 
     def _count_flops(self, provider: Provider) -> int:
         if provider.oracle not in self._flops:

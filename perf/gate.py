@@ -8,7 +8,8 @@ what plain PyTorch achieves in the case's dtype on the same data, in the worse o
   roundings of float32. The largest of many errors varies by less than the factor 2, and 8
   roundings leave room where plain happens to be exact. Plain adds in pairs; torch.compile on a
   CPU adds n terms one after the other, whose roundings walk sqrt(n) far.
-- Gradients, each tensor's error in the 2-norm over its norm: as the output, + the condition. A ReLU
+- Gradients, each tensor's error in the 2-norm over its norm, or over the largest norm of all where
+  its own is zero but for float64's rounding: as the output, + the condition. A ReLU
   whose input lies within rounding of zero passes its gradient on in one correct run and not in
   another; one such element moves a gradient by far more than rounding does (1e-3 against 1e-6,
   measured on SKConv in float32). The condition is how far the float64 gradients move when the
@@ -36,6 +37,9 @@ from perf.cases import LAYOUTS, Case
 ROUNDINGS = 8
 CONDITION_STEP = 4
 DRAWS = 3
+# As a share of the largest gradient. Terms that cancel, as of a bias before a batch norm, leave
+# 1e-16 of themselves each in float64 and 1e-7 in float32.
+NO_GRADIENT = 1e-11
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,12 @@ def evaluate(
 
 
 def arriving_gradient(out: Tensor, case: Case, seed: int) -> Tensor:
-    """Draws the gradient of ``out``: the same numbers in every dtype, rounded to the case's."""
+    """Draws the gradient of ``out``, in the case's layout as from a layer of the same network.
+
+    The same numbers in every dtype, rounded to the case's.
+    """
     drawn = torch.randn(out.shape, generator=_generator(out.device, seed), device=out.device)
-    return drawn.to(workloads.DTYPE_OF[case.dtype]).to(out.dtype)
+    return workloads.laid_out(drawn.to(workloads.DTYPE_OF[case.dtype]).to(out.dtype), case)
 
 
 @dataclass(frozen=True)
@@ -187,10 +194,18 @@ def output_error(out: Tensor, exact: Tensor) -> float:
 
 
 def gradient_errors(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """Returns each gradient's error in the 2-norm as a share of the exact gradient's norm."""
+    """Returns each gradient's error in the 2-norm as a share of the exact gradient's norm.
+
+    A gradient that is zero, like that of a softmax over one branch or of a bias before a batch
+    norm, has no relative error: the largest norm of all stands in for its own.
+    """
+    norms = {name: truth.norm().item() for name, truth in exact.items()}
+    largest = max(norms.values(), default=0.0) or 1.0
+    scales = {
+        name: norm if norm > NO_GRADIENT * largest else largest for name, norm in norms.items()
+    }
     return {
-        # A gradient that is zero, like that of a softmax over one branch, has no relative error.
-        name: (grads[name].double() - truth).norm().item() / (truth.norm().item() or 1.0)
+        name: (grads[name].double() - truth).norm().item() / scales[name]
         for name, truth in exact.items()
     }
 

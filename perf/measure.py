@@ -1,8 +1,9 @@
 """Clocks and counters: time per call, memory, saved tensors, launches, FLOPs, copy bandwidth."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -108,21 +109,39 @@ def launches(step: Step, device: torch.device) -> int | None:
     return len([event for event in profiler.events() if event.device_type.name == "CUDA"])
 
 
-def saved_mb(forward: Callable[[], Tensor], module: nn.Module) -> float:
-    """Returns the memory that ``forward`` keeps for the backward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+@dataclass(frozen=True)
+class Saved:
+    """MiB that a forward pass keeps for the backward pass, whole storages, parameters left out.
+
+    Attributes:
+        mb: all of it.
+        own_mb: without the inputs, which the caller may hold anyway.
+    """
+
+    mb: float
+    own_mb: float
+
+
+def saved(forward: Step, module: nn.Module, inputs: Iterable[Tensor]) -> Saved:
+    """Counts what ``forward`` keeps, which calls ``module`` on ``inputs``."""
+    parameters, given = _storages(module.parameters()), _storages(inputs)
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
     with saved_tensors_hooks(pack, lambda x: x):
         out = forward()
     del out  # held until here, so that no storage was freed and its address taken again
-    return sum(kept.values()) / MEBI
+    own = sum(size for address, size in kept.items() if address not in given)
+    return Saved(sum(kept.values()) / MEBI, own / MEBI)
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tensors}
 
 
 def flops(module: nn.Module, inputs: tuple[Tensor, ...], mode: Mode) -> int:

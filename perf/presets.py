@@ -3,9 +3,9 @@
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from perf.cases import LEVEL_OF, Case, DType, Layout, Level, Mode, make_case
+from perf.cases import LAYOUTS, LEVEL_OF, Case, DType, Layout, Level, Mode, make_case
 
 CORE = ("eager", "compile", "reference", "reference+compile", "triton", "triton+compile")
 UNCOMPILED = ("eager", "reference", "triton")
@@ -93,6 +93,22 @@ def jobs(grids: tuple[Grid, ...], seed: int) -> list[Job]:
     return [Job(case, providers) for case, providers in wanted.items()]
 
 
+# Restoration networks work on maps as large as the image.
+FAMILIES = (
+    Grid(("mirnet_skff",), batches=(2,), resolutions=(128,)),
+    Grid(("dehazeformer_sk_fusion",), batches=(2,), resolutions=(256,)),
+    Grid(
+        (
+            "timm_selective_kernel",
+            "resnest_split_attention",
+            "simclr_sk_conv",
+            "cycle_mlp",
+            "vision_permutator",
+        ),
+        batches=(4,),
+    ),
+)
+
 PRESETS = {
     # A laptop: under two minutes on two quiet cores without a GPU, three at most, and most of
     # it torch.compile, so that the dearest compilations are left to flags.
@@ -115,6 +131,24 @@ PRESETS = {
         seconds=0.4,
         rounds=4,
         budget=170,
+    ),
+    # The modules that `accelerate` knows, before (eager, compile) and after it (the rest), in the
+    # batches that two cores take. Compiling takes most of the time: it is left to flags in
+    # channels_last, and where the compiled graph is that of timm's module.
+    "family": Preset(
+        grids=(
+            *FAMILIES,
+            *(replace(grid, layouts=("channels_last",), providers=UNCOMPILED) for grid in FAMILIES),
+            Grid(
+                ("port_sk_conv", "pytorchcv_sk_conv"),
+                layouts=LAYOUTS,
+                batches=(4,),
+                providers=UNCOMPILED,
+            ),
+        ),
+        seconds=1.2,
+        rounds=6,
+        budget=590,
     ),
     # One GPU: as much of this as fits, in this order, under --budget 500.
     "full": Preset(

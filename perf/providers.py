@@ -93,3 +93,11 @@ PROVIDERS = {
         Provider("timm-se", "timm-se"),
     )
 }
+
+# The plain module that is called as a provider of ours calls ours.
+BEFORE = {
+    after.name: before.name
+    for after in PROVIDERS.values()
+    for before in PROVIDERS.values()
+    if (after.source, before.source) == ("ours", "plain") and after.wrap == before.wrap
+}

@@ -29,9 +29,9 @@ class Result:
         ms_p20: its 20 % quantile.
         ms_p80: its 80 % quantile.
         n: samples that the quantiles are over.
-        images_per_s: images in a second at the median, for layers, models and the workload.
+        images_per_s: images in a second at the median, for all but ops.
         compile_s: seconds of the first call, where it compiles, with cold caches.
-        bytes_needed: bytes that the mathematics has to move, for ops.
+        bytes_needed: bytes that the mathematics has to move, where no convolution moves more.
         gbps: those bytes over the median time; None where they are 0.
         copy_gbps: bandwidth of a large copy, measured in the same process.
         pct_copy: gbps as a percentage of it; over 100 where the tensors stay in a cache.
@@ -41,6 +41,7 @@ class Result:
         launches: kernels, copies and fills of one call, on a GPU.
         peak_mb: most memory in MiB that one call holds, on a GPU.
         saved_mb: MiB that the forward pass keeps for the backward pass.
+        saved_own_mb: those without the inputs, which the caller may hold anyway.
         accuracy: share of held-out images named rightly, for the workload.
         out_err: largest error of the output over its largest value, against float64.
         out_err_bound: what it was allowed to be.
@@ -65,6 +66,7 @@ class Result:
     launches: int | None = None
     peak_mb: float | None = None
     saved_mb: float | None = None
+    saved_own_mb: float | None = None
     accuracy: float | None = None
     out_err: float | None = None
     out_err_bound: float | None = None

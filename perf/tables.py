@@ -4,7 +4,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from perf.cases import LEVELS
-from perf.providers import BASELINE
+from perf.providers import BASELINE, BEFORE
 from perf.schema import CASE_COLUMNS
 
 _COLUMNS = {
@@ -19,6 +19,17 @@ _COLUMNS = {
 }
 
 
+_PAIR_COLUMNS = {
+    "case": "left",
+    "before, after": "left",
+    "ms before (p20 to p80)": "right",
+    "ms after (p20 to p80)": "right",
+    "ratio": "right",
+    "saved MiB": "right",
+    "without inputs": "right",
+}
+
+
 def table(frame: pd.DataFrame, style: str = "simple") -> str:
     """Returns the measured rows of ``frame`` as a table in one of tabulate's styles.
 
@@ -30,6 +41,22 @@ def table(frame: pd.DataFrame, style: str = "simple") -> str:
         list(_COLUMNS),
         tablefmt=style,
         colalign=list(_COLUMNS.values()),
+        disable_numparse=True,
+    )
+
+
+def pairs(frame: pd.DataFrame, style: str = "simple") -> str:
+    """Returns a line for each measured provider of ours and the plain module called likewise.
+
+    ``ratio`` is before over after. Memory is what is kept for the backward pass, in MiB, with the
+    inputs and without them.
+    """
+    lines = [line for _, case in by_case(frame[frame.status == "ok"]) for line in _pairs(case)]
+    return tabulate(
+        lines,
+        list(_PAIR_COLUMNS),
+        tablefmt=style,
+        colalign=list(_PAIR_COLUMNS.values()),
         disable_numparse=True,
     )
 
@@ -86,6 +113,35 @@ def _lines(case: pd.DataFrame) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def _pairs(case: pd.DataFrame) -> list[list[str]]:
+    rows = {str(row.provider): row for _, row in case.iterrows()}
+    lines: list[list[str]] = []
+    for name, counterpart in BEFORE.items():
+        if name not in rows or counterpart not in rows:
+            continue
+        before, after = rows[counterpart], rows[name]
+        lines.append(
+            [
+                case_label(after) if not lines else "",
+                f"{counterpart}, {name}",
+                *(
+                    f"{_number(row.ms_p50)} ({_number(row.ms_p20)} to {_number(row.ms_p80)})"
+                    for row in (before, after)
+                ),
+                f"{before.ms_p50 / after.ms_p50:.2f}",
+                *(
+                    _change(before[column], after[column])
+                    for column in ("saved_mb", "saved_own_mb")
+                ),
+            ]
+        )
+    return lines
+
+
+def _change(before: float, after: float) -> str:
+    return "" if pd.isna(before) or pd.isna(after) else f"{before:.1f} to {after:.1f}"
 
 
 def _note(row: pd.Series) -> str:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import sknet_triton as skt
 from perf.bytes import counted_bytes
-from perf.measure import MEBI, saved_mb
+from perf.measure import MEBI, saved
 from perf.workloads import SKFuseSelect
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -102,9 +102,9 @@ def _figures(plan: _Plan, xs: list[Tensor]) -> tuple[float, float, float]:
 
     training = plan.count(module.train(), train)
     run = torch.compile(module) if plan.compiled else module
-    saved = saved_mb(lambda: run(*xs), module) * MEBI
+    kept = saved(lambda: run(*xs), module, xs).mb * MEBI
     inference = plan.count(module.eval(), infer)
-    return training / one_pass, inference / one_pass, saved / one_pass
+    return training / one_pass, inference / one_pass, kept / one_pass
 
 
 def _eager_bytes(module: nn.Module, run: Run) -> int:

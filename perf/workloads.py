@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sknet_triton as skt
-from perf import baseline, competitors, digits
+from perf import baseline, competitors, digits, families
 from perf.cases import DIGITS_RESOLUTION, Case
 
 Call = Callable[..., Tensor]
@@ -104,6 +104,7 @@ class Workload:
         input_grads: whether the backward pass goes down to the inputs.
         passes: branch tensors that the mathematics reads or writes, in the case's mode; None where
             convolutions move more than the stages do.
+        batch_norm: whether training takes statistics of one vector an image, as fc1's norm does.
     """
 
     ours: Callable[[Case], nn.Module]
@@ -111,6 +112,7 @@ class Workload:
     inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]]
     input_grads: bool
     passes: Callable[[Case], int] | None = None
+    batch_norm: bool = True
 
 
 def _branches(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -127,6 +129,16 @@ def _image(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
 
 def _unit_input(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
     return (_normal(generator, case.B, 2 * case.C, case.H, case.W),)
+
+
+def _features(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Draws one map with a mean in each channel, as a network has: else pooling leaves nothing."""
+    means = _normal(generator, case.C, 1, 1)
+    return (_normal(generator, case.B, case.C, case.H, case.W) + means,)
+
+
+def _feature_branches(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return tuple(_features(case, generator)[0] for _ in range(case.M))
 
 
 def _digit_images(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -160,9 +172,32 @@ def _fuse_select_passes(case: Case) -> int:
     return {"infer": 2 * case.M + 1, "train": forward + backward, "bwd": backward}[case.mode]
 
 
+# Reading the branches to fuse and to select, and writing one. The backward pass reads dout and the
+# branches for dlogits, then dout again, and writes M gradients.
+def _fusion_passes(case: Case) -> int:
+    forward, backward = 2 * case.M + 1, 2 * case.M + 2
+    return {"infer": forward, "train": forward + backward, "bwd": backward}[case.mode]
+
+
 def _plain_fuse_select(ours: nn.Module) -> nn.Module:
     assert isinstance(ours, SKFuseSelect)
     return ours.plain()
+
+
+def _family(
+    inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]] = _features,
+    passes: Callable[[Case], int] | None = None,
+    batch_norm: bool = True,
+) -> Workload:
+    """Returns the workload of a module of another package: before and after `accelerate`."""
+    return Workload(
+        ours=families.accelerated,
+        plain=families.original,
+        inputs=inputs,
+        input_grads=True,
+        passes=passes,
+        batch_norm=batch_norm,
+    )
 
 
 WORKLOADS = {
@@ -172,6 +207,7 @@ WORKLOADS = {
         inputs=_branches,
         input_grads=True,
         passes=_fuse_passes,
+        batch_norm=False,
     ),
     "sk_select": Workload(
         ours=lambda case: SKSelect(),
@@ -179,6 +215,7 @@ WORKLOADS = {
         inputs=_logits_and_branches,
         input_grads=True,
         passes=_select_passes,
+        batch_norm=False,
     ),
     "sk_fuse_select": Workload(
         ours=lambda case: SKFuseSelect(case.C, case.M),
@@ -199,6 +236,15 @@ WORKLOADS = {
         inputs=_unit_input,
         input_grads=True,
     ),
+    "timm_selective_kernel": _family(),
+    "port_sk_conv": _family(),
+    "pytorchcv_sk_conv": _family(),
+    "resnest_split_attention": _family(),
+    "simclr_sk_conv": _family(),
+    "cycle_mlp": _family(batch_norm=False),
+    "vision_permutator": _family(batch_norm=False),
+    "mirnet_skff": _family(_feature_branches, _fusion_passes, batch_norm=False),
+    "dehazeformer_sk_fusion": _family(_feature_branches, _fusion_passes, batch_norm=False),
     "sknet26": Workload(
         ours=lambda case: skt.sknet26(M=case.M),
         plain=baseline.with_plain_convs,
@@ -232,15 +278,15 @@ def unsupported(case: Case, device: torch.device) -> str | None:
         return "tf32 needs an NVIDIA GPU"
     if case.dtype == "autocast" and case.level == "op":
         return "autocast concerns layers: an op sees the dtype that its caller chose"
-    if case.mode == "bwd" and case.level not in ("op", "layer"):
-        return "the backward pass alone is measured for ops and layers"
-    if case.differentiates and case.workload not in ("sk_fuse", "sk_select") and case.B == 1:
+    if case.mode == "bwd" and case.level not in ("op", "layer", "family"):
+        return "the backward pass alone is measured for ops, layers and families"
+    if case.differentiates and WORKLOADS[case.workload].batch_norm and case.B == 1:
         return "training needs a batch of at least 2, for the batch norm of fc1"
     if case.level == "workload" and (case.mode, case.dtype) != ("train", "fp32"):
         return "the digits are trained, in fp32"
     if case.level == "workload" and importlib.util.find_spec("sklearn") is None:
         return "scikit-learn is not installed"
-    return None
+    return families.unsupported(case) if case.level == "family" else None
 
 
 def parameters(case: Case, source: Source, seed: int) -> nn.Module:
@@ -297,7 +343,7 @@ def precision(case: Case, device: torch.device) -> AbstractContextManager[object
 
 
 def bytes_needed(case: Case) -> int | None:
-    """Returns the bytes that the mathematics of ``case`` has to move, where it is an op."""
+    """Returns the bytes that the mathematics of ``case`` has to move, where it has passes."""
     passes = WORKLOADS[case.workload].passes
     if passes is None:
         return None

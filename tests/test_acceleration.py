@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import sknet_triton as skt
+from perf import peers
 from sknet_triton import Backend, use_backend
 from sknet_triton.acceleration import check, families, unregister_family
 from sknet_triton.acceleration.swap import Accelerated
-from tests import peer_modules as peers
 from tests.plain_sknet import scramble
 
 # float64: a softmax, a few sums of at most 400 products and two batch norms, in another order.
@@ -41,9 +41,10 @@ class Peer:
 
 
 PEERS = {
-    "timm": Peer(lambda: peers.SelectiveKernel(8, 4), "timm SelectiveKernel"),
+    "timm": Peer(lambda: peers.SelectiveKernel(8, 4, groups=2), "timm SelectiveKernel"),
     "timm split stride": Peer(
-        lambda: peers.SelectiveKernel(8, 6, stride=2, split=True), "timm SelectiveKernel"
+        lambda: peers.SelectiveKernel(8, 6, stride=2, groups=2, split=True, width=5),
+        "timm SelectiveKernel",
     ),
     "timm SplitAttn": Peer(lambda: peers.SplitAttn(8, 4), "ResNeSt split attention"),
     "timm SplitAttn 4, 2": Peer(
@@ -53,11 +54,11 @@ PEERS = {
         lambda: peers.SplitAttn(8, 4, radix=1, groups=2), "ResNeSt split attention, radix 1"
     ),
     "SplAtConv2d": Peer(lambda: peers.SplitAttn(8, 4, one_relu=True), "ResNeSt split attention"),
-    "port": Peer(lambda: peers.SKConv(8, 4), "SKConv of the common ports"),
-    "port M3": Peer(lambda: peers.SKConv(8, 4, M=3), "SKConv of the common ports"),
+    "port": Peer(lambda: peers.SKConv(8, 4, groups=2), "SKConv of the common ports"),
+    "port M3": Peer(lambda: peers.SKConv(8, 4, M=3, width=6), "SKConv of the common ports"),
     "port heads": Peer(lambda: peers.SKConvHeads(8, 4), "SKConv of the common ports"),
     "port linear": Peer(lambda: peers.SKConvHeads(8, 4, linear=True), "SKConv of the common ports"),
-    "pytorchcv": Peer(lambda: peers.SKConvBlock(8, 4), "SKConv of the common ports"),
+    "pytorchcv": Peer(lambda: peers.SKConvBlock(8, 4, groups=2), "SKConv of the common ports"),
     "SKFF v1": Peer(lambda: peers.SKFF(8), "MIRNet SKFF", count=3),
     "SKFF v2": Peer(lambda: peers.SKFF(8, 2, leaky=True), "MIRNet SKFF", count=2),
     "SKFusion": Peer(lambda: peers.SKFusion(8), "DehazeFormer SKFusion", count=2),
@@ -274,6 +275,13 @@ class SKAttention(Unknown):
     pass
 
 
+class SKConvWithSigmoid(peers.SKConv):
+    """A decoy: the same structure, and a sigmoid before the softmax."""
+
+    def attention(self, wide: Tensor) -> Tensor:
+        return super().attention(wide.sigmoid())
+
+
 class TwoOutputs(peers.SKConv):
     def forward(self, x: Tensor) -> Any:
         out = super().forward(x)
@@ -287,7 +295,7 @@ def replaced() -> nn.Module:
 
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "sigmoid first": (lambda: peers.SKConvWithSigmoid(8, 4), "computes something else"),
+    "sigmoid first": (lambda: SKConvWithSigmoid(8, 4), "computes something else"),
     "unknown": (SKAttention, "no known family has its structure"),
     "replaced": (replaced, "its forward was replaced on the instance"),
     "two outputs": (lambda: TwoOutputs(8, 4), "returns a tuple"),
@@ -314,7 +322,7 @@ def test_other_modules_are_not_mentioned() -> None:
 
 def test_the_report_of_a_network() -> None:
     model = nn.Sequential(
-        peers.SelectiveKernel(8, 8), nn.ReLU(), peers.SKConvWithSigmoid(8, 4), Unknown()
+        peers.SelectiveKernel(8, 8), nn.ReLU(), SKConvWithSigmoid(8, 4), Unknown()
     )
     report = skt.accelerate(model)
     assert report.paths("accelerated") == ["0"]

@@ -25,10 +25,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sknet_triton as skt
+from perf import peers
 from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, use_backend
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.backend import Backend
-from tests import peer_modules as peers
 from tests.helpers import is_plain
 from tests.plain_sknet import largest_error, scramble
 from tests.processes import WORLD, in_two_processes, needs_gloo

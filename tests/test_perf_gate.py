@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perf import baseline, contest, measure, workloads
+from perf import baseline, contest, gate, measure, workloads
 from perf.cases import Case, make_case
 from perf.contest import Conditions
 from perf.providers import PROVIDERS
@@ -122,6 +122,28 @@ def test_right_output_with_wrong_gradient_is_unverified(
     result = contest.measure_case(small("sk_select", "train"), (REFERENCE,), CONDITIONS)
     assert result["reference"].status == "unverified"
     assert "gradient off by" in result["reference"].reason
+
+
+def test_a_gradient_that_is_zero_is_measured_by_the_largest() -> None:
+    exact = {"weight": torch.tensor([3.0, 4.0]), "bias": torch.tensor([1e-16])}
+    rounding = {"weight": exact["weight"], "bias": torch.tensor([1e-6])}
+    errors = gate.gradient_errors(rounding, exact)
+    assert errors == pytest.approx({"weight": 0.0, "bias": 2e-7})
+    fault = {"weight": exact["weight"], "bias": torch.tensor([0.05])}
+    assert gate.gradient_errors(fault, exact)["bias"] == pytest.approx(1e-2)
+    small = {"weight": torch.tensor([1e6]), "bias": torch.tensor([1e-3])}
+    halved = {"weight": small["weight"], "bias": small["bias"] / 2}
+    assert gate.gradient_errors(halved, small)["bias"] == pytest.approx(0.5)
+    nothing = {"weight": torch.zeros(1)}
+    assert gate.gradient_errors(nothing, nothing) == {"weight": 0.0}
+
+
+def test_a_bias_before_a_batch_norm_does_not_widen_the_bounds() -> None:
+    case = small("resnest_split_attention", "train")
+    result = contest.measure_case(case, (EAGER,), CONDITIONS)["eager"]
+    assert result.status == "ok"
+    assert result.grad_err_bound is not None
+    assert result.grad_err_bound < 0.2
 
 
 def test_failing_provider_is_a_row_with_one_line_of_reason(

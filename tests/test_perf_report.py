@@ -11,6 +11,7 @@ import torch
 
 from perf import env, schema, tables
 from perf.cases import Case, make_case
+from perf.providers import BEFORE
 from perf.schema import COLUMNS, Result, Row, SchemaError
 from perf.store import open_store
 
@@ -119,3 +120,35 @@ def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> 
     reference = next(line for line in text.splitlines() if "reference" in line)
     assert reference.split() == ["reference", "2", "1.9", "to", "2.1", "2"]
     assert tables.not_measured(frame) == ["unsupported: triton (2 rows): no GPU"]
+
+
+def test_pairs_are_of_providers_that_are_called_alike(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    open_store(path, resume=False).append(
+        [
+            row("eager", ms_p50=4.0, ms_p20=3.0, ms_p80=5.0, saved_mb=8.0, saved_own_mb=6.0),
+            row("reference", ms_p50=2.0, ms_p20=1.5, ms_p80=2.5, saved_mb=4.0, saved_own_mb=2.0),
+            row("reference+compile", ms_p50=1.0),
+            row("compile", status="unverified", reason="output off", ms_p50=None),
+        ]
+    )
+    lines = tables.pairs(schema.read(path), style="tsv").splitlines()
+    assert [cell.strip() for cell in lines[1].split("\t")] == [
+        CASE.label,
+        "eager, reference",
+        "4 (3 to 5)",
+        "2 (1.5 to 2.5)",
+        "2.00",
+        "8.0 to 4.0",
+        "6.0 to 2.0",
+    ]
+    assert len(lines) == 2
+
+
+def test_every_provider_of_ours_but_a_graph_has_a_plain_counterpart() -> None:
+    assert BEFORE == {
+        "reference": "eager",
+        "triton": "eager",
+        "reference+compile": "compile",
+        "triton+compile": "compile",
+    }

@@ -94,6 +94,8 @@ def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Pat
         (["--resolution", "many"], "'many' is neither"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["--provider", "magic"], "invalid choice: 'magic'"),
+        (["--workload", "mirnet_skff"], "the preset quick has no mirnet_skff cases"),
+        (["--level", "op", "--workload", "sk_conv"], "the preset quick has no sk_conv cases"),
         (["--budget", "-1"], "'-1' is not a positive number of seconds"),
         (["--preset", "full", "--level", "op", "--out", "nowhere/a.csv"], "is no directory"),
     ],
@@ -177,6 +179,15 @@ def test_flags_replace_an_axis_of_the_preset(instant: list[Case], tmp_path: Path
     assert {case.level for case in instant} == {"layer", "model"}
     assert {case.B for case in instant} == {2, 4, 6}
     assert {case.dtype for case in instant} == {"bf16", "fp32"}
+
+
+def test_a_workload_is_picked_from_the_preset(instant: list[Case], tmp_path: Path) -> None:
+    chosen = ["--preset", "family", "--workload", "mirnet_skff", "cycle_mlp", "--mode", "train"]
+    assert main(["run", *chosen, "--out", str(tmp_path / "a.csv")]) == 0
+    assert {case.workload for case in instant} == {"mirnet_skff", "cycle_mlp"}
+    assert {case.level for case in instant} == {"family"}
+    assert {case.layout for case in instant} == {"nchw", "channels_last"}
+    assert {case.resolution for case in instant} == {128, 224}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,8 +1,10 @@
 """Measure: a sweep over cases and providers, written to one CSV and shown as a table.
 
-Without arguments it runs the preset quick. --level picks from the preset; every other choice
-replaces the preset's own values, in every case that has such a value. A range START:STOP:STEP
-includes STOP. Under torchrun the cases are shared out over the processes.
+Without arguments it runs the preset quick. The preset family has the modules of other packages
+before (eager, compile) and after accelerate (reference, triton and theirs under compile). --level
+and --workload pick from the preset; every other choice replaces the preset's own values, in every
+case that has such a value. A range START:STOP:STEP includes STOP. Under torchrun the cases are
+shared out over the processes.
 """
 
 import argparse
@@ -32,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="quick", help="cases to start from (default: quick)")
     add("--level", nargs="+", choices=cases.LEVELS, help="keep only these levels of the preset")
+    add(
+        "--workload",
+        nargs="+",
+        choices=cases.LEVEL_OF,
+        metavar="NAME",
+        help=f"keep only these workloads of the preset: {', '.join(cases.LEVEL_OF)}",
+    )
     add("--batch", nargs="+", type=sizes, metavar="N", help="batch sizes, or START:STOP:STEP")
     add("--resolution", nargs="+", type=sizes, metavar="N", help="image sizes, or START:STOP:STEP")
     add("--stage", nargs="+", type=int, choices=cases.STAGES, help="SKNet stages (op and layer)")
@@ -42,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         nargs="+",
         choices=cases.MODES,
-        help="infer: forward; train: forward and backward; bwd: backward alone, of ops and layers",
+        help="infer: forward; train: forward and backward; bwd: backward alone, not of models",
     )
     add("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
     add("--out", type=Path, metavar="FILE.csv", help="default: named after preset and machine")
@@ -96,13 +105,24 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
     """Returns the grids of the chosen levels with the axes that the command line gives.
 
     Raises:
-        UsageError: no grid of the preset has a chosen level.
+        UsageError: no grid of the preset has a chosen level, or a chosen workload.
     """
-    levels = args.level or cases.LEVELS
-    kept = [grid for grid in grids if grid.level in levels]
-    missing = [level for level in args.level or () if level not in {g.level for g in kept}]
-    if missing:
-        raise UsageError(f"--level: the preset {args.preset} has no {', '.join(missing)} cases")
+    levels, workloads = args.level or cases.LEVELS, args.workload or tuple(cases.LEVEL_OF)
+    of_level = [grid for grid in grids if grid.level in levels]
+    kept = [
+        replace(grid, workloads=names)
+        for grid in of_level
+        if (names := tuple(name for name in grid.workloads if name in workloads))
+    ]
+    for option, chosen, present in (
+        ("--level", args.level, {grid.level for grid in of_level}),
+        ("--workload", args.workload, {name for grid in kept for name in grid.workloads}),
+    ):
+        missing = [name for name in chosen or () if name not in present]
+        if missing:
+            raise UsageError(
+                f"{option}: the preset {args.preset} has no {', '.join(missing)} cases"
+            )
     given = {
         "batches": _flat(args.batch),
         "resolutions": _flat(args.resolution),
@@ -118,8 +138,8 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
 
 
 def default_name(args: argparse.Namespace, device: torch.device) -> str:
-    """Returns a file name that says what was measured where: preset, levels, device, torch."""
-    what = "-".join((args.preset, *(args.level or ())))
+    """Returns a file name that says what was measured where: what was chosen, device, torch."""
+    what = "-".join((args.preset, *(args.level or ()), *(args.workload or ())))
     where = re.sub(r"\W+", "-", env.gpu_name(device).lower()) or "cpu"
     return f"perf-{what}-{where}-torch{torch.__version__.partition('+')[0]}.csv"
 

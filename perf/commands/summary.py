@@ -1,4 +1,8 @@
-"""Print a report as Markdown, for a README."""
+"""Print a report as Markdown, for a README.
+
+With --pairs every provider of this package stands beside the plain module that was called the same
+way in the same run: time, ratio, and what is kept for the backward pass.
+"""
 
 import argparse
 from pathlib import Path
@@ -12,13 +16,15 @@ from perf.commands.files import read_report
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the report."""
     parser.add_argument("report", type=Path, metavar="FILE.csv")
+    parser.add_argument("--pairs", action="store_true", help="before and after, side by side")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints the environment, the table, and what was not measured and why."""
     frame = read_report(args.report)
     print(f"{_environment(frame)}\n")
-    print(tables.table(frame, style="github"))
+    show = tables.pairs if args.pairs else tables.table
+    print(show(frame, style="github"))
     for line in tables.not_measured(frame):
         print(f"\n{line}")
     return 0

@@ -72,7 +72,7 @@ def plain(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -
     found = tuple(block for block in branches if block is not None)
     if fc1 is None or len(found) < len(branches):
         return None
-    if not (_is_linear(fc1.conv) and _is_linear(fc2)):
+    if not (is_linear(fc1.conv) and is_linear(fc2)):
         return None
     section = Section(found, fc1, fc2)
     return None if _any_hook(section) or not _agree(section) else section
@@ -99,7 +99,8 @@ def run(section: Section, maps: Sequence[Tensor]) -> Tensor:
     return result.out
 
 
-def _is_linear(conv: nn.Module) -> bool:
+def is_linear(conv: nn.Module) -> bool:
+    """Tells whether ``conv`` is a plain 1x1 convolution: a matrix product at every position."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (1, 1)

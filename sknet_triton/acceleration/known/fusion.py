@@ -15,7 +15,7 @@ from sknet_triton.acceleration.known.structure import (
     first_conv,
     has,
     images,
-    unpooled,
+    through_rows,
 )
 
 
@@ -33,8 +33,8 @@ def _is_skff(module: nn.Module) -> bool:
 
 
 def _skff_logits(module: Any, pooled: Tensor) -> Tensor:
-    z = module.conv_du(unpooled(pooled))
-    return torch.stack([head(z).flatten(1) for head in module.fcs], 1)
+    z = through_rows(module.conv_du, pooled)
+    return torch.stack([through_rows([head], z) for head in module.fcs], 1)
 
 
 def _is_sk_fusion(module: nn.Module) -> bool:
@@ -43,7 +43,7 @@ def _is_sk_fusion(module: nn.Module) -> bool:
 
 def _sk_fusion_logits(module: Any, pooled: Tensor) -> Tensor:
     # gUNet's mlp begins with the pooling, which leaves one position as it is.
-    return branch_major(module.mlp(unpooled(pooled)), module.height)
+    return branch_major(through_rows(module.mlp, pooled), module.height)
 
 
 MIRNET_SKFF = Family(

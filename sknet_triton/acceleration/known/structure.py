@@ -1,11 +1,13 @@
 """Reading the structure of a module: its children by name, and blocks of conv, norm and ReLU."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sknet_triton.layers import section
 from sknet_triton.layers.section import NORMS, Block
 
 # What an example is made of: a batch that batch norms can take, and sides that are not alike.
@@ -58,6 +60,20 @@ def unpooled(pooled: Tensor) -> Tensor:
 def branch_major(wide: Tensor, M: int) -> Tensor:
     """Views logits [B, M * C, ...] of one position as [B, M, C]."""
     return wide.reshape(wide.shape[0], M, -1)
+
+
+def through_rows(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Calls modules on rows [B, C], seen as maps of one position, one after the other.
+
+    A plain 1x1 convolution is carried out as the matrix product that it is: as a convolution it
+    makes Inductor copy the maps around it into channels_last.
+    """
+    for module in modules:
+        if isinstance(module, nn.Conv2d) and section.is_linear(module):
+            x = F.linear(x, module.weight.flatten(1), module.bias)
+        else:
+            x = module(unpooled(x)).flatten(1)
+    return x
 
 
 def through(modules: Sequence[Any], x: Tensor) -> Tensor:

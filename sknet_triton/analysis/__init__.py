@@ -1,0 +1,25 @@
+"""How selective-kernel units choose among their branches (Li et al. 2019, figures 3 and 4).
+
+``python -m sknet_triton.analysis digits`` and ``photos`` run the worked examples.
+"""
+
+from sknet_triton.analysis.enlarge import enlarge
+from sknet_triton.analysis.figures import plot_classes, plot_units, save_figure
+from sknet_triton.analysis.record import SCALES, record_attention, record_sizes
+from sknet_triton.analysis.table import over_classes, read_csv, write_csv
+from sknet_triton.analysis.units import Unit, sk_units
+
+__all__ = [
+    "SCALES",
+    "Unit",
+    "enlarge",
+    "over_classes",
+    "plot_classes",
+    "plot_units",
+    "read_csv",
+    "record_attention",
+    "record_sizes",
+    "save_figure",
+    "sk_units",
+    "write_csv",
+]

@@ -1,0 +1,1 @@
+"""Worked examples on real images that a package ships: one module each, run by seed."""

@@ -1,0 +1,864 @@
+"""The recorded attention: right by hand, on every backend and wrapper, and without a trace."""
+
+import gc
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pandas.testing import assert_frame_equal
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import sknet_triton as skt
+from perf.peers import SelectiveKernel, SKConvBlock, SKFusion, SplitAttn
+from sknet_triton import Backend, analysis, use_backend
+from sknet_triton.analysis import __main__ as cli
+from sknet_triton.analysis.examples import digits, photos
+from tests.plain_sknet import scramble
+from tests.processes import needs_gloo
+
+REPORTS = Path(__file__).parent.parent / "perf/reports"
+PNG = b"\x89PNG\r\n"
+
+# Weights lie in [0, 1]: logits of float64 through two batch norms and sums of at most 300 products
+# in another order are off by some hundred eps.
+EXACT = 1e-12
+
+
+def by_hand() -> skt.SKConv:
+    """An SKConv whose weights follow from the brightness v of a constant image.
+
+    Each branch copies its input. fc1 gives 2v, the sum of the branches, once; fc2 gives the
+    dilated branch log(3) / 2 times it in the first four of eight channels: 3 ** v : 1 there.
+    """
+    sk = skt.SKConv(8, 8, G=8).double()
+    with torch.no_grad():
+        for parameter in sk.parameters():
+            if parameter.dim() > 1:
+                parameter.zero_()
+        for module in sk.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = 0.0
+        for branch in sk.branches:
+            branch.get_parameter("conv.weight")[:, 0, 1, 1] = 1
+        sk.fc1.get_parameter("conv.weight")[0, 0] = 1
+        sk.fc2.weight[8:12, 0] = math.log(3) / 2
+    return sk
+
+
+def bright(*values: float, side: int = 4) -> Tensor:
+    """Constant images [B, 8, side, side] of each brightness."""
+    images = torch.tensor(values, dtype=torch.float64)[:, None, None, None]
+    return images.expand(-1, 8, side, side)
+
+
+def dilated_weight(v: float) -> float:
+    """The mean over channels: half of them share 3 ** v : 1, half are at 1 / 2."""
+    return (3**v / (1 + 3**v) + 1 / 2) / 2
+
+
+def small_net() -> skt.SKNet:
+    """Two stages of two units and one, with weights far from 1 / M."""
+    net = skt.SKNet(
+        (skt.StageSpec(8, 2, 1), skt.StageSpec(16, 1)),
+        num_classes=3,
+        in_chans=1,
+        unit_options={"G": 2, "L": 8},
+    )
+    return cast(skt.SKNet, scramble(net).double())
+
+
+def images_of(count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 1, 32, 32, generator=generator, dtype=torch.float64)
+
+
+def rows_of(table: pd.DataFrame) -> list[Any]:
+    """The rows; pandas leaves open what is in them."""
+    return list(table.itertuples())
+
+
+def values_of(table: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return table.filter(regex="weight_|difference|change").to_numpy(dtype=np.float64)
+
+
+def assert_same_table(actual: pd.DataFrame, expected: pd.DataFrame, error: float = EXACT) -> None:
+    names = [c for c in expected if not str(c).startswith(("weight_", "difference", "change"))]
+    assert_frame_equal(actual[names], expected[names])
+    assert np.abs(values_of(actual) - values_of(expected)).max() <= error
+
+
+# What is recorded
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_weights_are_those_worked_out_by_hand(backend: Backend) -> None:
+    loader = [(bright(1, 2), [7, 3]), (bright(0), [7])]
+    with use_backend(backend):
+        table = analysis.record_attention(nn.Sequential(by_hand()), loader)
+    assert list(table.columns) == [
+        *("path", "stage", "index", "label", "images", "difference", "weight_0", "weight_1")
+    ]
+    assert table.path.tolist() == ["0", "0"]
+    assert table.label.tolist() == [3, 7]
+    assert table.images.tolist() == [1, 2]
+    expected = [dilated_weight(2), (dilated_weight(1) + dilated_weight(0)) / 2]
+    assert expected == pytest.approx([0.7, 0.5625])
+    assert table.weight_1.tolist() == pytest.approx(expected, abs=EXACT)
+    assert table.weight_0.tolist() == pytest.approx([1 - x for x in expected], abs=EXACT)
+    assert table.difference.tolist() == pytest.approx([2 * x - 1 for x in expected], abs=EXACT)
+
+
+def test_backends_agree_on_a_network() -> None:
+    net = small_net()
+    loader = [(images_of(2), torch.tensor([0, 1]))]
+    tables = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            tables.append(analysis.record_attention(net, loader))
+    # The hand of the test: the units differ from 1 / M and from one another.
+    assert tables[0].difference.abs().min() > 1e-4
+    assert tables[0].difference.nunique() == len(tables[0]) == 6
+    assert_same_table(tables[1], tables[0])
+
+
+def test_unequal_batches_give_the_mean_of_one() -> None:
+    net, images, labels = small_net(), images_of(7), torch.tensor([0, 1, 0, 2, 1, 0, 0])
+    whole = analysis.record_attention(net, [(images, labels)])
+    parts = [(images[:4], labels[:4]), (images[4:5], labels[4:5]), (images[5:], labels[5:])]
+    assert_same_table(analysis.record_attention(net, parts), whole)
+
+
+def test_classes_are_told_apart() -> None:
+    net, images, labels = small_net(), images_of(6), [5, 0, 5, 9, 0, 5]
+    table = analysis.record_attention(net, [(images, labels)])
+    assert table.label.tolist() == 3 * [0, 5, 9]
+    assert table.images.tolist() == 3 * [2, 3, 1]
+    for label in (0, 5, 9):
+        alone = images[torch.tensor(labels) == label]
+        only = analysis.record_attention(net, [(alone, [label] * len(alone))])
+        assert_same_table(table[table.label == label].reset_index(drop=True), only)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.tensor([4, 6]), [4, 6], (4, 6), np.array([4, 6])],
+    ids=["tensor", "list", "tuple", "array"],
+)
+def test_labels_come_as_tensor_array_or_sequence(labels: Any) -> None:
+    table = analysis.record_attention(by_hand(), [[bright(1, 2), labels]])
+    assert table.label.tolist() == [4, 6]
+    assert table.weight_1.tolist() == pytest.approx([dilated_weight(1), dilated_weight(2)])
+
+
+@pytest.mark.parametrize("batch", [bright(1, 2), (bright(1, 2),), [bright(1, 2), None]])
+def test_without_labels_there_is_one_class_that_is_missing(batch: Any) -> None:
+    table = analysis.record_attention(by_hand(), [batch])
+    assert table.label.isna().tolist() == [True]
+    assert table.images.tolist() == [2]
+    assert table.weight_1.tolist() == pytest.approx([(dilated_weight(1) + dilated_weight(2)) / 2])
+
+
+def test_units_are_numbered_by_stage() -> None:
+    units = analysis.sk_units(small_net())
+    assert [(u.path, u.stage, u.index) for u in units] == [
+        ("stages.0.0.sk", 1, 1),
+        ("stages.0.1.sk", 1, 2),
+        ("stages.1.0.sk", 2, 1),
+    ]
+    block = nn.ModuleDict({"conv2": by_hand()})
+    other = nn.ModuleDict({"layer1": nn.ModuleList([block]), "last": by_hand(), "end": by_hand()})
+    assert [(u.path, u.stage, u.index) for u in analysis.sk_units(other)] == [
+        ("layer1.0.conv2", 1, 1),
+        ("last", 2, 1),
+        ("end", 2, 2),
+    ]
+
+
+def test_a_unit_of_three_branches_beside_one_of_two() -> None:
+    net = nn.Sequential(by_hand(), skt.SKConv(8, 8, M=3, G=8).double())
+    two, three = rows_of(analysis.record_attention(net, [bright(1)]))
+    assert math.isnan(two.weight_2)
+    weights = [three.weight_0, three.weight_1, three.weight_2]
+    assert sum(weights) == pytest.approx(1)
+    assert three.difference == weights[2] - weights[0]
+    assert abs(three.difference) > 1e-6
+
+
+def test_a_unit_that_is_not_called_has_no_row_and_one_called_twice_counts_twice() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = by_hand(), by_hand()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.used(x)
+            return cast(Tensor, self.used(2 * x))
+
+    (row,) = rows_of(analysis.record_attention(Net(), [bright(1, 1)]))
+    assert (row.path, row.images) == ("used", 4)
+    assert row.weight_1 == pytest.approx((dilated_weight(1) + dilated_weight(2)) / 2)
+
+
+def test_memory_does_not_grow_with_the_data() -> None:
+    alive = []
+
+    def loader() -> Iterator[tuple[Tensor, list[int]]]:
+        for _ in range(4):
+            gc.collect()
+            alive.append(sum(type(x) is Tensor for x in gc.get_objects()))
+            yield bright(1, 2), [0, 1]
+
+    analysis.record_sizes(by_hand(), loader())
+    # The first batches have not yet made the sums.
+    assert alive[2] == alive[3]
+
+
+# Modules of other packages
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A module, and a child whose output holds the weights."""
+
+    build: Callable[[], nn.Module]
+    child: str
+    M: int = 2
+
+
+FOREIGN = {
+    "timm": Foreign(lambda: SelectiveKernel(8, 4), "attn"),
+    "timm split": Foreign(lambda: SelectiveKernel(8, 4, split=True), "attn"),
+    "SplitAttn": Foreign(lambda: SplitAttn(8, 4, radix=4, groups=2), "rsoftmax", 4),
+    "SplitAttn 1": Foreign(lambda: SplitAttn(8, 4, radix=1), "rsoftmax", 1),
+}
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["own", "accelerated"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_modules_give_the_weights_that_they_compute(
+    name: str, backend: Backend, accelerated: bool
+) -> None:
+    foreign = FOREIGN[name]
+    module = scramble(foreign.build()).double().eval()
+    x = torch.randn(3, 8, 5, 4, dtype=torch.float64)
+    seen: list[Tensor] = []
+    handle = module.get_submodule(foreign.child).register_forward_hook(
+        lambda _, __, out: seen.append(out.detach().view(3, foreign.M, 4))
+    )
+    module(x)
+    handle.remove()
+    if accelerated:
+        assert skt.accelerate(module).paths("accelerated") == [""]
+    with use_backend(backend):
+        table = analysis.record_attention(module, [(x, [0, 1, 2])])
+    weights = table.filter(regex="weight_").to_numpy()
+    assert np.abs(weights - seen[0].mean(2).numpy()).max() <= EXACT
+    assert foreign.M == 1 or table.difference.abs().min() > 1e-4
+
+
+def test_a_swapped_module_called_by_keyword_is_recorded() -> None:
+    class Net(nn.Module):
+        def __init__(self, sk: nn.Module) -> None:
+            super().__init__()
+            self.sk = sk
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.sk(x=x))
+
+    net = Net(scramble(SKConvBlock(8, 4, groups=2)).double())
+    images = torch.randn(3, 8, 5, 4, dtype=torch.float64)
+    own = analysis.record_attention(net, [images])
+    skt.accelerate(net)
+    assert_same_table(analysis.record_attention(net, [images]), own)
+
+
+def test_fusion_of_given_branches_is_recorded() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fuse = SKFusion(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.fuse([x, -x]))
+
+    net = Net().double()
+    x = torch.randn(3, 8, 5, 4, dtype=torch.float64)
+    (row,) = rows_of(analysis.record_attention(net, [x]))
+    # The branches cancel, and the MLP has no bias: every logit is 0.
+    assert (row.path, row.weight_0, row.weight_1) == ("fuse", 0.5, 0.5)
+
+
+def test_a_module_that_computes_something_else_is_refused_with_the_reason() -> None:
+    class Sharper(SelectiveKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match=r"; 0: timm SelectiveKernel: it computes something else"):
+        analysis.record_attention(nn.Sequential(Sharper(8, 4)), [bright(1)])
+
+
+# Wrappers
+
+
+def test_a_compiled_model_is_recorded_and_keeps_its_graph() -> None:
+    net, x = small_net().eval(), images_of(3)
+    expected = analysis.record_attention(net, [x])
+    counter = CompileCounter()
+    compiled = cast(Any, torch.compile(net, backend=counter))
+    with torch.no_grad():
+        compiled(x)
+        graphs = counter.frame_count
+        assert graphs > 0
+        assert_same_table(analysis.record_attention(compiled, [x]), expected)
+        compiled(x)
+    assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("inside", ["in place", "a unit", "a unit, in place"])
+def test_a_model_compiled_otherwise_is_recorded(inside: str) -> None:
+    net, x = small_net().eval(), images_of(3)
+    expected = analysis.record_attention(net, [x])
+    counter = CompileCounter()
+    unit = cast(nn.Sequential, net.stages[0])
+    if inside == "in place":
+        net.compile(backend=counter)
+    elif inside == "a unit":
+        unit[0] = cast(Any, torch.compile(unit[0], backend=counter))
+    else:
+        unit[0].compile(backend=counter)
+    with torch.no_grad():
+        net(x)
+    assert counter.frame_count > 0
+    table = analysis.record_attention(net, [x])
+    table["path"] = table.path.str.replace("._orig_mod", "")
+    assert_same_table(table, expected)
+
+
+def test_a_data_parallel_model_is_recorded() -> None:
+    net, x = small_net(), images_of(3)
+    wrapped = cast(Any, torch.compile(nn.DataParallel(net), backend=CompileCounter()))
+    assert_same_table(analysis.record_attention(wrapped, [x]), analysis.record_attention(net, [x]))
+
+
+@needs_gloo
+def test_a_distributed_model_is_recorded_without_a_word_to_the_others(tmp_path: Path) -> None:
+    net, x = small_net(), images_of(3)
+    expected = analysis.record_attention(net, [x])
+    rendezvous = (tmp_path / "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        calls: list[Any] = []
+        wrapped.register_forward_pre_hook(lambda *args: calls.append(args))
+        assert_same_table(analysis.record_attention(wrapped, [x]), expected)
+        # Its forward sends the buffers round, and waits for processes that may have fewer images.
+        assert calls == []
+    finally:
+        dist.destroy_process_group()
+
+
+# What is left behind: nothing
+
+
+class Counting(nn.Module):
+    """Writes to a buffer and puts a new one in place, in evaluation too; may raise."""
+
+    def __init__(self, error: type[BaseException] | None) -> None:
+        super().__init__()
+        self.error = error
+        self.took_gradients: list[bool] = []
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("calls").add_(1)
+        self.last = x.mean()
+        self.took_gradients.append(x.requires_grad)
+        torch.rand(())
+        if self.error is not None:
+            raise self.error
+        return x
+
+
+def ends(images: Tensor, error: type[BaseException]) -> Iterator[Tensor]:
+    yield images
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("nowhere", None),
+        ("loader", RuntimeError),
+        ("loader", KeyboardInterrupt),
+        ("model", RuntimeError),
+        ("model", KeyboardInterrupt),
+    ],
+)
+def test_the_model_is_as_it_was(where: str, error: type[BaseException] | None) -> None:
+    net = nn.Sequential(small_net(), Counting(error if where == "model" else None))
+    net.train()
+    cast(Any, net[0]).stages[0].eval()
+    net[0](images_of(2)).sum().backward()
+    waiting = net[0](images_of(2)).sum()
+    counted = net[1].get_buffer("last")
+    modes = [m.training for m in net.modules()]
+    state = {name: x.clone() for name, x in net.state_dict().items()}
+    gradients = [cast(Tensor, p.grad).clone() for p in net.parameters()]
+    random = torch.get_rng_state()
+
+    loader: Iterable[Any] = [images_of(2, seed=1)]
+    if where == "loader" and error is not None:
+        loader = ends(images_of(2, seed=1), error)
+    with nullcontext() if error is None else pytest.raises(error):
+        analysis.record_sizes(net, loader)
+
+    assert [m.training for m in net.modules()] == modes
+    assert net[1].get_buffer("last") is counted
+    after = net.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], state[name]) for name in state)
+    for p, before in zip(net.parameters(), gradients, strict=True):
+        assert p.requires_grad
+        assert torch.equal(cast(Tensor, p.grad), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+    assert set(cast(Any, net[1]).took_gradients) == {False}
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs")
+    assert not any(getattr(m, name) for m in net.modules() for name in hooks)
+    # A graph that was there before still has its backward.
+    waiting.backward()
+
+
+def test_foreign_modules_keep_no_hook() -> None:
+    module = SelectiveKernel(8, 4)
+    with pytest.raises(RuntimeError):
+        analysis.record_attention(module, ends(bright(1).float(), RuntimeError))
+    assert not module._forward_pre_hooks
+    assert not module._forward_pre_hooks_with_kwargs
+
+
+def test_dropout_is_off_and_running_statistics_are_taken() -> None:
+    sk = by_hand().train()
+    net = nn.Sequential(nn.Dropout(0.5), sk)
+    table = analysis.record_attention(net, [bright(1)])
+    assert table.weight_1.tolist() == pytest.approx([dilated_weight(1)])
+
+
+# What is refused
+
+
+def test_a_model_without_a_unit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got Linear with none$"):
+        analysis.record_attention(nn.Linear(1, 1), [bright(1)])
+    with pytest.raises(ValueError, match=r"the model: SKConv\(aggregate='sum'\) has no weights"):
+        analysis.record_attention(skt.SKConv(32, 32, aggregate="sum"), [bright(1)])
+
+
+def test_a_model_that_calls_no_unit_is_refused() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sk = by_hand()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(ValueError, match="got Idle, which called none of its 1"):
+        analysis.record_attention(Idle(), [bright(1)])
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_something_that_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
+        analysis.record_attention(cast(Any, by_hand), [bright(1)])
+    traced = cast(Any, torch.jit).trace(nn.Identity(), torch.zeros(1))
+    with pytest.raises(TypeError, match="got a TorchScript module"):
+        analysis.record_attention(traced, [bright(1)])
+
+
+REFUSED_BATCHES = {
+    "a dict": ({"image": bright(1)}, TypeError, "got dict$"),
+    "three": ((bright(1), [0], [0]), TypeError, "got a tuple of Tensor, list, list$"),
+    "a number": (torch.tensor(1.0), TypeError, r"got a tensor of shape \(\) and torch.float32$"),
+    "float labels": ((bright(1), torch.tensor([0.0])), TypeError, "labels, got a tensor of shape"),
+    "one-hot": ((bright(1), torch.tensor([[0, 1]])), TypeError, r"shape \(1, 2\) and torch.int64"),
+    "names": ((bright(1), ["cat"]), TypeError, "labels, got a list of str$"),
+    "one label": ((bright(1, 2), [0]), ValueError, "expected 2 labels, one an image, got 1$"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BATCHES)
+def test_a_batch_of_another_kind_is_refused(name: str) -> None:
+    batch, error, match = REFUSED_BATCHES[name]
+    with pytest.raises(error, match=f"loader: .*{match}"):
+        analysis.record_attention(by_hand(), [batch])
+
+
+@pytest.mark.parametrize("loader", [[], [bright()]], ids=["no batch", "an empty batch"])
+def test_a_loader_without_an_image_is_refused(loader: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="loader: expected at least one image, got none"):
+        analysis.record_attention(by_hand(), loader)
+
+
+def test_maps_that_are_not_one_an_image_are_refused() -> None:
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sk = by_hand()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.sk(x.repeat(3, 1, 1, 1)))
+
+    with pytest.raises(ValueError, match="each of 2 images in 'sk', got 6"):
+        analysis.record_attention(Frames(), [bright(1, 2)])
+
+
+# Sizes
+
+
+def test_each_scale_sees_the_same_images_enlarged() -> None:
+    net, images, labels = small_net(), images_of(4), [0, 1, 1, 0]
+    table = analysis.record_sizes(net, iter([(images, labels)]), scales=(2.0, 1.0))
+    assert sorted(set(table.scale)) == [1.0, 2.0]
+    expected = {}
+    for scale in (1.0, 2.0):
+        expected[scale] = analysis.record_attention(
+            net, [(analysis.enlarge(images, scale), labels)]
+        )
+        rows = table[table.scale == scale].drop(columns=["scale", "change"])
+        assert_same_table(rows.reset_index(drop=True), expected[scale])
+    change = table.loc[table.scale == 2.0, "change"].to_numpy()
+    assert np.array_equal(change, (expected[2.0].difference - expected[1.0].difference).to_numpy())
+    assert np.abs(change).min() > 1e-6
+    assert (table.loc[table.scale == 1.0, "change"] == 0).all()
+
+
+def test_the_change_is_known_where_there_are_no_labels() -> None:
+    images = F.pad(bright(1, side=2), (1, 1, 1, 1))
+    table = analysis.record_sizes(by_hand(), [images], scales=(1.0, 1e9))
+    # A quarter of the image is bright; its middle, very much enlarged, is bright throughout.
+    expected = 2 * dilated_weight(1) - 2 * dilated_weight(1 / 4)
+    assert table.change.tolist() == pytest.approx([0.0, expected])
+
+
+def test_scales_without_one_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"scales: expected 1.0 among them, got \(1.5, 2.0\)"):
+        analysis.record_sizes(by_hand(), [bright(1)], scales=(1.5, 2.0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5, 2.0, 3.7])
+@pytest.mark.parametrize("size", [(4, 7), (5, 6), (1, 3)])
+def test_enlarging_a_ramp_reads_the_stated_positions(size: tuple[int, int], scale: float) -> None:
+    H, W = size
+    rows, columns = torch.arange(H).double()[:, None], torch.arange(W).double()
+    out = analysis.enlarge((100 * rows + columns).expand(2, 3, H, W), scale)
+
+    def read(i: Tensor, n: int) -> Tensor:
+        # With the middle of pixel i at i + 1/2.
+        return n / 2 + (i + 1 / 2 - n / 2) / scale - 1 / 2
+
+    # Bilinear interpolation is exact on what is linear; a few roundings of numbers below 1000.
+    assert (out - (100 * read(rows, H) + read(columns, W))).abs().max() < 1e-11
+
+
+def test_enlarging_by_one_changes_nothing_and_odd_sizes_keep_their_centre() -> None:
+    images = torch.randn(2, 3, 7, 5)
+    assert torch.equal(analysis.enlarge(images, 1.0), images)
+    point = torch.zeros(7, 5)
+    point[3, 2] = 1
+    twice = analysis.enlarge(point, 2.0)
+    row, column = torch.tensor([0, 0, 0.5, 1, 0.5, 0, 0]), torch.tensor([0, 0.5, 1, 0.5, 0])
+    assert torch.equal(twice, row[:, None] * column)
+
+
+def test_enlarging_is_a_crop_and_a_resize_but_for_the_outermost_pixels() -> None:
+    images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    crop = images[..., 2:6, 3:9]
+    expected = F.interpolate(crop, size=(8, 12), mode="bilinear")
+    inside = (..., slice(1, -1), slice(1, -1))
+    out = analysis.enlarge(images, 2.0)
+    assert (out - expected)[inside].abs().max() < 1e-14
+    # The corner reads across the border of the crop: 1/4 of the way to the pixel outside.
+    near, far = torch.tensor([0.25, 0.75]).double(), torch.tensor([0.25, 0.75]).double()
+    corner = torch.einsum("i,j,bcij->bc", near, far, images[..., 1:3, 2:4])
+    assert (out[..., 0, 0] - corner).abs().max() < 1e-14
+
+
+def test_enlarging_keeps_dtype_and_sums_in_float32() -> None:
+    images = torch.randn(1, 1, 9, 9).bfloat16()
+    out = analysis.enlarge(images, 1.7)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, analysis.enlarge(images.float(), 1.7).bfloat16())
+
+
+@pytest.mark.parametrize("scale", [0.99, 0.0, -2.0, math.inf, math.nan])
+def test_enlarging_by_less_than_one_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale: expected a finite number of at least 1, got"):
+        analysis.enlarge(torch.zeros(1, 4, 4), scale)
+
+
+def test_enlarging_what_are_no_images_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"expected a floating-point tensor, got torch\.uint8"):
+        analysis.enlarge(torch.zeros(4, 4, dtype=torch.uint8), 2.0)
+    with pytest.raises(TypeError, match="images: expected a floating-point tensor, got list"):
+        analysis.enlarge(cast(Any, [[1.0]]), 2.0)
+    with pytest.raises(ValueError, match=r"images: expected shape \[..., H, W\], got \(4,\)"):
+        analysis.enlarge(torch.zeros(4), 2.0)
+
+
+# The table
+
+
+@pytest.fixture(scope="module")
+def sizes() -> pd.DataFrame:
+    """Two runs of a network with units of two and three branches, at two scales and classes."""
+    net = nn.Sequential(by_hand(), skt.SKConv(8, 8, M=3, G=8).double())
+    runs = []
+    for seed in (0, 1):
+        images = torch.rand(5, 8, 6, 6, dtype=torch.float64)
+        table = analysis.record_sizes(net, [(images, [0, 1, 1, 1, 0])], scales=(1.0, 2.0))
+        runs.append(table.assign(seed=seed))
+    return pd.concat(runs, ignore_index=True)
+
+
+def test_means_over_classes_weigh_by_images() -> None:
+    loader = [(bright(1, 2, 2), [0, 1, 1])]
+    whole = analysis.record_attention(by_hand(), [bright(1, 2, 2)])
+    means = analysis.over_classes(analysis.record_attention(by_hand(), loader))
+    assert list(means.columns) == [c for c in whole.columns if c != "label"]
+    assert_same_table(means, whole.drop(columns="label"))
+
+
+def test_means_over_classes_keep_runs_scales_and_missing_weights_apart(
+    sizes: pd.DataFrame,
+) -> None:
+    means = analysis.over_classes(sizes)
+    assert len(means) == 2 * 2 * 2
+    assert means.seed.tolist() == 4 * [0] + 4 * [1]
+    assert means.weight_2.isna().tolist() == 4 * [True, False]
+    assert means.images.tolist() == 8 * [5]
+
+
+def test_a_csv_gives_the_same_table_back(sizes: pd.DataFrame, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    alone = analysis.record_attention(by_hand(), [bright(1 / 3)])
+    assert alone.path.tolist() == [""]
+    odd = nn.ModuleDict({"null": by_hand(), "1e3": by_hand()})
+    odd.forward = lambda x: odd["1e3"](odd["null"](x))
+    named = analysis.record_attention(odd, [bright(1)])
+    assert named.path.tolist() == ["null", "1e3"]
+    some = sizes.assign(label=sizes.label.where(sizes.label == 0))
+    for table in (sizes, alone, named, some):
+        analysis.write_csv(table, path)
+        assert_frame_equal(analysis.read_csv(path), table, check_exact=True)
+
+
+def test_a_csv_that_cannot_be_written_leaves_the_earlier_one(
+    sizes: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    analysis.write_csv(sizes, path)
+    before = path.read_bytes()
+
+    def half(self: pd.DataFrame, draft: Path, **kwargs: Any) -> None:
+        draft.write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
+    with pytest.raises(KeyboardInterrupt):
+        analysis.write_csv(sizes, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_csv_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("path,images\nx,1\n")
+    with pytest.raises(ValueError, match=r"got one without \['difference', 'label'\]"):
+        analysis.read_csv(path)
+
+
+# Figures
+
+
+def test_units_are_drawn_as_a_line_for_each_scale(sizes: pd.DataFrame, tmp_path: Path) -> None:
+    figure = analysis.plot_units(sizes)
+    (panel,) = figure.axes
+    handles, names = panel.get_legend_handles_labels()
+    assert names == ["1x", "2x"]
+    means = analysis.over_classes(sizes)
+    for handle, scale in zip(handles, (1.0, 2.0), strict=True):
+        of_scale = means[means.scale == scale]
+        expected = [of_scale[of_scale.path == path].difference.mean() for path in ("0", "1")]
+        assert cast(Any, handle).get_ydata().tolist() == pytest.approx(expected)
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1.1", "1.2"]
+    low, high = panel.collections[0].get_datalim(panel.transData).intervaly
+    of_scale = means[means.scale == 1.0]
+    assert low == pytest.approx(of_scale.difference.min())
+    assert high == pytest.approx(of_scale.difference.max())
+    path = tmp_path / "units.png"
+    analysis.save_figure(figure, path)
+    assert path.read_bytes().startswith(PNG)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_classes_are_drawn_in_a_panel_for_each_unit(sizes: pd.DataFrame, tmp_path: Path) -> None:
+    figure = analysis.plot_classes(sizes)
+    assert [panel.get_title() for panel in figure.axes] == ["1.1  (0)", "1.2  (1)"]
+    for panel, path in zip(figure.axes, ("0", "1"), strict=True):
+        rows = sizes[(sizes.path == path) & (sizes.scale == 2.0)]
+        expected = [rows[rows.label == label].difference.mean() for label in (0, 1)]
+        drawn = cast(Any, panel.get_legend_handles_labels()[0][1]).get_ydata().tolist()
+        assert drawn == pytest.approx(expected)
+        assert [tick.get_text() for tick in panel.get_xticklabels()] == ["0", "1"]
+    analysis.save_figure(figure, tmp_path / "classes.svg")
+    assert b"<svg" in (tmp_path / "classes.svg").read_bytes()
+
+
+def test_a_table_without_scales_is_one_line_and_without_labels_has_no_classes() -> None:
+    table = analysis.record_attention(by_hand(), [bright(1)])
+    assert analysis.plot_units(table).axes[0].get_legend_handles_labels()[1] == ["1x"]
+    with pytest.raises(ValueError, match="table: expected at least one row"):
+        analysis.plot_classes(table)
+
+
+def test_without_matplotlib_a_figure_names_the_extra(
+    sizes: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'sknet-triton\[analysis\]'"):
+        analysis.plot_units(sizes)
+
+
+def test_importing_brings_no_plots_and_no_data_sets() -> None:
+    code = (
+        "import sys, sknet_triton; assert 'pandas' not in sys.modules\n"
+        "import sknet_triton.analysis, sknet_triton.analysis.__main__\n"
+        "print(sorted({'matplotlib', 'sklearn', 'skimage', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+# The examples
+
+
+def test_the_digits_are_whole_at_twice_their_size() -> None:
+    pytest.importorskip("sklearn")
+    learn, held_out = digits.load()
+    assert (len(learn), len(held_out)) == (1437, 360)
+    images = learn.tensors[0]
+    margin = images.clone()
+    margin[..., 8:24, 8:24] = 0
+    assert not margin.any()
+    assert images.amax() <= 1
+    twice = analysis.enlarge(images, 2.0)
+    assert twice[..., 0, :].any()
+    assert twice[..., -1, :].any()
+
+
+def test_the_digits_example_writes_its_table_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    learn, held_out = (data.tensors for data in digits.load())
+    few = [
+        torch.utils.data.TensorDataset(*(x[:n] for x in data))
+        for data, n in ((learn, 64), (held_out, 20))
+    ]
+    monkeypatch.setattr(digits, "load", lambda: few)
+    arguments = ["digits", "--seeds", "3", "4", "--epochs", "1", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    *lines, csv, units, classes = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * 4
+    assert Path(units).read_bytes().startswith(PNG)
+    assert Path(classes).read_bytes().startswith(PNG)
+    table = analysis.read_csv(csv)
+    assert sorted(set(table.seed)) == [3, 4]
+    assert list(table.network.unique()) == ["untrained", "trained"]
+    assert set(table.torch) == {str(torch.__version__)}
+    again = digits.run(4, epochs=1)
+    same = table[table.seed == 4].reset_index(drop=True)[list(again.columns)]
+    # The accuracy, a column of the example's own, may be an eps off where pandas reads it.
+    assert_frame_equal(same, again, rtol=1e-15, atol=0)
+
+
+def test_the_photos_example_records_every_photograph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("skimage")
+    monkeypatch.setattr(photos, "SIDE", 32)
+    images = photos.load()
+    assert images.shape == (6, 3, 32, 32)
+    assert torch.unique(images.flatten(1), dim=0).shape[0] == 6
+    assert cli.main(["photos", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.csv")
+    table = analysis.read_csv(path)
+    assert len(table) == 3 * 8 * 6
+    assert set(table.images) == {1}
+
+
+def test_the_summary_counts_the_seeds_that_rise() -> None:
+    place = {"path": "sk", "stage": 1, "index": 1, "label": 0, "images": 1, "network": "n"}
+    rows = [
+        {**place, "seed": seed, "scale": scale, "difference": 0.5 + change, "change": change}
+        for seed, rise in enumerate((0.1, -0.4, 0.15))
+        for scale, change in ((1.0, 0.0), (1.5, -1.0), (2.0, rise))
+    ]
+    (row,) = cli.summary(pd.DataFrame(rows)).to_dict("records")
+    assert row.pop("seeds above 0") == "2 of 3"
+    assert row == {
+        "network": "n",
+        "stage": 1,
+        "index": 1,
+        "difference at 1": pytest.approx(0.5),
+        "change at 2": pytest.approx(-0.05),
+        "least": pytest.approx(-0.4),
+        "greatest": pytest.approx(0.15),
+    }
+
+
+COMMITTED = sorted(REPORTS.glob("attention-*.csv"))
+
+
+def test_both_examples_have_a_committed_report() -> None:
+    assert [path.name.split("-")[1] for path in COMMITTED] == ["digits", "photos"]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_report_is_whole_and_says_where_it_was_made(path: Path) -> None:
+    table = analysis.read_csv(path)
+    assert sorted(set(table.seed)) == list(cli.SEEDS)
+    assert sorted(set(table.scale)) == list(analysis.SCALES)
+    assert not table[["device", "torch", "sknet_triton"]].isna().any(axis=None)
+    sizes = table.groupby(["network", "seed", "scale", "path"]).images.sum()
+    assert set(sizes) == {360 if "digits" in path.name else 6}
+    assert np.abs(table.weight_0 + table.weight_1 - 1).max() < EXACT
+    base = table[table.scale == 1.0].set_index(["network", "seed", "path", "label"]).difference
+    keys = pd.MultiIndex.from_frame(table[["network", "seed", "path", "label"]])
+    assert np.array_equal(table.change, table.difference - base.loc[keys].to_numpy())
+
+
+def test_what_the_examples_say_of_themselves_is_in_their_reports() -> None:
+    of_digits, of_photos = (analysis.read_csv(path) for path in COMMITTED)
+    of_digits = analysis.over_classes(of_digits)
+    trained = of_digits[(of_digits.network == "trained") & (of_digits.scale == 2.0)]
+    signs = trained.assign(up=trained.change > 0).groupby("path").up.nunique()
+    assert signs.tolist() == [2, 2, 2, 2]
+    assert "every unit's change from 1.0 to 2.0 has both signs" in (digits.__doc__ or "")
+    assert np.abs(of_photos.weight_1 - 0.5).max() < 0.01
+    assert "every mean weight is within 0.01 of 1/2" in (photos.__doc__ or "")

@@ -1,0 +1,251 @@
+"""The rows of the families: what stands before, what after, and that both are checked."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sknet_triton as skt
+from perf import contest, families, gate, measure, peers, schema, workloads
+from perf.cases import FAMILY_MAPS, Case, make_case
+from perf.contest import Conditions
+from perf.presets import PRESETS, jobs
+from perf.providers import PROVIDERS
+from sknet_triton.acceleration import families as known
+from sknet_triton.acceleration.swap import Accelerated
+
+CPU = torch.device("cpu")
+CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
+PAIR = (PROVIDERS["eager"], PROVIDERS["reference"])
+
+REPORTS = Path(__file__).parent.parent / "perf" / "reports"
+REPORT = REPORTS / "perf-family-cpu-torch2.13.0.csv"
+
+# A radix of 1 is the same module with one branch, where there is nothing to select.
+WITHOUT_A_ROW = {"ResNeSt split attention, radix 1"}
+
+every_family = pytest.mark.parametrize("name", FAMILY_MAPS)
+
+
+def small(name: str, mode: str, **axes: object) -> Case:
+    return make_case(name, mode, **{"batch": 4, "resolution": 28, **axes})  # type: ignore[arg-type]  # axes by name
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a shared machine would make these tests crawl."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def accelerated_within(module: nn.Module) -> list[str]:
+    found = [m for m in module.modules() if isinstance(m, Accelerated)]
+    return [m._skt_family.name for m in found]
+
+
+def test_every_family_that_accelerate_knows_is_measured() -> None:
+    kinds = {kind for name in FAMILY_MAPS for kind in accelerated_within(built(name))}
+    assert kinds == {family.name for family in known()} - WITHOUT_A_ROW
+    assert {job.case.workload for job in jobs(PRESETS["family"].grids, 0)} == set(FAMILY_MAPS)
+
+
+def built(name: str) -> nn.Module:
+    return families.accelerated(small(name, "infer"))
+
+
+@every_family
+def test_before_is_the_module_itself_and_after_the_same_module_accelerated(name: str) -> None:
+    case = small(name, "train")
+    before, after = (workloads.parameters(case, source, 0) for source in ("plain", "ours"))
+    assert accelerated_within(before) == []
+    assert len(accelerated_within(after)) == 1
+    state = after.state_dict()
+    assert before.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
+
+
+@pytest.mark.parametrize(("mode", "layout"), [("train", "nchw"), ("infer", "channels_last")])
+@every_family
+def test_both_pass_the_gate_and_are_timed(name: str, mode: str, layout: str) -> None:
+    case = small(name, mode, layout=layout)
+    results = contest.measure_case(case, PAIR, CONDITIONS)
+    for result in results.values():
+        assert (result.status, result.reason) == ("ok", "")
+        assert result.ms_p50
+        if mode == "infer":
+            assert (result.saved_mb, result.saved_own_mb) == (None, None)
+            continue
+        # A bound near one would let any gradient pass.
+        assert result.grad_err_bound is not None
+        assert result.grad_err_bound < 0.2
+        assert result.saved_mb is not None
+        assert result.saved_own_mb is not None
+        assert result.saved_own_mb <= result.saved_mb
+
+
+def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(nn.Module):
+        def __init__(self, case: Case) -> None:
+            super().__init__()
+            self.module = families.accelerated(case)
+
+        def forward(self, *branches: Tensor) -> Tensor:
+            out: Tensor = self.module(*reversed(branches))
+            return out
+
+    def before(ours: nn.Module) -> nn.Module:
+        return families.original(ours.get_submodule("module"))
+
+    wrong = replace(workloads.WORKLOADS["mirnet_skff"], ours=Wrong, plain=before)
+    monkeypatch.setitem(workloads.WORKLOADS, "mirnet_skff", wrong)
+    results = contest.measure_case(small("mirnet_skff", "infer"), PAIR, CONDITIONS)
+    assert (results["eager"].status, results["reference"].status) == ("ok", "unverified")
+    assert results["reference"].ms_p50 is None
+
+
+def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(peers.SKConv):
+        def attention(self, wide: Tensor) -> Tensor:
+            return super().attention(wide.sigmoid())
+
+    monkeypatch.setitem(families.BUILDERS, "port_sk_conv", lambda case: Other(case.C, case.C))
+    results = contest.measure_case(small("port_sk_conv", "infer"), PAIR, CONDITIONS)
+    assert {result.status for result in results.values()} == {"error"}
+    assert "expected one accelerated module, got: 1 left" in results["reference"].reason
+
+
+def test_families_have_their_own_maps_and_branches() -> None:
+    case = make_case("mirnet_skff", "infer", M=7, stage=3, resolution=130)
+    assert (case.M, case.stage, case.C, case.H, case.W) == (3, 0, 64, 130, 130)
+    case = make_case("vision_permutator", "infer", resolution=224)
+    assert (case.M, case.C, case.H) == (3, 192, 32)
+    case = make_case("timm_selective_kernel", "infer", resolution=225)
+    assert (case.M, case.C, case.H) == (2, 128, 57)
+
+
+def test_channels_first_and_last_are_the_same_numbers_for_every_family() -> None:
+    for name in FAMILY_MAPS:
+        outs = []
+        for layout in ("nchw", "channels_last"):
+            case = small(name, "infer", layout=layout)
+            module = workloads.place_module(workloads.parameters(case, "ours", 0), case, CPU)
+            xs = workloads.inputs(case, 0, CPU)
+            format_ = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+            assert all(x.is_contiguous(memory_format=format_) for x in xs)
+            assert {x.shape for x in xs} == {(4, case.C, case.H, case.W)}
+            with skt.use_backend("reference"), torch.no_grad():
+                outs.append(module(*xs))
+            assert outs[-1].shape == (4, case.C, case.H, case.W)
+        # Of the order of one; roundings of float32 through two norms and 1,152 products.
+        torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_maps_go_in_and_out_as_they_are_called() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    seen = families.OnChannelsLast(nn.Flatten(2, 2))(x)
+    assert torch.equal(seen, x)
+    assert torch.equal(families.OnList(LastOf())(x, -x), -x)
+
+
+class LastOf(nn.Module):
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        assert isinstance(maps, list)
+        return maps[-1]
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("infer", 7), ("train", 15), ("bwd", 8)])
+def test_fusion_of_given_maps_has_the_passes_of_the_mathematics(mode: str, passes: int) -> None:
+    case = small("mirnet_skff", mode)
+    assert workloads.bytes_needed(case) == passes * 4 * 64 * 28 * 28 * 4
+    assert workloads.bytes_needed(small("timm_selective_kernel", mode)) is None
+
+
+def test_the_backward_pass_of_a_family_is_measured_alone() -> None:
+    results = contest.measure_case(small("dehazeformer_sk_fusion", "bwd"), PAIR, CONDITIONS)
+    assert {result.status for result in results.values()} == {"ok"}
+
+
+def test_one_image_trains_where_there_is_no_batch_norm() -> None:
+    assert workloads.unsupported(small("mirnet_skff", "train", batch=1), CPU) is None
+    reason = workloads.unsupported(small("timm_selective_kernel", "train", batch=1), CPU)
+    assert reason == "training needs a batch of at least 2, for the batch norm of fc1"
+
+
+def test_a_side_that_vision_permutator_cannot_have_is_unsupported() -> None:
+    case = small("vision_permutator", "infer", resolution=35)
+    assert "into 5" in str(workloads.unsupported(case, CPU))
+    assert workloads.unsupported(small("vision_permutator", "infer"), CPU) is None
+
+
+def test_what_is_kept_is_counted_with_the_inputs_and_without() -> None:
+    side = 512  # 1 MiB of float32 in a square
+    x = torch.randn(2, side, side, requires_grad=True)
+    module = nn.Sequential(nn.Linear(side, side), nn.Sigmoid())
+    counted = measure.saved(lambda: module(x[0]), module, [x])
+    # The linear layer keeps its weight and half of x, whose storage is whole; the sigmoid its out.
+    assert (counted.mb, counted.own_mb) == (3.0, 1.0)
+
+
+def test_gradients_arrive_in_the_layout_of_the_case() -> None:
+    out = torch.zeros(2, 3, 4, 5)
+    first, last = (
+        gate.arriving_gradient(out, small("sk_conv", "train", layout=layout), 0)
+        for layout in ("nchw", "channels_last")
+    )
+    assert first.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(first, last)
+
+
+# The committed report and the document that shows it.
+
+
+def families_table(report: pd.DataFrame) -> str:
+    """Times before over times after, and what is kept beyond the inputs, family by family."""
+    lines = [
+        "| family | layout | inference | training | inference, compiled | training, compiled "
+        "| MiB kept, eager |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    by_row = report.set_index(["workload", "layout", "mode", "provider"]).sort_index()
+    for name in FAMILY_MAPS:
+        for layout in ("nchw", "channels_last"):
+            cells = [
+                ratio(by_row, name, layout, mode, *pair)
+                for pair in (("eager", "reference"), ("compile", "reference+compile"))
+                for mode in ("infer", "train")
+            ]
+            kept = by_row.saved_own_mb[name, layout, "train"]
+            cells.append(f"{kept['eager']:.1f} → {kept['reference']:.1f}")
+            lines.append(f"| `{name}` | {layout} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ratio(rows: pd.DataFrame, name: str, layout: str, mode: str, before: str, after: str) -> str:
+    times = rows.ms_p50.dropna()
+    keys = [(name, layout, mode, provider) for provider in (before, after)]
+    if not all(key in times.index for key in keys):
+        return ""
+    return f"{times[keys[0]] / times[keys[1]]:.2f}"
+
+
+def test_the_document_shows_the_committed_rows() -> None:
+    text = (REPORTS / "README.md").read_text()
+    shown = text.partition("<!-- families: begin -->\n")[2].partition("\n<!-- families: end -->")[0]
+    assert shown == families_table(schema.read(REPORT))
+
+
+def test_the_committed_report_is_checked_row_by_row() -> None:
+    report = schema.read(REPORT)
+    measured = report[report.status == "ok"]
+    assert (measured.out_err <= measured.out_err_bound).all()
+    trained = measured[measured["mode"] == "train"]
+    assert (trained.grad_err <= trained.grad_err_bound).all()
+    eager = measured[measured.provider.isin(("eager", "reference"))]
+    assert len(eager) == len(FAMILY_MAPS) * 2 * 2 * 2
