@@ -417,6 +417,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "variant: expected 'paper' or 'caffe', got 'pytorch'",
     ),
+    "unit_options": (
+        lambda: small(unit_options={"M": 2, "d": 16}),
+        TypeError,
+        "unit_options: expected M, r, L, G, branches, aggregate, fc_norm, got 'd'",
+    ),
     "M": (
         lambda: sknet50(M=0, device="meta"),
         ValueError,

@@ -72,6 +72,7 @@ class SKNet(nn.Module):
 
     Raises:
         ValueError: an argument is out of range, named with the value.
+        TypeError: ``unit_options`` has another key.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class SKNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_arguments(stages, num_classes, in_chans, variant)
-        options = {**(unit_options or {}), "device": device, "dtype": dtype}
+        unit_options = unit_options or {}
+        _check_arguments(stages, num_classes, in_chans, variant, unit_options)
+        options = {**unit_options, "device": device, "dtype": dtype}
         self.stem = conv_bn(
             in_chans, STEM_CHANNELS, 7, stride=2, padding=3, device=device, dtype=dtype
         )
@@ -276,7 +278,11 @@ def _feature_info(stages: Sequence[StageSpec]) -> list[FeatureInfo]:
 
 
 def _check_arguments(
-    stages: Sequence[StageSpec], num_classes: int, in_chans: int, variant: str
+    stages: Sequence[StageSpec],
+    num_classes: int,
+    in_chans: int,
+    variant: str,
+    unit_options: dict[str, Any],
 ) -> None:
     if not stages:
         raise ValueError("stages: expected at least one StageSpec, got none")
@@ -284,6 +290,9 @@ def _check_arguments(
     _check_count("in_chans", in_chans, 1)
     if variant not in get_args(Variant):
         raise ValueError(f"variant: expected 'paper' or 'caffe', got {variant!r}")
+    for name in unit_options:
+        if name not in _UNIT_OPTIONS:
+            raise TypeError(f"unit_options: expected {', '.join(_UNIT_OPTIONS)}, got {name!r}")
 
 
 def _check_count(name: str, value: int, least: int) -> None:
