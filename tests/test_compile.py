@@ -111,6 +111,24 @@ def test_inductor_infers_like_eager_and_keeps_channels_last(backend: str) -> Non
         assert largest_error(out, module(x)) < EXACT
 
 
+# On a GPU both record graphs and replay them; on a CPU the first compiles as the default does.
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("reduce-overhead", marks=inductor.marks),
+        pytest.param("max-autotune", marks=pytest.mark.gpu),
+    ],
+)
+def test_other_modes_of_inductor_train_like_eager(mode: str, device: torch.device) -> None:
+    eager = scramble(SKConv(8, 8, G=4)).double().to(device)
+    module = copy.deepcopy(eager)
+    compiled = torch.compile(module, fullgraph=True, mode=mode)
+    for _ in range(4):  # recorded in the second call, replayed from the third
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch leaves it so
+        x = torch.randn(4, 8, 7, 6, dtype=torch.float64, device=device)
+        assert_same(step(compiled, module, x), step(eager, eager, x))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_sknet50_is_one_graph_and_equals_eager(training: bool) -> None:
     eager = scramble(sknet50(num_classes=10)).double().train(training)

@@ -18,7 +18,9 @@ from perf.store import open_store
 from perf.traffic_figure import traffic_figure
 
 ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")
-TRAFFIC = Path(__file__).parent.parent / "perf/reports/traffic-cpu-torch2.13.0.csv"
+REPORTS = Path(__file__).parent.parent / "perf/reports"
+TRAFFIC = REPORTS / "traffic-cpu-torch2.13.0.csv"
+MEASURED = REPORTS / "perf-op-train-compiled-cpu-torch2.13.0.csv"
 PNG = b"\x89PNG\r\n"
 
 
@@ -69,6 +71,26 @@ def test_report_without_a_measured_row_is_refused(tmp_path: Path) -> None:
         main(["plot", str(path)])
     assert stopped.value.code == 2
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("column", ["level", "mode", "dtype", "layout", "provider"])
+def test_a_report_that_names_what_there_is_not_is_refused(
+    column: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = folder / "a.csv"
+    rows = pd.read_csv(MEASURED, dtype=str, keep_default_na=False)
+    rows.loc[1, column] = "../x"
+    rows.to_csv(path, index=False)
+    for command in ("plot", "summary"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, str(path)])
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err
+        assert f"{column}: expected one of " in message
+        assert "got '../x'" in message
+    assert list(tmp_path.rglob("*")) == [folder, path]
 
 
 def test_traffic_is_drawn_for_every_plan_beside_the_minimum(
