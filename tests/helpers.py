@@ -1,12 +1,20 @@
 """Cases, oracles and bounds that the kernel tests share."""
 
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from sknet_triton import SKConv
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform == "win32" or not (shutil.which("g++") or shutil.which("clang++")),
+    reason="Inductor compiles for the CPU with a C++ compiler, and there is none",
+)
 
 Layout = str
 LAYOUTS = ("contiguous", "channels_last", "sliced", "unaligned", "cropped", "transposed")

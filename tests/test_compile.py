@@ -1,9 +1,7 @@
 """torch.compile on the layers and networks: whole graphs, equal numbers, few recompilations."""
 
 import copy
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +9,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sknet_triton import SKConv, SKNet, StageSpec, sknet50, use_backend
+from tests.helpers import needs_compiler
 from tests.plain_sknet import largest_error, scramble
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 # float64 throughout, so that another order of operations is all that may differ: see
 # test_layers.py and, for networks, test_models.py.
@@ -20,20 +21,7 @@ EXACT = 1e-9
 SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2, 2))
 TINY = (StageSpec(32, 1, 2),)
 
-inductor = pytest.param(
-    "inductor",
-    marks=pytest.mark.skipif(
-        sys.platform == "win32" or not (shutil.which("g++") or shutil.which("clang++")),
-        reason="Inductor compiles for the CPU with a C++ compiler, and there is none",
-    ),
-)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+inductor = pytest.param("inductor", marks=needs_compiler)
 
 
 def small_net() -> nn.Module:
@@ -115,7 +103,7 @@ def test_inductor_infers_like_eager_and_keeps_channels_last(backend: str) -> Non
 @pytest.mark.parametrize(
     "mode",
     [
-        pytest.param("reduce-overhead", marks=inductor.marks),
+        pytest.param("reduce-overhead", marks=needs_compiler),
         pytest.param("max-autotune", marks=pytest.mark.gpu),
     ],
 )

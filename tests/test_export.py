@@ -2,8 +2,6 @@
 
 import copy
 import io
-import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from sknet_triton import Backend, SKConv, SKNet, SKUnit, StageSpec, functional, use_backend
+from tests.helpers import needs_compiler
 from tests.plain_sknet import largest_error, scramble
 
 # float64, so that another order of operations is all that may differ: see test_layers.py.
@@ -25,11 +24,6 @@ EVERY_SIZE = {"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
 BATCH = {"x": {0: Dim("batch", min=2, max=64)}}
 TINY = (StageSpec(32, 1, 2),)
 SMALL = (StageSpec(32, 1, 1), StageSpec(64, 1, 2))
-
-needs_compiler = pytest.mark.skipif(
-    sys.platform == "win32" or not (shutil.which("g++") or shutil.which("clang++")),
-    reason="Inductor compiles for the CPU with a C++ compiler, and there is none",
-)
 
 
 @dataclass(frozen=True)

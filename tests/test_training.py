@@ -1,9 +1,7 @@
 """A training loop under torch.compile: the parameters of eager PyTorch, and no new graphs."""
 
 import copy
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +11,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sknet_triton import Backend, SKConv, SKNet, StageSpec, use_backend
+from tests.helpers import needs_compiler
 from tests.plain_sknet import largest_error, scramble
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 # float64: a few steps of the same formulas in another order. See test_layers.py.
 EXACT = 1e-8
@@ -26,18 +27,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     # gradient that is zero but for rounding would become a step of full length.
     "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, eps=1e-2),
 }
-
-needs_compiler = pytest.mark.skipif(
-    sys.platform == "win32" or not (shutil.which("g++") or shutil.which("clang++")),
-    reason="Inductor compiles for the CPU with a C++ compiler, and there is none",
-)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def classifier() -> nn.Module:
