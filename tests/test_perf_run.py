@@ -1,5 +1,6 @@
 """The run command: what it selects, writes, refuses and says."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -73,6 +74,8 @@ def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Pat
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores the signal, and its children would as well.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not (out.exists() and out.read_bytes().count(b"\n") > 3):
         assert process.poll() is None
