@@ -21,6 +21,15 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a shared machine would make a test crawl."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """Forgets what was compiled, before and after."""
     torch._dynamo.reset()

@@ -1,9 +1,11 @@
 """Cases, oracles and bounds that the kernel tests share."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ needs_compiler = pytest.mark.skipif(
     sys.platform == "win32" or not (shutil.which("g++") or shutil.which("clang++")),
     reason="Inductor compiles for the CPU with a C++ compiler, and there is none",
 )
+
+ROOT = Path(__file__).parent.parent
 
 Layout = str
 LAYOUTS = ("contiguous", "channels_last", "sliced", "unaligned", "cropped", "transposed")
@@ -79,6 +83,12 @@ CASES = (
     Case((2, 8, 6, 6), layout="expanded", why="stride 0 along the batch"),
     Case((2, 3, 4, 4), M=2, dtype=torch.float64),
 )
+
+
+def source_environment(**variables: str) -> dict[str, str]:
+    """Returns the environment of a child process that imports this checkout."""
+    roots = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return {**os.environ, "PYTHONPATH": roots, **variables}
 
 
 def laid_out(x: Tensor, layout: Layout) -> Tensor:

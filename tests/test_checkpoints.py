@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import os
 import pickle
 import re
 import subprocess
@@ -24,6 +23,7 @@ from sknet_triton.checkpoints import (
     read_checkpoint,
 )
 from sknet_triton.checkpoints.layouts import LAYOUTS, LayoutName
+from tests.helpers import source_environment
 from tests.peer_networks import (
     PEERS,
     UNITS,
@@ -782,9 +782,11 @@ def test_importing_loads_neither_hub_nor_safetensors() -> None:
         "import sys, sknet_triton.checkpoints; "
         "print({'huggingface_hub', 'safetensors', 'timm'} & set(sys.modules))"
     )
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=source_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert run.stdout == "set()\n"

@@ -1,7 +1,6 @@
 """The same bits over calls and over processes, also where a row is split among programs."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem
 from sknet_triton import Backend, SKConv, functional, use_backend
-from tests.helpers import laid_out
+from tests.helpers import laid_out, source_environment
 from tests.plain_sknet import scramble
 
 ROOT = Path(__file__).parent.parent
@@ -112,11 +111,7 @@ def test_processes_give_the_same_bits(device: torch.device) -> None:
         subprocess.run(
             [sys.executable, "-c", program],
             cwd=ROOT,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(KERNELS.parent)]),
-                "PYTHONHASHSEED": seed,
-            },
+            env=source_environment(PYTHONHASHSEED=seed),
             capture_output=True,
             text=True,
             check=True,

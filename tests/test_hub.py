@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from sknet_triton import SKNet, SKNetFeatures, StageSpec, fuse_bn, sknet26, skne
 from sknet_triton.checkpoints import CheckpointMismatchError, hub, load_checkpoint
 from sknet_triton.checkpoints.config import from_config, to_config
 from sknet_triton.checkpoints.hub import SKNetHub
+from tests.helpers import source_environment
 
 SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2, 2, d=7))
 
@@ -348,10 +348,12 @@ def test_without_the_extra_the_import_names_it(missing: str) -> None:
         "import sknet_triton.checkpoints\n"
         "import sknet_triton.checkpoints.hub\n"
     )
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=source_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 1
     assert run.stderr.rstrip().endswith(

@@ -1,6 +1,5 @@
 """The rows of the families: what stands before, what after, and that both are checked."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,20 +27,13 @@ REPORT = REPORTS / "perf-family-cpu-torch2.13.0.csv"
 # A radix of 1 is the same module with one branch, where there is nothing to select.
 WITHOUT_A_ROW = {"ResNeSt split attention, radix 1"}
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 every_family = pytest.mark.parametrize("name", FAMILY_MAPS)
 
 
 def small(name: str, mode: str, **axes: object) -> Case:
     return make_case(name, mode, **{"batch": 4, "resolution": 28, **axes})  # type: ignore[arg-type]  # axes by name
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a shared machine would make these tests crawl."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def accelerated_within(module: nn.Module) -> list[str]:

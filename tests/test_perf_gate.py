@@ -1,6 +1,6 @@
 """The gate lets what is right pass and stops what is wrong, in values and in gradients."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,20 +19,13 @@ CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
 EAGER, REFERENCE = PROVIDERS["eager"], PROVIDERS["reference"]
 
 Forward = Callable[..., Tensor]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Plant = Callable[[str, Forward], None]
 
 
 def small(workload: str, mode: str, **axes: object) -> Case:
     return make_case(workload, mode, **{"batch": 4, "resolution": 32, **axes})  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a shared machine would make these tests crawl."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Sizes at the edges: more than 2^31 elements, grids of a million rows, one of everything, none."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from sknet_kernels.sk_select import sk_select_bwd_launches, sk_select_fwd_launch
 from sknet_triton import Backend, SKConv, functional, use_backend
 from sknet_triton.reference import sk_fuse, sk_select, sk_select_bwd, stages
 from tests.address_arithmetic import narrow_offsets
+from tests.helpers import source_environment
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,13 +200,12 @@ def close(actual: Tensor, exact: Tensor) -> None:
 
 def test_no_compiled_offset_is_32_bits_wide() -> None:
     """The interpreter's widths are not the compiler's: it counts positions in 32 bits."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = source_environment(TRITON_INTERPRET="0")
     command = [sys.executable, "-m", "tests.address_arithmetic"]
-    path = os.pathsep.join(str(p) for p in (ROOT / "kernels", ROOT))
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**environment, "PYTHONPATH": path},
+        env=environment,
         check=True,
         capture_output=True,
         text=True,
