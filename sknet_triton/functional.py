@@ -6,18 +6,21 @@ stacked tensor is only viewed. Any strides are right; contiguous and channels_la
 crop, whose rows do not lie evenly in memory, costs one copy of that branch on the Triton path.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sknet_kernels.config import MAX_BRANCHES
-from sknet_triton import reference
+from sknet_kernels.norms import Norms
+from sknet_triton import ops, reference
 from sknet_triton.backend import in_transform, takes_triton
-from sknet_triton.reference.sk_fuse_select import Parameters, Results, Settings
+from sknet_triton.checks import check_logits, check_section, checked_branches
+from sknet_triton.reference.collectives import sum_over
+from sknet_triton.reference.common import accumulation_dtype, no_autocast
+from sknet_triton.reference.passes import REFERENCE, Passes, positions
 
 Reduction = Literal["mean", "sum"]
 Activation = Literal["softmax", "sigmoid"]
@@ -47,12 +50,10 @@ def sk_fuse(
         ValueError: the branches are none, differ, have no spatial axis or too many of them, or
             outnumber what the Triton kernels take; or ``reduction`` is unknown.
     """
-    xs = _checked_branches(branches, branch_dim)
+    xs = checked_branches(branches, branch_dim)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     if _takes_triton(xs):
-        from sknet_triton import ops
-
         pooled: Tensor = ops.sk_fuse(xs, reduction)
         return pooled
     return reference.sk_fuse(xs, reduction)
@@ -83,14 +84,12 @@ def sk_select(
         ValueError: as in `sk_fuse`, or ``logits`` has another shape or device, or ``activation``
             is unknown.
     """
-    xs = _checked_branches(branches, branch_dim)
-    _check_logits(logits, xs)
+    xs = checked_branches(branches, branch_dim)
+    check_logits(logits, xs)
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation: expected 'softmax', 'sigmoid' or None, got {activation!r}")
     name = activation or "none"
     if _takes_triton(xs):
-        from sknet_triton import ops
-
         out: Tensor = ops.sk_select(xs, logits, name)
         return out
     return reference.sk_select(xs, logits, name)
@@ -170,183 +169,384 @@ def sk_fuse_select(
         ValueError: as in `sk_fuse`; a shape does not fit; the norms disagree; running statistics
             are missing; or a batch has one value a channel where its statistics are taken.
     """
-    xs = _checked_branches(branches, branch_dim)
-    norm = norms[0] if norms else fc1_norm
-    _check_section(xs, norms, fc1_weight, fc1_norm, fc2_weight)
-    parameters = Parameters(
-        torch.stack([_or_constant(n.weight, xs[0].shape[1], fc1_weight, 1.0) for n in norms]),
-        torch.stack([_or_constant(n.bias, xs[0].shape[1], fc1_weight, 0.0) for n in norms]),
-        None if norm.batch_stats else torch.stack([_given(n.running_mean) for n in norms]),
-        None if norm.batch_stats else torch.stack([_given(n.running_var) for n in norms]),
+    xs = checked_branches(branches, branch_dim)
+    check_section(xs, norms, fc1_weight, fc1_norm, fc2_weight)
+    norm = norms[0]
+    # The one group of the norms that take statistics, which the check has seen to.
+    group = norm.group if norm.batch_stats else fc1_norm.group if fc1_norm.batch_stats else ""
+    if not group and composes(xs[0]):
+        out, means, variances, fc1_mean, fc1_var = reference.composed(
+            xs, norms, fc1_weight, fc1_bias, fc1_norm, fc2_weight, fc2_bias
+        )
+        mean = None if means is None else torch.stack(means)
+        var = None if variances is None else torch.stack(variances)
+        return FuseSelect(out, mean, var, fc1_mean, fc1_var)
+    out, kept, fc1_kept = fused(
+        xs,
+        _norms(norms),
         fc1_weight,
         fc1_bias,
-        _or_constant(fc1_norm.weight, fc1_weight.shape[0], fc1_weight, 1.0),
-        _or_constant(fc1_norm.bias, fc1_weight.shape[0], fc1_weight, 0.0),
-        None if fc1_norm.batch_stats else _given(fc1_norm.running_mean),
-        None if fc1_norm.batch_stats else _given(fc1_norm.running_var),
+        _norms([fc1_norm]),
+        fc2_weight,
+        fc2_bias,
+        norm.batch_stats,
+        fc1_norm.batch_stats,
+        group,
+    )
+    mean, var = (None, None) if kept is None else kept
+    fc1_mean, fc1_var = (None, None) if fc1_kept is None else fc1_kept
+    return FuseSelect(out, mean, var, fc1_mean, fc1_var)
+
+
+def composes(x: Tensor) -> bool:
+    """Tells whether the section on ``x`` is PyTorch's own operators, one after the other.
+
+    It is where nothing fuses our formulas: in eager PyTorch, in torch.func's transforms, and in an
+    exported program, whose readers know batch norms and nothing of autograd functions.
+    """
+    if torch.compiler.is_exporting():
+        return torch.is_grad_enabled() or not takes_triton(x)
+    fuses = takes_triton(x) or (torch.compiler.is_dynamo_compiling() and not in_transform())
+    return not fuses
+
+
+def fused(
+    branches: Sequence[Tensor],
+    norms: Norms,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc1_norm: Norms,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    batch_stats: bool,
+    fc1_batch_stats: bool,
+    group: str,
+) -> "Results":
+    """Computes `sk_fuse_select` in the fewest passes, of arguments that fit.
+
+    Args:
+        branches: M tensors [B, C, *spatial].
+        norms: of the branches, with running statistics, which only ``batch_stats`` leaves unread.
+        fc1_weight: [d, C], or [d, C, 1, 1] as a convolution has it.
+        fc1_bias: [d] or None.
+        fc1_norm: one norm, likewise.
+        fc2_weight: [M * C, d], or [M * C, d, 1, 1].
+        fc2_bias: [M * C] or None.
+        batch_stats: whether the branches' norms take the statistics of the batch.
+        fc1_batch_stats: whether fc1's norm does.
+        group: names the process group that they are taken over; empty for this process.
+
+    Returns:
+        V; mean and unbiased variance of the branches [2, M, C] and of fc1's output [2, d], None
+        where they were not taken. The caller may write into the statistics.
+    """
+    tensors = (
+        *branches,
+        *norms.mean,
+        *norms.var,
+        *norms.weight,
+        *norms.bias,
+        fc1_weight,
+        fc1_bias,
+        fc1_norm.mean[0],
+        fc1_norm.var[0],
+        fc1_norm.weight[0],
+        fc1_norm.bias[0],
         fc2_weight,
         fc2_bias,
     )
-    # The one group of the norms that take statistics, which _check_section has seen to.
-    group = norm.group if norm.batch_stats else fc1_norm.group if fc1_norm.batch_stats else ""
-    settings = Settings(norm.eps, fc1_norm.eps, norm.batch_stats, fc1_norm.batch_stats, group)
-    if _takes_triton(xs):
-        from sknet_triton import ops
-
-        results = Results(*ops.sk_fuse_select(xs, *parameters, *settings))
-    elif in_transform():
-        results = reference.sk_fuse_select(xs, parameters, settings)
-    else:
+    settings = Settings(
+        len(branches),
+        norms.eps,
+        fc1_norm.eps,
+        batch_stats,
+        fc1_batch_stats,
+        group,
+        _implementation(branches, tensors),
+    )
+    if torch.is_grad_enabled():
         # torch leaves Function.apply untyped.
-        results = Results(*reference.SKFuseSelect.apply(*settings, *parameters, *xs))  # type: ignore[no-untyped-call]
-    return _with_unbiased_variances(results, settings)
+        results: Results = SKFuseSelect.apply(settings, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        results = _forward(Arguments.of(settings, tensors), settings)[0]
+    return results
 
 
-def _with_unbiased_variances(r: Results, settings: Settings) -> FuseSelect:
-    mean, var, fc1_mean, fc1_var = None, None, None, None
+Results: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+
+_IMPLEMENTATIONS = {"reference": REFERENCE, "launchers": ops.LAUNCHERS, "operators": ops.OPERATORS}
+_PLAIN = (Tensor, nn.Parameter, type(None))
+
+
+def _implementation(branches: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> str:
+    """Names the `Passes` to take: launchers at once, or operators where a graph is being made."""
+    if not _takes_triton(branches):
+        return "reference"
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) not in _PLAIN for x in tensors)
+    )
+    return "operators" if watched else "launchers"
+
+
+class Settings(NamedTuple):
+    """What `SKFuseSelect` takes beside tensors; the fields are those of `fused`."""
+
+    M: int
+    eps: float
+    fc1_eps: float
+    batch_stats: bool
+    fc1_batch_stats: bool
+    group: str
+    implementation: str
+
+    @property
+    def passes(self) -> Passes:
+        """The implementation of the steps."""
+        return _IMPLEMENTATIONS[self.implementation]
+
+
+class Arguments(NamedTuple):
+    """The tensors of `fused`."""
+
+    branches: Sequence[Tensor]
+    norms: Norms
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc1_norm: Norms
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+
+    @classmethod
+    def of(cls, settings: Settings, tensors: Sequence[Any]) -> "Arguments":
+        """Takes them apart from the order in which `fused` lays them end to end."""
+        M = settings.M
+        branches, *four = (tuple(tensors[i * M : (i + 1) * M]) for i in range(5))
+        fc1_weight, fc1_bias, *fc1, fc2_weight, fc2_bias = tensors[5 * M :]
+        return cls(
+            branches,
+            _as_norms(four, settings.eps),
+            fc1_weight.flatten(1),
+            fc1_bias,
+            _as_norms([(x,) for x in fc1], settings.fc1_eps),
+            fc2_weight.flatten(1),
+            fc2_bias,
+        )
+
+
+def _as_norms(four: Sequence[Any], eps: float) -> Norms:
+    mean, var, weight, bias = four
+    return Norms(mean, var, weight, bias, eps)
+
+
+class Saved(NamedTuple):
+    """What the backward needs beside the arguments: statistics, or None where none were taken.
+
+    Attributes:
+        stats: mean and biased variance of the branches [2, M, C].
+        fc1_stats: of fc1's output [2, d].
+        pooled: s [B, C].
+        hidden: fc1's output [B, d].
+        logits: [B, M, C].
+        counts: images, and values a channel, over the process group [2].
+    """
+
+    stats: Tensor | None
+    fc1_stats: Tensor | None
+    pooled: Tensor
+    hidden: Tensor
+    logits: Tensor
+    counts: Tensor | None
+
+
+def _forward(a: Arguments, settings: Settings) -> tuple[Results, Saved]:
+    """Carries out everything between the convolutions and V: 2M + 1 passes, 3M + 1 in training."""
+    passes, group = settings.passes, settings.group
+    stats, kept, fc1_stats, fc1_kept, counts = None, None, None, None, None
+    if group:
+        counts = _counts(a.branches[0], group)
     if settings.batch_stats:
-        mean, var = r.mean, r.var * _bessel(r.counts[1])
-    if settings.fc1_batch_stats:
-        fc1_mean, fc1_var = r.fc1_mean, r.fc1_var * _bessel(r.counts[0])
-    return FuseSelect(r.out, mean, var, fc1_mean, fc1_var)
+        stats, kept = passes.moments(a.branches)
+        if counts is not None:
+            own = len(a.branches[0]) * positions(a.branches[0])
+            stats, kept = _joined(stats, own, counts[1], group)
+    norms = _applied(a.norms, stats)
+    pooled, hidden = passes.hidden(a.branches, norms, a.fc1_weight, a.fc1_bias)
+    fc1_norm = a.fc1_norm
+    if settings.fc1_batch_stats and counts is not None:
+        var, mean = torch.var_mean(hidden, 0, correction=0)
+        fc1_stats, fc1_kept = _joined(torch.stack([mean, var]), len(hidden), counts[0], group)
+        fc1_norm = _applied(fc1_norm, fc1_stats)
+    elif settings.fc1_batch_stats:
+        fc1_norm = fc1_norm._replace(mean=(None,), var=(None,))
+    logits, *taken = passes.logits(hidden, fc1_norm, a.fc2_weight, a.fc2_bias, settings.M)
+    if fc1_norm.mean[0] is None:
+        fc1_stats, fc1_kept = taken
+    out = passes.out(a.branches, logits, norms)
+    return (out, kept, fc1_kept), Saved(stats, fc1_stats, pooled, hidden, logits, counts)
 
 
-def _bessel(count: Tensor) -> Tensor:
-    return count / (count - 1)
+def _backward(
+    dout: Tensor, a: Arguments, saved: Saved, settings: Settings
+) -> tuple[Tensor | None, ...]:
+    """Carries out the backward in 3M + 2 passes; returns a gradient for every tensor of `fused`."""
+    passes, S = settings.passes, positions(dout)
+    norms, fc1_norm = _applied(a.norms, saved.stats), _applied(a.fc1_norm, saved.fc1_stats)
+    sums, dlogits, dz = passes.hidden_bwd(dout, a.branches, saved.logits, norms, a.fc2_weight)
+    arguments = (
+        sums,
+        dlogits,
+        dz,
+        saved.logits,
+        saved.pooled,
+        saved.hidden,
+        norms,
+        fc1_norm,
+        a.fc1_weight,
+        a.fc1_bias,
+        a.fc2_weight,
+        a.fc2_bias,
+        S,
+        settings.batch_stats,
+        settings.fc1_batch_stats,
+    )
+    if settings.group:
+        # The collectives cost more than the small operators around them.
+        gradients = REFERENCE.channels_bwd(*arguments, settings.group, saved.counts)
+    else:
+        gradients = passes.channels_bwd(*arguments)
+    share, drift, gamma, beta, *rest = gradients
+    dbranches = passes.dx(dout, a.branches, saved.logits, norms, share, drift)
+    fc1_weight, fc1_bias, fc1_gamma, fc1_beta, fc2_weight, fc2_bias = rest
+    nothing = (None,) * settings.M
+    return (
+        *dbranches,
+        *nothing,
+        *nothing,
+        *(gamma.unbind() if gamma.numel() else nothing),
+        *(beta.unbind() if beta.numel() else nothing),
+        fc1_weight,
+        fc1_bias,
+        None,
+        None,
+        fc1_gamma,
+        fc1_beta,
+        fc2_weight,
+        fc2_bias,
+    )
 
 
-def _or_constant(x: Tensor | None, size: int, like: Tensor, value: float) -> Tensor:
-    return like.new_full((size,), value) if x is None else x
+class SKFuseSelect(torch.autograd.Function):
+    """The section between the convolutions and V for autograd and torch.compile, on any `Passes`.
 
+    Takes `Settings` and the tensors of `fused` end to end; returns what `fused` does, of which
+    only V has a gradient. Saved are the branches and small tensors.
+    """
 
-def _given(statistic: Tensor | None) -> Tensor:
-    if statistic is None:
-        raise ValueError(
-            "norms: running_mean and running_var are needed where batch_stats is False, got None"
-        )
-    return statistic
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, *tensors: Any) -> Results:
+        """Returns V and the statistics."""
+        with no_autocast(tensors[0]):
+            results, saved = _forward(Arguments.of(settings, tensors), settings)
+        ctx.settings = settings
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
+        ctx.set_materialize_grads(False)
+        return results
 
-
-def _check_section(
-    xs: list[Tensor],
-    norms: Sequence[BatchNormArgs],
-    fc1_weight: Tensor,
-    fc1_norm: BatchNormArgs,
-    fc2_weight: Tensor,
-) -> None:
-    (B, C), M = xs[0].shape[:2], len(xs)
-    if len(norms) != M:
-        raise ValueError(f"norms: expected one a branch, {M}, got {len(norms)}")
-    for i, n in enumerate(norms):
-        ours, first = (n.eps, n.batch_stats, n.group), norms[0]
-        if ours != (first.eps, first.batch_stats, first.group):
-            raise ValueError(
-                f"norms[{i}]: expected eps, batch_stats and group of norms[0], "
-                f"{(first.eps, first.batch_stats, first.group)}, got {ours}"
-            )
-    taken = [n.group for n in (norms[0], fc1_norm) if n.batch_stats]
-    if len(set(taken)) > 1:
-        raise ValueError(
-            f"fc1_norm: expected the group of the norms, {taken[0]!r}, got {taken[1]!r}"
-        )
-    if fc1_weight.dim() != 2 or fc1_weight.shape[1] != C:
-        raise ValueError(
-            f"fc1_weight: expected shape [d, C] with C = {C}, got {tuple(fc1_weight.shape)}"
-        )
-    if tuple(fc2_weight.shape) != (M * C, fc1_weight.shape[0]):
-        raise ValueError(
-            f"fc2_weight: expected shape [M * C, d] = {(M * C, fc1_weight.shape[0])}, "
-            f"got {tuple(fc2_weight.shape)}"
-        )
-    if norms[0].batch_stats and not norms[0].group and B * math.prod(xs[0].shape[2:]) < 2:
-        raise ValueError(
-            "branches: batch statistics need more than one value a channel, "
-            f"got shape {tuple(xs[0].shape)}"
-        )
-    if fc1_norm.batch_stats and not fc1_norm.group and B < 2:
-        raise ValueError(f"branches: fc1's batch statistics need a batch of at least 2, got {B}")
-
-
-def _checked_branches(branches: Sequence[Tensor] | Tensor, branch_dim: int | None) -> list[Tensor]:
-    xs = _as_list(branches, branch_dim)
-    if not xs:
-        raise ValueError("branches: expected at least one tensor, got none")
-    for i, x in enumerate(xs):
-        _check_branch(x, i, xs[0])
-    first = xs[0]
-    if not 3 <= first.dim() <= 5:
-        raise ValueError(
-            "branches: expected [B, C, *spatial] with 1, 2 or 3 spatial axes, "
-            f"got shape {tuple(first.shape)}"
-        )
-    if math.prod(first.shape[2:]) == 0:
-        raise ValueError(
-            f"branches: the average needs at least one position, got shape {tuple(first.shape)}"
-        )
-    return xs
-
-
-def _as_list(branches: Sequence[Tensor] | Tensor, branch_dim: int | None) -> list[Tensor]:
-    if isinstance(branches, Tensor):
-        if branch_dim is None:
-            raise TypeError(
-                "branches: expected a sequence of tensors, or one tensor together with branch_dim, "
-                f"got one tensor of shape {tuple(branches.shape)} and branch_dim=None"
-            )
-        if not -branches.dim() <= branch_dim < branches.dim():
-            raise ValueError(
-                f"branch_dim: expected an axis of a tensor with {branches.dim()} axes, "
-                f"got {branch_dim}"
-            )
-        return list(branches.unbind(branch_dim))
-    if not isinstance(branches, (list, tuple)):
-        raise TypeError(
-            f"branches: expected a list or tuple of tensors, got {type(branches).__name__}"
-        )
-    if branch_dim is not None:
-        raise TypeError(
-            f"branch_dim: only for one stacked tensor, got {branch_dim} with a sequence of branches"
-        )
-    return list(branches)
-
-
-def _check_branch(x: Tensor, i: int, first: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"branches[{i}]: expected a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"branches[{i}]: expected a floating dtype, got {x.dtype}")
-    if x.shape != first.shape:
-        raise ValueError(
-            f"branches[{i}]: expected the shape of branches[0], {tuple(first.shape)}, "
-            f"got {tuple(x.shape)}"
-        )
-    if x.dtype != first.dtype:
-        raise ValueError(
-            f"branches[{i}]: expected the dtype of branches[0], {first.dtype}, got {x.dtype}"
-        )
-    if x.device != first.device:
-        raise ValueError(
-            f"branches[{i}]: expected the device of branches[0], {first.device}, got {x.device}"
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """Returns a gradient for every tensor that `forward` took."""
+        settings, tensors = ctx.settings, ctx.saved_tensors
+        tensors, saved = tensors[: -len(Saved._fields)], Saved(*tensors[-len(Saved._fields) :])
+        if dout is None:
+            return (None,) * (1 + len(tensors))
+        with no_autocast(dout):
+            if torch.is_grad_enabled():  # a graph of the backward is asked for
+                return None, *_differentiable_backward(dout, tensors, settings)
+            gradients = _backward(dout, Arguments.of(settings, tensors), saved, settings)
+        # A convolution's weight comes as [d, C, 1, 1].
+        return None, *(
+            g.view(x.shape) if g is not None and needed else None
+            for g, x, needed in zip(gradients, tensors, ctx.needs_input_grad[1:], strict=True)
         )
 
 
-def _check_logits(logits: Tensor, xs: list[Tensor]) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
-    expected = (xs[0].shape[0], len(xs), xs[0].shape[1])
-    if tuple(logits.shape) != expected:
-        raise ValueError(
-            f"logits: expected shape [B, M, C] = {expected}, got {tuple(logits.shape)}"
+def _differentiable_backward(
+    dout: Tensor, tensors: Sequence[Tensor | None], settings: Settings
+) -> tuple[Tensor | None, ...]:
+    """Returns gradients that can be differentiated again, through PyTorch's own operators.
+
+    Raises:
+        RuntimeError: statistics are taken over a process group, whose sums have no derivative here.
+    """
+    if settings.group:
+        raise RuntimeError(
+            "sk_fuse_select: statistics over a process group (SyncBatchNorm) have first "
+            "derivatives in reverse mode only"
         )
-    if logits.device != xs[0].device:
-        raise ValueError(
-            f"logits: expected the device of the branches, {xs[0].device}, got {logits.device}"
-        )
+    a = Arguments.of(settings, tensors)
+    out = reference.composed(
+        a.branches,
+        _norm_args(a.norms, settings.batch_stats),
+        a.fc1_weight,
+        a.fc1_bias,
+        _norm_args(a.fc1_norm, settings.fc1_batch_stats)[0],
+        a.fc2_weight,
+        a.fc2_bias,
+    ).out
+    wanted = [x for x in tensors if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in tensors)
 
 
-def _takes_triton(xs: list[Tensor]) -> bool:
+def _applied(norms: Norms, stats: Tensor | None) -> Norms:
+    """Returns ``norms`` with the statistics [2, n, C] of the batch, where there are any."""
+    if stats is None:
+        return norms
+    rows = stats.reshape(-1, stats.shape[-1]).unbind()
+    n = len(rows) // 2
+    return norms._replace(mean=rows[:n], var=rows[n:])
+
+
+def _counts(x: Tensor, group: str) -> Tensor:
+    """Returns images, and values a channel, over the processes of ``group`` [2]."""
+    own = [x.shape[0], x.shape[0] * positions(x)]
+    return sum_over(group, x.new_tensor(own, dtype=accumulation_dtype(x.dtype)))
+
+
+def _joined(stats: Tensor, count: int, total: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Joins mean and biased variance of ``count`` values with those of the group.
+
+    Returns:
+        Mean and biased variance, then mean and unbiased variance.
+    """
+    weight = count / total
+    # A process without an image has moments of nothing, NaN, that count for nothing.
+    mean, var = stats.masked_fill(weight == 0, 0)
+    joined = sum_over(group, mean * weight)
+    spread = sum_over(group, (var + (mean - joined).square()) * weight)
+    return torch.stack([joined, spread]), torch.stack([joined, spread * (total / (total - 1))])
+
+
+def _norms(norms: Sequence[BatchNormArgs]) -> Norms:
+    return Norms(
+        tuple(n.running_mean for n in norms),
+        tuple(n.running_var for n in norms),
+        tuple(n.weight for n in norms),
+        tuple(n.bias for n in norms),
+        norms[0].eps,
+    )
+
+
+def _norm_args(norms: Norms, batch_stats: bool) -> list[BatchNormArgs]:
+    rows = zip(norms.weight, norms.bias, norms.mean, norms.var, strict=True)
+    return [BatchNormArgs(*row, norms.eps, batch_stats) for row in rows]
+
+
+def _takes_triton(xs: Sequence[Tensor]) -> bool:
     if not takes_triton(xs[0]):
         return False
     if len(xs) > MAX_BRANCHES:

@@ -60,7 +60,7 @@ class Family:
 
     def forward(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Computes what the module's own forward does."""
-        out = self.through_section(module, *inputs) if _pays(module, inputs) else None
+        out = self.through_section(module, *inputs)
         return self.through_stages(module, *inputs) if out is None else out
 
     def through_stages(self, module: nn.Module, *inputs: Any) -> Tensor:
@@ -73,13 +73,9 @@ class Family:
     def through_section(self, module: nn.Module, *inputs: Any) -> Tensor | None:
         """Calls the convolutions and `functional.sk_fuse_select`; None where it may not."""
         parts = self.section(module)
-        if parts is None:
+        if parts is None or not section.pays(parts, inputs[0]):
             return None
         (x,) = inputs
         each = self.branch_inputs(module, x) or [x] * len(parts.branches)
         maps = [branch.conv(part) for branch, part in zip(parts.branches, each, strict=True)]
         return self.finish(module, section.run(parts, maps))
-
-
-def _pays(module: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    return isinstance(inputs[0], Tensor) and section.pays(module, inputs[0])

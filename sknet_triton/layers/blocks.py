@@ -21,7 +21,13 @@ def has_hook(module: nn.Module) -> bool:
     A hook of any kind is registered on it, or its own ``forward`` was replaced, as wrappers that
     keep a module's type do.
     """
-    return any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def any_hook(modules: Iterable[nn.Module]) -> bool:

@@ -1,14 +1,14 @@
 """How modules hand their norms and their MLP to `sk_fuse_select`, and when they may."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sknet_kernels.norms import Norms
 from sknet_triton import functional
-from sknet_triton.backend import in_transform, takes_triton
 from sknet_triton.layers.blocks import any_hook
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -38,29 +38,27 @@ class Section(NamedTuple):
 
 def sequential(block: nn.Module) -> Block | None:
     """Returns a plain Sequential of conv, bn and act as a `Block`; None for anything else."""
-    names = [name for name, _ in block.named_children()]
-    if type(block) is not nn.Sequential or names != ["conv", "bn", "act"]:
+    if type(block) is not nn.Sequential or tuple(block._modules) != ("conv", "bn", "act"):
         return None
-    conv, norm, act = block
+    conv, norm, act = block._modules.values()
     if type(norm) not in NORMS or type(act) is not nn.ReLU:
         return None
     return Block(conv, norm, (block, norm, act))
 
 
-def pays(module: nn.Module, x: Tensor) -> bool:
+def pays(section: Section, x: Tensor) -> bool:
     """Tells whether `sk_fuse_select` is to be preferred to calling the modules one by one.
 
-    The Triton kernels and torch.compile fuse its formulas; in eager PyTorch, and in torch.func's
-    transforms, each would be an operator, and the modules are faster. An exported program holds
-    the modules' operators, for what comes after it knows them: it folds batch norms into
-    convolutions. torch's SyncBatchNorm takes no CPU tensors, this does.
+    The Triton kernels and torch.compile fuse its formulas; elsewhere the modules are as fast, and
+    an exported program holds what they compute, for what comes after it knows them: it folds batch
+    norms into convolutions. torch's SyncBatchNorm takes no CPU tensors, this does.
     """
-    fused = takes_triton(x) or (torch.compiler.is_dynamo_compiling() and not in_transform())
     # An empty batch has no statistics: the modules know what torch does then. Processes that share
     # statistics all take part, also one without an image.
-    if fused and x.shape[0] > 0:
+    if x.shape[0] > 0 and not functional.composes(x):
         return True
-    return any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+    norms = [section.fc1.norm, *(block.norm for block in section.branches)]
+    return any(type(norm) is nn.SyncBatchNorm for norm in norms)
 
 
 def plain(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -> Section | None:
@@ -69,34 +67,40 @@ def plain(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -
     It is not where a part is None, a module was parametrized, a hook wants to see an intermediate
     tensor, the norms disagree, or a convolution of the MLP is no plain one.
     """
-    found = tuple(block for block in branches if block is not None)
+    found = tuple([block for block in branches if block is not None])
     if fc1 is None or len(found) < len(branches):
         return None
     if not (is_linear(fc1.conv) and is_linear(fc2)):
         return None
     section = Section(found, fc1, fc2)
-    return None if _any_hook(section) or not _agree(section) else section
+    return None if any_hook(_silent(section)) or not _agree(section) else section
 
 
 def run(section: Section, maps: Sequence[Tensor]) -> Tensor:
     """Runs `sk_fuse_select` on the convolutions' outputs and updates the running statistics."""
-    norms = [cast(Any, branch).norm for branch in section.branches]
-    fc1, fc1_norm, fc2 = (cast(Any, m) for m in (section.fc1.conv, section.fc1.norm, section.fc2))
-    result = functional.sk_fuse_select(
+    norms, fc1_norm = [block.norm for block in section.branches], section.fc1.norm
+    batch_stats, fc1_batch_stats = _takes_batch(norms[0]), _takes_batch(fc1_norm)
+    out, kept, fc1_kept = functional.fused(
         maps,
-        [_arguments(n) for n in norms],
-        fc1.weight.flatten(1),
-        _arguments(fc1_norm),
-        fc2.weight.flatten(1),
-        fc1_bias=fc1.bias,
-        fc2_bias=fc2.bias,
+        _norms(norms),
+        _parameter(section.fc1.conv, "weight"),
+        _parameter(section.fc1.conv, "bias"),
+        _norms([fc1_norm]),
+        _parameter(section.fc2, "weight"),
+        _parameter(section.fc2, "bias"),
+        batch_stats,
+        fc1_batch_stats,
+        (batch_stats and _group(norms[0])) or (fc1_batch_stats and _group(fc1_norm)) or "",
     )
-    if result.mean is not None and result.var is not None:
-        for n, mean, var in zip(norms, result.mean, result.var, strict=True):
-            _update(n, mean, var)
-    if result.fc1_mean is not None and result.fc1_var is not None:
-        _update(fc1_norm, result.fc1_mean, result.fc1_var)
-    return result.out
+    moved: list[tuple[Any, Tensor, Tensor]] = []
+    if kept is not None:
+        rows = kept.flatten(0, 1).unbind()
+        moved += zip(norms, rows[: len(norms)], rows[len(norms) :], strict=True)
+    if fc1_kept is not None:
+        mean, var = fc1_kept.unbind()
+        moved.append((fc1_norm, mean, var))
+    _move([entry for entry in moved if _keeps(entry[0])])
+    return out
 
 
 def is_linear(conv: nn.Module) -> bool:
@@ -110,29 +114,32 @@ def is_linear(conv: nn.Module) -> bool:
     )
 
 
-def _any_hook(section: Section) -> bool:
-    # A convolution of a branch is called as a module, so its own hooks are served.
-    silent = [section.fc1.conv, *section.fc1.silent, section.fc2]
+def _silent(section: Section) -> Iterable[nn.Module]:
+    """Yields what is not called. A branch's convolution is: its own hooks are served."""
+    yield section.fc1.conv
+    yield section.fc2
+    yield from section.fc1.silent
     for branch in section.branches:
-        silent += branch.silent
-    return any_hook(silent)
+        yield from branch.silent
 
 
 def _agree(section: Section) -> bool:
     norms, fc1_norm = [branch.norm for branch in section.branches], section.fc1.norm
-    first = norms[0]
-    settings = {(cast(Any, n).eps, _takes_batch(n), _group(n)) for n in norms}
-    both = _takes_batch(first) and _takes_batch(fc1_norm)
-    return len(settings) == 1 and (not both or _group(first) == _group(fc1_norm))
+    first: Any = norms[0]
+    batch, group = _takes_batch(first), _group(first)
+    for n in norms[1:]:
+        if (first.eps, batch, group) != (n.eps, _takes_batch(n), _group(n)):
+            return False
+    return not (batch and _takes_batch(fc1_norm)) or group == _group(fc1_norm)
 
 
 def _takes_batch(bn: Any) -> bool:
-    return bool(bn.training or bn.running_mean is None)
+    return bool(bn.training or _buffer(bn, "running_mean") is None)
 
 
 def _group(bn: Any) -> str:
     """Names the group that ``bn`` takes statistics over; empty for this process alone."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
         return ""
     if not dist.is_available() or not dist.is_initialized():
         return ""
@@ -140,25 +147,56 @@ def _group(bn: Any) -> str:
     return str(group.group_name) if group.size() > 1 else ""
 
 
-def _arguments(bn: Any) -> functional.BatchNormArgs:
-    return functional.BatchNormArgs(
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        bn.eps,
-        _takes_batch(bn),
-        _group(bn),
+def _norms(norms: Sequence[Any]) -> Norms:
+    return Norms(
+        tuple([_buffer(n, "running_mean") for n in norms]),
+        tuple([_buffer(n, "running_var") for n in norms]),
+        tuple([_parameter(n, "weight") for n in norms]),
+        tuple([_parameter(n, "bias") for n in norms]),
+        norms[0].eps,
     )
 
 
-def _update(bn: Any, mean: Tensor, var: Tensor) -> None:
-    """Moves the running statistics towards the batch's, as ``nn.BatchNorm2d`` in training does."""
-    if not bn.training or not bn.track_running_stats or bn.running_mean is None:
+def _parameter(module: nn.Module, name: str) -> Any:
+    # Wrappers such as FSDP put plain attributes in the place of parameters. Attribute access on a
+    # module costs more than a kernel launch's share of the host.
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _buffer(module: nn.Module, name: str) -> Any:
+    buffers = module._buffers
+    return buffers[name] if name in buffers else getattr(module, name)
+
+
+def _keeps(bn: Any) -> bool:
+    return bool(bn.training and bn.track_running_stats and bn.running_mean is not None)
+
+
+def _move(moved: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
+    """Moves running statistics towards the batch's, as ``nn.BatchNorm2d`` in training does.
+
+    ``moved`` holds norms with the batch's mean and unbiased variance, which are overwritten.
+    """
+    if len({id(bn) for bn, _, _ in moved}) < len(moved):
+        for entry in moved:  # one norm of several branches moves once for each
+            _move([entry])
         return
-    bn.num_batches_tracked.add_(1)
-    for running, batch in ((bn.running_mean, mean), (bn.running_var, var)):
-        weight = bn.momentum
-        if weight is None:
-            weight = bn.num_batches_tracked.to(running.dtype).reciprocal()
-        running.lerp_(batch.detach().to(running.dtype), weight)
+    if not moved:
+        return
+    torch._foreach_add_([bn.num_batches_tracked for bn, _, _ in moved], 1)
+    running, batch, kept, taken = [], [], [], []
+    for bn, mean, var in moved:
+        for old, new in ((bn.running_mean, mean), (bn.running_var, var)):
+            new = new if new.dtype == old.dtype else new.to(old.dtype)
+            if bn.momentum is None:
+                weight = bn.num_batches_tracked.double().reciprocal()
+                old.mul_(1 - weight).add_(new * weight)
+                continue
+            running.append(old)
+            batch.append(new)
+            kept.append(1 - bn.momentum)
+            taken.append(bn.momentum)
+    if running:
+        torch._foreach_mul_(running + batch, kept + taken)
+        torch._foreach_add_(running, batch)

@@ -127,8 +127,8 @@ class SKConv(nn.Module):
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
         if self.aggregate == "sum":
             return _sum([branch(x) for branch in self.branches])
-        plain = self._plain_section() if section.pays(self, x) else None
-        if plain is not None:
+        plain = self._plain_section()
+        if plain is not None and section.pays(plain, x):
             self._check_batch(x.shape[0])
             return section.run(plain, [branch.conv(x) for branch in plain.branches])
         maps = [branch(x) for branch in self.branches]

@@ -1,16 +1,7 @@
-"""The stages as PyTorch operators; importing this package registers them, once.
+"""The stages and the steps of the section as PyTorch operators; importing registers them, once."""
 
-They are ``torch.library.custom_op``s rather than ``triton_op``s: a custom op is checked whole on a
-machine without a GPU (opcheck, fake tensors, compile, under Triton's interpreter too), and Inductor
-cannot relaunch its kernels with arguments of its own choosing. What is given up is Inductor's view
-into the kernel, which has no neighbour worth fusing: convolutions stand before it and after it.
-
-The first call on the Triton backend imports this package. Import it before making a
-``FlopCounterMode``, which copies the registry of FLOP formulas when it is made.
-"""
-
+from sknet_triton.ops.passes import LAUNCHERS, OPERATORS
 from sknet_triton.ops.sk_fuse import sk_fuse
-from sknet_triton.ops.sk_fuse_select import sk_fuse_select, sk_fuse_select_bwd
 from sknet_triton.ops.sk_select import sk_select, sk_select_bwd
 
-__all__ = ["sk_fuse", "sk_fuse_select", "sk_fuse_select_bwd", "sk_select", "sk_select_bwd"]
+__all__ = ["LAUNCHERS", "OPERATORS", "sk_fuse", "sk_select", "sk_select_bwd"]

@@ -6,21 +6,17 @@ checked here; `sknet_triton.functional` does that.
 """
 
 from sknet_triton.reference.common import accumulation_dtype
+from sknet_triton.reference.composed import composed
+from sknet_triton.reference.passes import REFERENCE
 from sknet_triton.reference.sk_fuse import sk_fuse, sk_fuse_bwd
-from sknet_triton.reference.sk_fuse_select import (
-    SKFuseSelect,
-    differentiable_backward,
-    sk_fuse_select,
-)
 from sknet_triton.reference.sk_select import sk_select, sk_select_bwd
 
 __all__ = [
-    "SKFuseSelect",
+    "REFERENCE",
     "accumulation_dtype",
-    "differentiable_backward",
+    "composed",
     "sk_fuse",
     "sk_fuse_bwd",
-    "sk_fuse_select",
     "sk_select",
     "sk_select_bwd",
 ]

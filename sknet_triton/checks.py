@@ -1,0 +1,174 @@
+"""What the functions ask of their arguments; errors name the argument, the rule and the value."""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Norm(Protocol):
+    """What is checked of a `functional.BatchNormArgs`."""
+
+    @property
+    def running_mean(self) -> Tensor | None:
+        """[n], or None."""
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """[n], or None."""
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance."""
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether the statistics of the batch are taken."""
+
+    @property
+    def group(self) -> str:
+        """Names a process group, or is empty."""
+
+
+def check_section(
+    xs: list[Tensor],
+    norms: Sequence[Norm],
+    fc1_weight: Tensor,
+    fc1_norm: Norm,
+    fc2_weight: Tensor,
+) -> None:
+    """Checks what `functional.sk_fuse_select` takes beside the branches.
+
+    Raises:
+        ValueError: a shape does not fit, the norms disagree, running statistics are missing, or a
+            batch has one value a channel where its statistics are taken.
+    """
+    (B, C), M = xs[0].shape[:2], len(xs)
+    if len(norms) != M:
+        raise ValueError(f"norms: expected one a branch, {M}, got {len(norms)}")
+    for i, n in enumerate(norms):
+        ours, first = (n.eps, n.batch_stats, n.group), norms[0]
+        if ours != (first.eps, first.batch_stats, first.group):
+            raise ValueError(
+                f"norms[{i}]: expected eps, batch_stats and group of norms[0], "
+                f"{(first.eps, first.batch_stats, first.group)}, got {ours}"
+            )
+    for n in (*norms, fc1_norm):
+        if not n.batch_stats and (n.running_mean is None or n.running_var is None):
+            raise ValueError(
+                "norms: running_mean and running_var are needed where batch_stats is False, "
+                "got None"
+            )
+    taken = [n.group for n in (norms[0], fc1_norm) if n.batch_stats]
+    if len(set(taken)) > 1:
+        raise ValueError(
+            f"fc1_norm: expected the group of the norms, {taken[0]!r}, got {taken[1]!r}"
+        )
+    if fc1_weight.dim() != 2 or fc1_weight.shape[1] != C:
+        raise ValueError(
+            f"fc1_weight: expected shape [d, C] with C = {C}, got {tuple(fc1_weight.shape)}"
+        )
+    if tuple(fc2_weight.shape) != (M * C, fc1_weight.shape[0]):
+        raise ValueError(
+            f"fc2_weight: expected shape [M * C, d] = {(M * C, fc1_weight.shape[0])}, "
+            f"got {tuple(fc2_weight.shape)}"
+        )
+    if norms[0].batch_stats and not norms[0].group and B * math.prod(xs[0].shape[2:]) < 2:
+        raise ValueError(
+            "branches: batch statistics need more than one value a channel, "
+            f"got shape {tuple(xs[0].shape)}"
+        )
+    if fc1_norm.batch_stats and not fc1_norm.group and B < 2:
+        raise ValueError(f"branches: fc1's batch statistics need a batch of at least 2, got {B}")
+
+
+def checked_branches(branches: Sequence[Tensor] | Tensor, branch_dim: int | None) -> list[Tensor]:
+    """Returns the branches as a list.
+
+    Raises:
+        TypeError: one is no floating-point tensor, or ``branch_dim`` is missing or superfluous.
+        ValueError: they are none, differ, or have no spatial axis, no position or too many axes.
+    """
+    xs = _as_list(branches, branch_dim)
+    if not xs:
+        raise ValueError("branches: expected at least one tensor, got none")
+    for i, x in enumerate(xs):
+        _check_branch(x, i, xs[0])
+    first = xs[0]
+    if not 3 <= first.dim() <= 5:
+        raise ValueError(
+            "branches: expected [B, C, *spatial] with 1, 2 or 3 spatial axes, "
+            f"got shape {tuple(first.shape)}"
+        )
+    if math.prod(first.shape[2:]) == 0:
+        raise ValueError(
+            f"branches: the average needs at least one position, got shape {tuple(first.shape)}"
+        )
+    return xs
+
+
+def _as_list(branches: Sequence[Tensor] | Tensor, branch_dim: int | None) -> list[Tensor]:
+    if isinstance(branches, Tensor):
+        if branch_dim is None:
+            raise TypeError(
+                "branches: expected a sequence of tensors, or one tensor together with branch_dim, "
+                f"got one tensor of shape {tuple(branches.shape)} and branch_dim=None"
+            )
+        if not -branches.dim() <= branch_dim < branches.dim():
+            raise ValueError(
+                f"branch_dim: expected an axis of a tensor with {branches.dim()} axes, "
+                f"got {branch_dim}"
+            )
+        return list(branches.unbind(branch_dim))
+    if not isinstance(branches, (list, tuple)):
+        raise TypeError(
+            f"branches: expected a list or tuple of tensors, got {type(branches).__name__}"
+        )
+    if branch_dim is not None:
+        raise TypeError(
+            f"branch_dim: only for one stacked tensor, got {branch_dim} with a sequence of branches"
+        )
+    return list(branches)
+
+
+def _check_branch(x: Tensor, i: int, first: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"branches[{i}]: expected a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"branches[{i}]: expected a floating dtype, got {x.dtype}")
+    if x.shape != first.shape:
+        raise ValueError(
+            f"branches[{i}]: expected the shape of branches[0], {tuple(first.shape)}, "
+            f"got {tuple(x.shape)}"
+        )
+    if x.dtype != first.dtype:
+        raise ValueError(
+            f"branches[{i}]: expected the dtype of branches[0], {first.dtype}, got {x.dtype}"
+        )
+    if x.device != first.device:
+        raise ValueError(
+            f"branches[{i}]: expected the device of branches[0], {first.device}, got {x.device}"
+        )
+
+
+def check_logits(logits: Tensor, xs: list[Tensor]) -> None:
+    """Checks logits [B, M, C].
+
+    Raises:
+        TypeError: ``logits`` is not a floating-point tensor.
+        ValueError: it has another shape or device than the branches ask for.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
+    expected = (xs[0].shape[0], len(xs), xs[0].shape[1])
+    if tuple(logits.shape) != expected:
+        raise ValueError(
+            f"logits: expected shape [B, M, C] = {expected}, got {tuple(logits.shape)}"
+        )
+    if logits.device != xs[0].device:
+        raise ValueError(
+            f"logits: expected the device of the branches, {xs[0].device}, got {logits.device}"
+        )

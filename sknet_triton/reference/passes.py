@@ -1,0 +1,281 @@
+"""The section between the convolutions and V as seven steps, and their PyTorch form.
+
+A step reads or writes full-size tensors, or lies between two that do. The derivation: with x the
+convolutions' outputs, y_i = gamma_i xhat_i + beta_i and u_i = max(y_i, 0), one read of dV and x
+gives P1 = sum dV k, P2 = sum k, P3 = sum dV k xhat and P4 = sum k xhat over space, k being 0 where
+u is, else 1. From them da_i = gamma_i P3 + beta_i P1, the gradients of the MLP, ds,
+dbeta_i = sum_b (a_i P1 + (ds / S) P2), dgamma_i = sum_b (a_i P3 + (ds / S) P4), and with one more
+read dx_i = gamma_i rstd_i (k (a_i dV + ds / S) - dbeta_i / m - xhat_i dgamma_i / m).
+
+Small tensors are kept in the accumulation dtype.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sknet_kernels.norms import Norms
+from sknet_triton.reference import stages
+from sknet_triton.reference.collectives import sum_over
+from sknet_triton.reference.common import accumulation_dtype
+
+
+class ChannelGradients(NamedTuple):
+    """What `channels_bwd` returns: gradients in their parameter's dtype, empty where it is None.
+
+    Attributes:
+        share: ds / S, [B, C].
+        drift: dbeta / m and dgamma / m, [2, M, C]; empty where the statistics are constants.
+        gamma: of the branches' norms [M, C].
+        beta: likewise.
+        fc1_weight: [d, C].
+        fc1_bias: [d].
+        fc1_gamma: [d].
+        fc1_beta: [d].
+        fc2_weight: [M * C, d].
+        fc2_bias: [M * C].
+    """
+
+    share: Tensor
+    drift: Tensor
+    gamma: Tensor
+    beta: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc1_gamma: Tensor
+    fc1_beta: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+
+
+@dataclass(frozen=True)
+class Passes:
+    """An implementation of the seven steps: these formulas, Triton's launchers, or operators.
+
+    ``norms`` are those of the branches, ``fc1_norm`` holds one; the statistics in them are applied.
+
+    Attributes:
+        moments: branches -> the batch's mean and biased variance [2, M, C], and once more as
+            running statistics keep them, mean and unbiased variance [2, M, C].
+        hidden: branches, norms, fc1_weight, fc1_bias -> s [B, C] and fc1's output [B, d].
+        logits: hidden, fc1_norm (a mean of None: the batch's statistics), fc2_weight, fc2_bias,
+            M -> logits [B, M, C], and the batch's statistics, [2, d] and [2, d] as for
+            ``moments``, empty where they were given.
+        out: branches, logits, norms -> V, like a branch.
+        hidden_bwd: dV, branches, logits, norms, fc2_weight -> P1 to P4 [4, B, M, C], dlogits
+            [B, M, C] and dz [B, d].
+        channels_bwd: see `channels_bwd`.
+        dx: dV, branches, logits, norms, share [B, C], drift [2, M, C] or empty -> the gradients
+            of the branches.
+    """
+
+    moments: Callable[..., tuple[Tensor, Tensor]]
+    hidden: Callable[..., tuple[Tensor, Tensor]]
+    logits: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    out: Callable[..., Tensor]
+    hidden_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    channels_bwd: Callable[..., Sequence[Tensor]]
+    dx: Callable[..., Sequence[Tensor]]
+
+
+def moments(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns mean and biased variance [2, M, C], then mean and unbiased variance [2, M, C]."""
+    mean, var = stages.moments(branches)
+    size = branches[0].shape[0] * positions(branches[0])
+    return torch.stack([mean, var]), torch.stack([mean, var * (size / (size - 1))])
+
+
+def hidden(
+    branches: Sequence[Tensor],
+    norms: Norms,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns s [B, C] (eqs. 1 and 2) and fc1's output [B, d] (eq. 3)."""
+    norm = _rows(branches[0], norms)
+    pooled = stages.fuse(branches, norm)
+    return pooled, F.linear(pooled, fc1_weight.to(pooled.dtype), _cast(fc1_bias, pooled.dtype))
+
+
+def logits(
+    hidden: Tensor,
+    fc1_norm: Norms,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    M: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns logits [B, M, C] (eqs. 3 to 5) and the batch's statistics, or empty tensors."""
+    applied, kept = hidden.new_empty(0), hidden.new_empty(0)
+    if fc1_norm.mean[0] is None:
+        var, mean = torch.var_mean(hidden, 0, correction=0)
+        size = hidden.shape[0]
+        applied = torch.stack([mean, var])
+        kept = torch.stack([mean, var * (size / (size - 1))])
+        fc1_norm = fc1_norm._replace(mean=(mean,), var=(var,))
+    _, _, z = _fc1_norm(hidden, fc1_norm)
+    wide = F.linear(z, fc2_weight.to(z.dtype), _cast(fc2_bias, z.dtype))
+    return wide.view(len(hidden), M, -1), applied, kept
+
+
+def out(
+    branches: Sequence[Tensor],
+    logits: Tensor,
+    norms: Norms,
+) -> Tensor:
+    """Returns V, the sum of softmax(logits)_i * u_i, in the dtype of the branches (eq. 6)."""
+    norm = _rows(branches[0], norms)
+    return stages.select(branches, logits, norm)
+
+
+def hidden_bwd(
+    dout: Tensor,
+    branches: Sequence[Tensor],
+    logits: Tensor,
+    norms: Norms,
+    fc2_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns P1 to P4 [4, B, M, C], dlogits [B, M, C] and dz [B, d]."""
+    sums = stages.sums(dout, branches, _rows(dout, norms))
+    attn = torch.softmax(logits, dim=1)
+    weight, bias = _stacked(norms.weight, norms, sums, 1), _stacked(norms.bias, norms, sums, 0)
+    dattn = weight * sums[2] + bias * sums[0]
+    dlogits = attn * (dattn - torch.sum(attn * dattn, dim=1, keepdim=True))
+    return sums, dlogits, dlogits.flatten(1) @ fc2_weight.to(sums.dtype)
+
+
+def channels_bwd(
+    sums: Tensor,
+    dlogits: Tensor,
+    dz: Tensor,
+    logits: Tensor,
+    pooled: Tensor,
+    hidden: Tensor,
+    norms: Norms,
+    fc1_norm: Norms,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    S: int,
+    batch_stats: bool,
+    fc1_batch_stats: bool,
+    group: str = "",
+    counts: Sequence[Tensor] | None = None,
+) -> ChannelGradients:
+    """Returns what the backward has left to give but dx.
+
+    Args:
+        sums: P1 to P4 [4, B, M, C].
+        dlogits: [B, M, C].
+        dz: gradient of fc2's input [B, d].
+        logits: [B, M, C].
+        pooled: s [B, C].
+        hidden: fc1's output before its norm [B, d].
+        norms: of the branches.
+        fc1_norm: with the statistics that were applied.
+        fc1_weight: [d, C].
+        fc1_bias: [d] or None.
+        fc2_weight: [M * C, d].
+        fc2_bias: [M * C] or None.
+        S: positions.
+        batch_stats: whether the branches' norms took the statistics of the batch.
+        fc1_batch_stats: whether fc1's norm did.
+        group: names the processes that share the statistics; empty for this one alone.
+        counts: images, and values a channel, over the processes of ``group``.
+    """
+    dtype = sums.dtype
+    B = len(dz)
+    images, size = (B, B * S) if counts is None else counts
+    scale, hhat, z = _fc1_norm(hidden, fc1_norm)
+    dy = dz.masked_fill(z <= 0, 0)
+    fc1_gamma, fc1_beta = torch.sum(dy * hhat, 0), torch.sum(dy, 0)
+    dhidden = dy
+    if fc1_batch_stats:
+        drift = sum_over(group, torch.stack([fc1_beta, fc1_gamma])) / images
+        dhidden = dy - drift[0] - hhat * drift[1]
+    dhidden = dhidden * scale
+    share = (dhidden @ fc1_weight.to(dtype)) / S
+    attn = torch.softmax(logits, dim=1)
+    p1, p2, p3, p4 = sums
+    beta = torch.sum(attn * p1 + share[:, None] * p2, dim=0)
+    gamma = torch.sum(attn * p3 + share[:, None] * p4, dim=0)
+    drift = sums.new_empty(0)
+    if batch_stats:
+        drift = sum_over(group, torch.stack([beta, gamma])) / size
+    flat = dlogits.flatten(1)
+    return ChannelGradients(
+        share,
+        drift,
+        _like(norms.weight[0], gamma),
+        _like(norms.bias[0], beta),
+        _like(fc1_weight, dhidden.t() @ pooled),
+        _like(fc1_bias, torch.sum(dhidden, 0)),
+        _like(fc1_norm.weight[0], fc1_gamma),
+        _like(fc1_norm.bias[0], fc1_beta),
+        _like(fc2_weight, flat.t() @ z),
+        _like(fc2_bias, torch.sum(flat, 0)),
+    )
+
+
+def dx(
+    dout: Tensor,
+    branches: Sequence[Tensor],
+    logits: Tensor,
+    norms: Norms,
+    share: Tensor,
+    drift: Tensor,
+) -> list[Tensor]:
+    """Returns scale_i (k (a_i dout + share) - drift_i0 - xhat_i drift_i1) for every branch."""
+    norm = _rows(dout, norms)
+    attn = torch.softmax(logits, dim=1)
+    rows = drift.transpose(0, 1) if drift.numel() else None
+    return stages.gradients(dout, branches, norm, attn, share, rows)
+
+
+REFERENCE = Passes(moments, hidden, logits, out, hidden_bwd, channels_bwd, dx)
+
+
+def positions(x: Tensor) -> int:
+    """Returns S of [B, C, *spatial]."""
+    return math.prod(x.shape[2:])
+
+
+def _rows(x: Tensor, norms: Norms) -> Tensor:
+    """Returns the rows mean, rstd, scale and beta, [M, 4, C]."""
+    like = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+    mean, var = _stacked(norms.mean, norms, like, 0), _stacked(norms.var, norms, like, 1)
+    rstd = torch.rsqrt(var + norms.eps)
+    scale = _stacked(norms.weight, norms, like, 1) * rstd
+    return torch.stack([mean, rstd, scale, _stacked(norms.bias, norms, like, 0)], dim=1)
+
+
+def _stacked(vectors: Sequence[Tensor | None], norms: Norms, like: Tensor, absent: float) -> Tensor:
+    """Returns [M, C] in the dtype of ``like``, with ``absent`` in the place of None."""
+    return torch.stack(
+        [
+            like.new_full(other.shape, absent) if x is None else x.to(like.dtype)
+            for x, other in zip(vectors, norms.mean, strict=True)
+            if other is not None
+        ]
+    )
+
+
+def _fc1_norm(hidden: Tensor, fc1_norm: Norms) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns scale = gamma * rstd, xhat and z = max(y, 0) of fc1's norm: [d], [B, d], [B, d]."""
+    mean, rstd, scale, beta = _rows(hidden, fc1_norm)[0]
+    centred = hidden - mean
+    return scale, centred * rstd, torch.relu(centred * scale + beta)
+
+
+def _like(parameter: Tensor | None, gradient: Tensor) -> Tensor:
+    """Returns the gradient in the parameter's dtype, nothing where there is no parameter."""
+    return gradient.new_empty(0) if parameter is None else gradient.to(parameter.dtype)
+
+
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
