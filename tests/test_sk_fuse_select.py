@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perf.bytes import counted_bytes
+from perf.static.bytes import counted_bytes
 from sknet_kernels.config import LaunchConfig
 from sknet_kernels.sk_fuse_select import (
     sk_fuse_select_dx,
