@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 from perf.commands import COMMANDS
-from perf.errors import UsageError
+from perf.rows.errors import UsageError
 
 # What a shell reports of a process that a closed pipe ended; 1 would be the verdict of compare.
 BROKEN_PIPE = 128 + signal.SIGPIPE

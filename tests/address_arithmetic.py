@@ -124,8 +124,8 @@ def _compiled() -> Iterator[tuple[str, str]]:
     """Yields name and IR of every kernel with three branches, in both layouts."""
     import torch
 
-    from perf.aot import TARGETS, compile_launch
-    from perf.specialisations import FAST_SHAPE, specialisations
+    from perf.static.aot import TARGETS, compile_launch
+    from perf.static.specialisations import FAST_SHAPE, specialisations
 
     target = next(t for t in TARGETS if t.name == "sm_90")
     for s in specialisations(target.facts):

@@ -1,23 +1,35 @@
 """Without a GPU the kernels run in Triton's interpreter, chosen before triton is imported."""
 
 import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-    # The tensors are small: threads would only wait for one another.
-    torch.set_num_threads(1)
-
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
 
 import pytest
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
+    # The tensors are small: threads, also of child processes, would only wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+# What is compared with float64 is computed in the dtype that it claims, and repeatably.
+torch.backends.cudnn.allow_tf32 = False
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan() -> None:
+    """Fills what is allocated with NaN, so that an element nobody writes is seen.
+
+    The public `torch.use_deterministic_algorithms` would change what Inductor compiles as well.
+    """
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
 
 
 @pytest.fixture
@@ -40,30 +52,29 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture
 def device() -> torch.device:
     """The device that kernels run on: a GPU, or the CPU under the interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cpu" if INTERPRETED else "cuda")
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills fresh memory with NaN, so that an element nobody writes is seen."""
-
-    def poison(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda *args, **kwargs: _with_nan(allocate(*args, **kwargs))
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Starts no worker for one file, whose tests stay together."""
+    files = {name.split("::")[0] for name in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
 
 
-def _with_nan(x: torch.Tensor) -> torch.Tensor:
-    return x.fill_(float("nan")) if x.is_floating_point() else x
-
-
-def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Skips what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU where there is none, and what needs the interpreter where one is."""
+    needless, reason = (
+        ("gpu", "needs a CUDA or ROCm device")
+        if INTERPRETED
+        else ("interpreter", "needs Triton's interpreter, which is not used beside a GPU")
+    )
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        if needless in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says last how many tests were skipped, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    for reason, count in Counter(report.longrepr[2] for report in skipped).most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")

@@ -1,17 +1,20 @@
-"""Cases, oracles and bounds that the kernel tests share."""
+"""Cases, bounds and comparisons that the tests share."""
 
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sknet_triton import SKConv
+from sknet_triton import Backend, SKConv
+from tests.plain_sknet import largest_error
 
 needs_compiler = pytest.mark.skipif(
     sys.platform == "win32" or not (shutil.which("g++") or shutil.which("clang++")),
@@ -19,6 +22,11 @@ needs_compiler = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parent.parent
+
+BACKENDS: tuple[Backend, ...] = ("reference", "triton")
+# What two ways to compute the same float64 may differ by, in units of the largest value: the order
+# of a few hundred additions (10^4 eps), and the same through the layers of a network.
+EXACT, EXACT_NETWORK = 1e-11, 1e-9
 
 Layout = str
 LAYOUTS = ("contiguous", "channels_last", "sliced", "unaligned", "cropped", "transposed")
@@ -112,20 +120,72 @@ def laid_out(x: Tensor, layout: Layout) -> Tensor:
     raise ValueError(f"layout: unknown {layout!r}")
 
 
-def assert_matches(
-    name: str,
-    actual: Tensor,
-    exact: Callable[[Callable[[Tensor], Tensor]], Tensor],
-    terms: float = 1.0,
-) -> None:
-    """Asserts that ``actual`` is ``exact`` up to rounding in its own dtype.
+Seen = dict[str, Tensor]
 
-    ``exact(f)`` computes the float64 result from inputs passed through f: the identity gives the
-    oracle, abs gives the sum of magnitudes that bounds every rounding error. A result kept in
-    float32 and cast once is off by that cast and by a few float32 ulps of the magnitudes;
-    ``terms`` says how many float32 roundings one term can meet.
+
+def outcome(
+    run: Callable[..., Tensor],
+    module: nn.Module,
+    x: Tensor | Sequence[Tensor],
+    dout: Tensor | None = None,
+    forward: AbstractContextManager[Any] | None = None,
+) -> Seen:
+    """Runs forward and backward once.
+
+    Args:
+        run: is called with ``x``: the module, or what was made of it.
+        module: whose parameters and buffers are seen.
+        x: the input, or a list of inputs that is passed as one.
+        dout: the gradient of the output; the default has values of both signs.
+        forward: only the forward is run in it.
+
+    Returns:
+        "out"; "dx", or "dx0", "dx1", ... for a list; "grad NAME" of every parameter that got one;
+        and every buffer by its name.
     """
-    oracle, magnitude = exact(lambda x: x.double()), exact(lambda x: x.double().abs())
+    leaves = [t.detach().requires_grad_() for t in ([x] if isinstance(x, Tensor) else x)]
+    module.zero_grad()
+    with forward or nullcontext():
+        out = run(leaves[0] if isinstance(x, Tensor) else leaves)
+    if dout is None:
+        dout = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    torch.autograd.backward([out], [dout])
+    names = ["dx"] if isinstance(x, Tensor) else [f"dx{i}" for i in range(len(leaves))]
+    seen = {"out": out.detach()}
+    seen |= {name: cast(Tensor, leaf.grad) for name, leaf in zip(names, leaves, strict=True)}
+    seen |= {f"grad {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return {name: t.clone() for name, t in {**seen, **dict(module.named_buffers())}.items()}
+
+
+def assert_same(actual: Seen, expected: Seen, bound: float = EXACT) -> None:
+    """Asserts the same names, shapes and values, up to ``bound`` of the largest; 0 is bitwise."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].shape == value.shape, name
+        if bound == 0:
+            assert actual[name].dtype == value.dtype, name
+            assert torch.equal(actual[name], value), name
+        elif value.numel():
+            error = largest_error(actual[name].to(value.device), value.double())
+            assert error < bound, f"{name}: off by {error} of its largest value"
+
+
+def assert_matches(
+    actual: Tensor, oracle: Tensor, magnitude: Tensor, terms: float = 1.0, name: str = "result"
+) -> None:
+    """Asserts that ``actual`` is ``oracle`` up to rounding in its own dtype.
+
+    A result kept in float32 and cast once is off by that cast and by a few float32 ulps of what
+    was added.
+
+    Args:
+        actual: the result of a kernel.
+        oracle: the exact result, in float64.
+        magnitude: the same sums over absolute values, in float64, or what bounds them.
+        terms: how many float32 roundings one term can meet.
+        name: what the message calls it.
+    """
+    actual = actual.detach()
     accumulated = torch.float64 if actual.dtype == torch.float64 else torch.float32
     bound = (
         store_rounding(actual) * torch.finfo(actual.dtype).eps * oracle.abs()
@@ -150,9 +210,14 @@ def store_rounding(x: Tensor) -> float:
     return 1.01 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 0.51
 
 
-def mapped(f: Callable[[Tensor], Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
-    """Returns f of every tensor."""
-    return [f(x) for x in xs]
+def wide(xs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns float64 copies, without history."""
+    return [x.detach().double() for x in xs]
+
+
+def magnitudes(xs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the absolute values, in float64."""
+    return [x.abs() for x in wide(xs)]
 
 
 def is_plain(sk: SKConv) -> bool:

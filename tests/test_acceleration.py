@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import sknet_triton as skt
-from perf import peers
+from perf.peers import rebuilt
 from sknet_triton import Backend, use_backend
 from sknet_triton.acceleration import check, families, unregister_family
 from sknet_triton.acceleration.swap import Accelerated
@@ -41,32 +41,34 @@ class Peer:
 
 
 PEERS = {
-    "timm": Peer(lambda: peers.SelectiveKernel(8, 4, groups=2), "timm SelectiveKernel"),
+    "timm": Peer(lambda: rebuilt.SelectiveKernel(8, 4, groups=2), "timm SelectiveKernel"),
     "timm split stride": Peer(
-        lambda: peers.SelectiveKernel(8, 6, stride=2, groups=2, split=True, width=5),
+        lambda: rebuilt.SelectiveKernel(8, 6, stride=2, groups=2, split=True, width=5),
         "timm SelectiveKernel",
     ),
-    "timm SplitAttn": Peer(lambda: peers.SplitAttn(8, 4), "ResNeSt split attention"),
+    "timm SplitAttn": Peer(lambda: rebuilt.SplitAttn(8, 4), "ResNeSt split attention"),
     "timm SplitAttn 4, 2": Peer(
-        lambda: peers.SplitAttn(8, 4, radix=4, groups=2), "ResNeSt split attention"
+        lambda: rebuilt.SplitAttn(8, 4, radix=4, groups=2), "ResNeSt split attention"
     ),
     "timm SplitAttn 1": Peer(
-        lambda: peers.SplitAttn(8, 4, radix=1, groups=2), "ResNeSt split attention, radix 1"
+        lambda: rebuilt.SplitAttn(8, 4, radix=1, groups=2), "ResNeSt split attention, radix 1"
     ),
-    "SplAtConv2d": Peer(lambda: peers.SplitAttn(8, 4, one_relu=True), "ResNeSt split attention"),
-    "port": Peer(lambda: peers.SKConv(8, 4, groups=2), "SKConv of the common ports"),
-    "port M3": Peer(lambda: peers.SKConv(8, 4, M=3, width=6), "SKConv of the common ports"),
-    "port heads": Peer(lambda: peers.SKConvHeads(8, 4), "SKConv of the common ports"),
-    "port linear": Peer(lambda: peers.SKConvHeads(8, 4, linear=True), "SKConv of the common ports"),
-    "pytorchcv": Peer(lambda: peers.SKConvBlock(8, 4, groups=2), "SKConv of the common ports"),
-    "SKFF v1": Peer(lambda: peers.SKFF(8), "MIRNet SKFF", count=3),
-    "SKFF v2": Peer(lambda: peers.SKFF(8, 2, leaky=True), "MIRNet SKFF", count=2),
-    "SKFusion": Peer(lambda: peers.SKFusion(8), "DehazeFormer SKFusion", count=2),
-    "gUNet": Peer(lambda: peers.SKFusion(8, inside=True), "DehazeFormer SKFusion", count=2),
-    "SimCLRv2": Peer(lambda: peers.SimCLRSelectiveKernel(8, 4), "SimCLRv2 SK convolution"),
-    "CycleMLP": Peer(lambda: peers.CycleMLP(8), "CycleMLP reweighting", (3, 6, 5, 8)),
+    "SplAtConv2d": Peer(lambda: rebuilt.SplitAttn(8, 4, one_relu=True), "ResNeSt split attention"),
+    "port": Peer(lambda: rebuilt.SKConv(8, 4, groups=2), "SKConv of the common ports"),
+    "port M3": Peer(lambda: rebuilt.SKConv(8, 4, M=3, width=6), "SKConv of the common ports"),
+    "port heads": Peer(lambda: rebuilt.SKConvHeads(8, 4), "SKConv of the common ports"),
+    "port linear": Peer(
+        lambda: rebuilt.SKConvHeads(8, 4, linear=True), "SKConv of the common ports"
+    ),
+    "pytorchcv": Peer(lambda: rebuilt.SKConvBlock(8, 4, groups=2), "SKConv of the common ports"),
+    "SKFF v1": Peer(lambda: rebuilt.SKFF(8), "MIRNet SKFF", count=3),
+    "SKFF v2": Peer(lambda: rebuilt.SKFF(8, 2, leaky=True), "MIRNet SKFF", count=2),
+    "SKFusion": Peer(lambda: rebuilt.SKFusion(8), "DehazeFormer SKFusion", count=2),
+    "gUNet": Peer(lambda: rebuilt.SKFusion(8, inside=True), "DehazeFormer SKFusion", count=2),
+    "SimCLRv2": Peer(lambda: rebuilt.SimCLRSelectiveKernel(8, 4), "SimCLRv2 SK convolution"),
+    "CycleMLP": Peer(lambda: rebuilt.CycleMLP(8), "CycleMLP reweighting", (3, 6, 5, 8)),
     "ViP": Peer(
-        lambda: peers.WeightedPermuteMLP(8, 4), "Vision Permutator reweighting", (3, 4, 4, 8)
+        lambda: rebuilt.WeightedPermuteMLP(8, 4), "Vision Permutator reweighting", (3, 4, 4, 8)
     ),
 }
 
@@ -275,21 +277,21 @@ class SKAttention(Unknown):
     pass
 
 
-class SKConvWithSigmoid(peers.SKConv):
+class SKConvWithSigmoid(rebuilt.SKConv):
     """A decoy: the same structure, and a sigmoid before the softmax."""
 
     def attention(self, wide: Tensor) -> Tensor:
         return super().attention(wide.sigmoid())
 
 
-class TwoOutputs(peers.SKConv):
+class TwoOutputs(rebuilt.SKConv):
     def forward(self, x: Tensor) -> Any:
         out = super().forward(x)
         return out, out
 
 
 def replaced() -> nn.Module:
-    module = peers.SKConv(8, 4)
+    module = rebuilt.SKConv(8, 4)
     module.forward = lambda x: x  # type: ignore[method-assign]  # what some wrappers do
     return module
 
@@ -322,7 +324,7 @@ def test_other_modules_are_not_mentioned() -> None:
 
 def test_the_report_of_a_network() -> None:
     model = nn.Sequential(
-        peers.SelectiveKernel(8, 8), nn.ReLU(), SKConvWithSigmoid(8, 4), Unknown()
+        rebuilt.SelectiveKernel(8, 8), nn.ReLU(), SKConvWithSigmoid(8, 4), Unknown()
     )
     report = skt.accelerate(model)
     assert report.paths("accelerated") == ["0"]
@@ -352,7 +354,7 @@ class Blend(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         wide = self.gate((a + b).sum((2, 3))).view(-1, 2, 4)
-        return peers.weighted(torch.stack([a, b], 1), wide.sigmoid())
+        return rebuilt.weighted(torch.stack([a, b], 1), wide.sigmoid())
 
 
 def blend_family(**changes: Any) -> skt.Family:

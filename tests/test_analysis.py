@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import sknet_triton as skt
-from perf.peers import SelectiveKernel, SKConvBlock, SKFusion, SplitAttn
+from perf.peers.rebuilt import SelectiveKernel, SKConvBlock, SKFusion, SplitAttn
 from sknet_triton import Backend, analysis, use_backend
 from sknet_triton.analysis import __main__ as cli
 from sknet_triton.analysis.examples import digits, photos

@@ -30,6 +30,12 @@ FLOORS = (
     {"sknet_triton.timm"},
     {"sknet_triton"},
     {"sknet_triton.analysis"},
+    {"perf.rows"},
+    {"perf.peers"},
+    {"perf.static"},
+    {"perf.sweep"},
+    {"perf.report"},
+    {"perf.commands"},
     {"perf", "tests"},
 )
 # The mathematics in plain PyTorch stands on nothing of ours, and the kernels neither.
@@ -110,6 +116,11 @@ def test_every_module_of_the_package_has_a_floor_of_its_own() -> None:
     missing = {".".join(m.split(".")[:2]) for m in MODULES if m.startswith("sknet_triton.")} - named
     assert not missing, f"name the floor of {missing} in FLOORS"
     assert all(any(owner(m) == name for m in MODULES) for name in named), "a floor is empty"
+
+
+def test_every_room_of_the_harness_has_a_floor_of_its_own() -> None:
+    rooms = {".".join(m.split(".")[:2]) for m in MODULES if m.startswith("perf.")}
+    assert rooms - {"perf.__main__"} <= set().union(*FLOORS)
 
 
 def test_only_the_kernels_and_their_registration_know_triton() -> None:

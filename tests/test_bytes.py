@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from perf.bytes import counted_bytes
+from perf.static.bytes import counted_bytes
 from sknet_kernels.sk_fuse import sk_fuse_fwd
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
 from tests.helpers import Case

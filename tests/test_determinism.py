@@ -123,6 +123,13 @@ def test_processes_give_the_same_bits(device: torch.device) -> None:
     assert len(set(here)) == len(here)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_memory_that_no_kernel_has_written_is_nan(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.empty(64, dtype=dtype, device=device)
+    for fresh in (x, torch.empty_like(x), x.new_empty(3, 5)):
+        assert fresh.isnan().all()
+
+
 def test_the_kernels_use_no_atomics() -> None:
     sources = sorted(KERNELS.glob("*.py"))
     assert len(sources) > 5

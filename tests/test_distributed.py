@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sknet_triton as skt
-from perf import peers
+from perf.peers import rebuilt
 from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, use_backend
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.backend import Backend
@@ -69,7 +69,7 @@ def layer() -> nn.Module:
 
 
 def peer() -> nn.Module:
-    timm = peers.SelectiveKernel(4, 4)
+    timm = rebuilt.SelectiveKernel(4, 4)
     return finished(timm, nn.Conv2d(4, 3, 1))
 
 

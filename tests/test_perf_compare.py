@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perf import baseline, env, workloads
 from perf.__main__ import main
-from perf.cases import make_case
-from perf.schema import Result, Row
-from perf.store import open_store
+from perf.peers import baseline
+from perf.rows import env
+from perf.rows.cases import make_case
+from perf.rows.schema import Result, Row
+from perf.rows.store import open_store
+from perf.sweep import workloads
 
 ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
 CASE = make_case("sk_conv", "infer", batch=8, resolution=64)
@@ -134,7 +136,8 @@ def test_planted_slowdown_is_found_and_a_repeat_is_not(
 
 
 def _verdicts(old: Path, new: Path) -> list[str]:
-    from perf import comparison, schema
+    from perf.report import comparison
+    from perf.rows import schema
 
     rows = comparison.compare(schema.read(old), schema.read(new), 0.1).rows
     return list(rows[rows.workload == "sk_fuse"].verdict)

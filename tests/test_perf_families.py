@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import sknet_triton as skt
-from perf import contest, families, gate, measure, peers, schema, workloads
-from perf.cases import FAMILY_MAPS, Case, make_case
-from perf.contest import Conditions
-from perf.presets import PRESETS, jobs
-from perf.providers import PROVIDERS
+from perf.peers import families, rebuilt
+from perf.rows import schema
+from perf.rows.cases import FAMILY_MAPS, Case, make_case
+from perf.static.saved import saved
+from perf.sweep import contest, gate, workloads
+from perf.sweep.contest import Conditions
+from perf.sweep.presets import PRESETS, jobs
+from perf.sweep.providers import PROVIDERS
 from sknet_triton.acceleration import families as known
 from sknet_triton.acceleration.swap import Accelerated
 
@@ -102,7 +105,7 @@ def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: pytest.Monk
 
 
 def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Other(peers.SKConv):
+    class Other(rebuilt.SKConv):
         def attention(self, wide: Tensor) -> Tensor:
             return super().attention(wide.sigmoid())
 
@@ -179,7 +182,7 @@ def test_what_is_kept_is_counted_with_the_inputs_and_without() -> None:
     side = 512  # 1 MiB of float32 in a square
     x = torch.randn(2, side, side, requires_grad=True)
     module = nn.Sequential(nn.Linear(side, side), nn.Sigmoid())
-    counted = measure.saved(lambda: module(x[0]), module, [x])
+    counted = saved(lambda: module(x[0]), module, [x])
     # The linear layer keeps its weight and half of x, whose storage is whole; the sigmoid its out.
     assert (counted.mb, counted.own_mb) == (3.0, 1.0)
 

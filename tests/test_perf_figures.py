@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 import torch
 
-from perf import env
 from perf.__main__ import main
-from perf.cases import make_case
-from perf.figures import look
-from perf.providers import PROVIDERS
-from perf.schema import Result, Row
-from perf.store import open_store
-from perf.traffic_figure import traffic_figure
+from perf.report.figures import look
+from perf.report.traffic_figure import traffic_figure
+from perf.rows import env
+from perf.rows.cases import make_case
+from perf.rows.schema import Result, Row
+from perf.rows.store import open_store
+from perf.sweep.providers import PROVIDERS
 
 ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")
 REPORTS = Path(__file__).parent.parent / "perf/reports"

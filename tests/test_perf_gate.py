@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perf import baseline, contest, gate, measure, workloads
-from perf.cases import Case, make_case
-from perf.contest import Conditions
-from perf.providers import PROVIDERS
+from perf.peers import baseline
+from perf.rows.cases import Case, make_case
+from perf.sweep import contest, gate, measure, workloads
+from perf.sweep.contest import Conditions
+from perf.sweep.providers import PROVIDERS
 from sknet_triton import SKConv, SKUnit, sknet26
 
 CPU = torch.device("cpu")

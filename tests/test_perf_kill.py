@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from perf import schema, sweep
 from perf.__main__ import main
-from perf.cases import Case
-from perf.contest import Conditions
-from perf.providers import Provider
-from perf.ranks import Rank, part_of, parts_of
-from perf.schema import Result
-from perf.store import open_store
+from perf.rows import schema
+from perf.rows.cases import Case
+from perf.rows.schema import Result
+from perf.rows.store import open_store
+from perf.sweep import sweep
+from perf.sweep.contest import Conditions
+from perf.sweep.providers import Provider
+from perf.sweep.ranks import Rank, part_of, parts_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = ["run", "--level", "op", "--batch", "1:40:1", "--provider", "eager", "reference"]

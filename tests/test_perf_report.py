@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from perf import env, schema, tables
-from perf.cases import Case, make_case
-from perf.providers import BEFORE
-from perf.schema import COLUMNS, Result, Row, SchemaError
-from perf.store import open_store
+from perf.report import tables
+from perf.rows import env, schema
+from perf.rows.cases import Case, make_case
+from perf.rows.schema import COLUMNS, Result, Row, SchemaError
+from perf.rows.store import open_store
+from perf.sweep.providers import BEFORE
 
 ENV = env.snapshot(torch.device("cpu"), seed=3, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64, stage=2)

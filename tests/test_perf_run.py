@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from perf import schema, sweep, workloads
 from perf.__main__ import BROKEN_PIPE, main
-from perf.cases import Case, make_case, stage_shape
-from perf.contest import Conditions
-from perf.presets import PRESETS, Grid, jobs
-from perf.providers import PROVIDERS, Provider
-from perf.schema import Result
+from perf.rows import schema
+from perf.rows.cases import Case, make_case, stage_shape
+from perf.rows.schema import Result
+from perf.sweep import sweep, workloads
+from perf.sweep.contest import Conditions
+from perf.sweep.presets import PRESETS, Grid, jobs
+from perf.sweep.providers import PROVIDERS, Provider
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]

@@ -23,7 +23,7 @@ from sknet_triton import Backend, functional, use_backend
 from sknet_triton.functional import Activation, Reduction
 from sknet_triton.reference import accumulation_dtype, stages
 from tests import strategies
-from tests.helpers import assert_matches, store_rounding
+from tests.helpers import assert_matches, magnitudes, store_rounding, wide
 from tests.strategies import (
     DEVICE,
     DTYPES,
@@ -113,30 +113,17 @@ def averaged(xs: Sequence[Tensor], reduction: Reduction) -> Tensor:
     return total.mean(2) if reduction == "mean" else total.sum(2)
 
 
-def wide(xs: Sequence[Tensor]) -> list[Tensor]:
-    return [x.detach().double() for x in xs]
-
-
-def magnitudes(xs: Sequence[Tensor]) -> list[Tensor]:
-    return [x.abs() for x in wide(xs)]
-
-
 def reach(logits: Tensor) -> float:
     """The error of a weight in units of its rounding: it grows with its logit's distance."""
     return 1.0 + 2.0 * float(logits.detach().double().abs().amax()) if logits.numel() else 1.0
 
 
 def assert_is(
-    name: str, actual: Tensor, exact: Tensor, magnitude: Tensor, terms: float, branch: torch.dtype
+    actual: Tensor, exact: Tensor, magnitude: Tensor, terms: float, name: str, branch: torch.dtype
 ) -> None:
-    """`assert_matches` with both tensors at hand; ``actual`` is no finer than its sums were."""
+    """`assert_matches`, where ``actual`` is no finer than its sums were."""
     finer = actual.dtype == torch.float64 and accumulation_dtype(branch) == torch.float32
-    actual = actual.detach().float() if finer else actual.detach()
-
-    def either(f: Callable[[Tensor], Tensor]) -> Tensor:
-        return exact if f(torch.tensor(-1.0)).item() < 0 else magnitude
-
-    assert_matches(name, actual, either, terms)
+    assert_matches(actual.float() if finer else actual, exact, magnitude, terms, name)
 
 
 def assert_same(name: str, actual: Tensor, other: Tensor, magnitude: Tensor, terms: float) -> None:
@@ -180,17 +167,17 @@ def check_select(backend: Backend, sample: Sample, activation: Activation | None
     exact_grads = torch.autograd.grad(exact, exact_leaves, dout.double())
     attn = weights(logits.detach().double(), activation).abs()
     terms = ROUNDINGS * reach(logits)
-    assert_is("out", out, exact.detach(), weighed(magnitudes(xs), attn), terms, sample.dtype)
+    assert_is(out, exact.detach(), weighed(magnitudes(xs), attn), terms, "out", sample.dtype)
     for i, dx in enumerate(dxs):
         share = weighed([dout.double().abs()], attn[:, i : i + 1])
-        assert_is(f"dx{i}", dx, exact_grads[i], share, terms, sample.dtype)
+        assert_is(dx, exact_grads[i], share, terms, f"dx{i}", sample.dtype)
     sums = torch.stack([(dout.double().abs() * x).flatten(2).sum(2) for x in magnitudes(xs)], 1)
     if activation == "softmax":
         sums = attn * (sums + (attn * sums).sum(1, keepdim=True))
     elif activation == "sigmoid":
         sums = attn * sums  # 1 - a is off by a rounding of one
     terms = SUM_ROUNDINGS * reach(logits)
-    assert_is("dlogits", dlogits, exact_grads[-1], sums, terms, sample.dtype)
+    assert_is(dlogits, exact_grads[-1], sums, terms, "dlogits", sample.dtype)
 
 
 @holds(FUSE, sample=samples(), reduction=st.sampled_from(REDUCTIONS))
@@ -208,13 +195,13 @@ def check_fuse(backend: Backend, sample: Sample, reduction: Reduction) -> None:
         dxs = torch.autograd.grad(out, xs, dpooled)
     exact, magnitude = (averaged(ys, reduction) for ys in (wide(xs), magnitudes(xs)))
     assert out.dtype == sample.dtype
-    assert_is("pooled", out, exact, magnitude, SUM_ROUNDINGS, sample.dtype)
+    assert_is(out, exact, magnitude, SUM_ROUNDINGS, "pooled", sample.dtype)
     positions = torch.Size(sample.shape[2:]).numel() if reduction == "mean" else 1
     share = (dpooled.double() / positions).view(*sample.shape[:2], *(1,) * (len(sample.shape) - 2))
     share = share.expand(sample.shape)
     for i, dx in enumerate(dxs):
         assert dx.dtype == sample.dtype
-        assert_is(f"dx{i}", dx, share, share.abs(), ROUNDINGS, sample.dtype)
+        assert_is(dx, share, share.abs(), ROUNDINGS, f"dx{i}", sample.dtype)
 
 
 @examples(MANY_BRANCHES.reference)
@@ -238,18 +225,18 @@ def test_any_tile_and_any_split_give_the_same(sample: Sample, config: LaunchConf
     terms = SUM_ROUNDINGS * reach(logits)
 
     pooled, average = sk_fuse_fwd(xs, config=config), averaged(magnitudes(xs), "mean")
-    assert_is("pooled", pooled, averaged(wide(xs), "mean"), average, terms, sample.dtype)
+    assert_is(pooled, averaged(wide(xs), "mean"), average, terms, "pooled", sample.dtype)
     out, largest = sk_select_fwd(xs, logits, config=config), weighed(magnitudes(xs), attn)
-    assert_is("out", out, weighed(wide(xs), attn), largest, terms, sample.dtype)
+    assert_is(out, weighed(wide(xs), attn), largest, terms, "out", sample.dtype)
     dxs, dlogits = sk_select_bwd(dout, xs, logits, config)
     for i, dx in enumerate(dxs):
         exact = weighed([dout.double()], attn[:, i : i + 1])
-        assert_is(f"dx{i}", dx, exact, exact.abs(), terms, sample.dtype)
+        assert_is(dx, exact, exact.abs(), terms, f"dx{i}", sample.dtype)
     sums = torch.stack([(dout.double() * x).flatten(2).sum(2) for x in wide(xs)], 1)
     bounds = torch.stack([(dout.double() * x).abs().flatten(2).sum(2) for x in wide(xs)], 1)
     exact = attn * (sums - (attn * sums).sum(1, keepdim=True))
     bounds = attn * (bounds + (attn * bounds).sum(1, keepdim=True))
-    assert_is("dlogits", dlogits, exact, bounds, terms, sample.dtype)
+    assert_is(dlogits, exact, bounds, terms, "dlogits", sample.dtype)
     check_norm_kernels(sample, config)
 
 
@@ -286,7 +273,7 @@ def test_weights_sum_to_one(backend: Backend, sample: Sample) -> None:
         out = functional.sk_select(ones, sample.random_logits())
     exact = torch.ones_like(out, dtype=torch.float64)
     # The weights' errors cancel: a quotient and an addition a branch are left.
-    assert_is("out", out, exact, exact, 2.0 * sample.num_branches, sample.dtype)
+    assert_is(out, exact, exact, 2.0 * sample.num_branches, "out", sample.dtype)
 
 
 @holds(MEAN, sample=samples(), value=st.floats(-1e4, 1e4, width=16))
@@ -298,7 +285,7 @@ def test_equal_logits_give_the_mean(backend: Backend, sample: Sample, value: flo
     with use_backend(backend):
         out = functional.sk_select(xs, logits)
     exact, magnitude = (torch.stack(ys).mean(0) for ys in (wide(xs), magnitudes(xs)))
-    assert_is("out", out, exact, magnitude, ROUNDINGS, sample.dtype)
+    assert_is(out, exact, magnitude, ROUNDINGS, "out", sample.dtype)
 
 
 @holds(SHIFT, sample=samples(), shift=st.integers(-8, 8))

@@ -5,7 +5,7 @@ from torch import Tensor
 from sknet_kernels.config import LaunchConfig, cdiv
 from sknet_kernels.sk_fuse import sk_fuse_fwd
 from sknet_triton import Backend, functional, use_backend
-from tests.helpers import CASES, Case, assert_matches, laid_out, mapped
+from tests.helpers import CASES, Case, assert_matches, laid_out, magnitudes, wide
 
 # A lane adds at most this many numbers one after the other; the tree that joins lanes adds ten.
 ROUNDINGS = 64.0
@@ -17,16 +17,20 @@ def textbook(branches: list[Tensor]) -> Tensor:
     return total.flatten(2).mean(2)
 
 
-@pytest.mark.usefixtures("poisoned")
+def check(out: Tensor, xs: list[Tensor], positions: int = 1) -> None:
+    """Asserts the average over space, times ``positions``."""
+    magnitude = positions * textbook(magnitudes(xs))
+    assert_matches(out, positions * textbook(wide(xs)), magnitude, ROUNDINGS)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_matches_float64(case: Case, device: torch.device) -> None:
     xs = case.branches(device)
     out = sk_fuse_fwd(xs)
     assert out.dtype == case.dtype
-    assert_matches("pooled", out, lambda f: textbook(mapped(f, xs)), ROUNDINGS)
+    check(out, xs)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("splits", [2, 3, 7])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_split_over_programs_is_right_and_repeatable(
@@ -36,7 +40,7 @@ def test_split_over_programs_is_right_and_repeatable(
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
     assert config.span(56) * splits >= 56
     out = sk_fuse_fwd(xs, config=config)
-    assert_matches("pooled", out, lambda f: textbook(mapped(f, xs)), ROUNDINGS)
+    check(out, xs)
     assert torch.equal(out, sk_fuse_fwd(xs, config=config))
 
 
@@ -44,9 +48,7 @@ def test_a_split_without_positions_adds_nothing(device: torch.device) -> None:
     xs = Case((1, 2, 9)).branches(device)
     config = LaunchConfig(block_c=2, block_s=4, splits=4, num_warps=1)
     assert cdiv(9, config.span(9)) < config.splits
-    assert_matches(
-        "pooled", sk_fuse_fwd(xs, config=config), lambda f: textbook(mapped(f, xs)), ROUNDINGS
-    )
+    check(sk_fuse_fwd(xs, config=config), xs)
 
 
 def test_float16_sum_beyond_its_range(device: torch.device) -> None:
@@ -58,7 +60,7 @@ def test_float16_sum_beyond_its_range(device: torch.device) -> None:
 def test_what_is_not_finite_passes_through(value: float, device: torch.device) -> None:
     xs = Case((2, 3, 5, 5)).branches(device)
     xs[1][1, 2, 4, 4] = value
-    out, oracle = sk_fuse_fwd(xs), textbook(mapped(torch.Tensor.double, xs))
+    out, oracle = sk_fuse_fwd(xs), textbook(wide(xs))
     assert torch.equal(out.isnan(), oracle.isnan())
     assert torch.equal(out.isinf(), oracle.isinf())
     assert out[1, 2].isnan() if value != value else out[1, 2] == value
@@ -88,17 +90,16 @@ def test_gradients_pass_gradcheck(device: torch.device) -> None:
 def test_branches_of_different_layouts(device: torch.device) -> None:
     xs = Case((2, 4, 3, 5), M=3).branches(device)
     xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
-    assert_matches("pooled", sk_fuse_fwd(xs), lambda f: textbook(mapped(f, xs)), ROUNDINGS)
+    check(sk_fuse_fwd(xs), xs)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_sum_over_space_instead_of_the_mean(splits: int, device: torch.device) -> None:
     case = Case((2, 5, 7, 4), M=3, layout="channels_last", dtype=torch.bfloat16)
     xs = case.branches(device)
     config = LaunchConfig(block_c=4, block_s=4, splits=splits, num_warps=1)
     out = sk_fuse_fwd(xs, config=config, reduction="sum")
-    assert_matches("summed", out, lambda f: 28 * textbook(mapped(f, xs)), ROUNDINGS)
+    check(out, xs, positions=28)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

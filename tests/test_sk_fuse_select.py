@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perf.bytes import counted_bytes
+from perf.static.bytes import counted_bytes
 from sknet_kernels.config import LaunchConfig
 from sknet_kernels.sk_fuse_select import (
     sk_fuse_select_dx,
@@ -19,11 +19,16 @@ from sknet_triton import SKConv, functional, ops, use_backend
 from sknet_triton.backend import Backend, current_backend
 from sknet_triton.layers import section
 from sknet_triton.reference import stages
-from tests.helpers import Case, assert_matches, is_plain
-
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
-EXACT = 1e-11  # float64 with a few hundred additions
-
+from tests.helpers import (
+    BACKENDS,
+    EXACT,
+    Case,
+    assert_matches,
+    assert_same,
+    is_plain,
+    outcome,
+    wide,
+)
 
 # --- the passes one by one, Triton against the formulas in float64 ------------------------------
 
@@ -53,11 +58,6 @@ def norm_of(case: Case, device: torch.device) -> Tensor:
     return torch.stack([mean, rstd, gamma * rstd, beta], 1)
 
 
-def wide(xs: list[Tensor]) -> list[Tensor]:
-    return [x.double() for x in xs]
-
-
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", PASS_CASES, ids=str)
 def test_moments(case: Case, device: torch.device) -> None:
     xs = case.branches(device)
@@ -84,7 +84,6 @@ def test_moments_of_a_large_mean_keep_their_digits(
     torch.testing.assert_close(var.double(), exact_var, rtol=2e-3, atol=0)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", PASS_CASES, ids=str)
 def test_sums(case: Case, device: torch.device) -> None:
     xs, dout, norm = case.branches(device), case.tensor(device, 99), norm_of(case, device)
@@ -99,7 +98,6 @@ def test_sums(case: Case, device: torch.device) -> None:
     assert not bad.any(), [int(row.sum()) for row in bad]
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("splits", [2, 3])
 def test_sums_split_over_programs(splits: int, device: torch.device) -> None:
     case = Case((2, 5, 6, 4), M=3, dtype=torch.float64)
@@ -110,7 +108,6 @@ def test_sums_split_over_programs(splits: int, device: torch.device) -> None:
     assert torch.equal(got, sk_fuse_select_sums(dout, xs, norm, config))
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("drifts", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("case", PASS_CASES, ids=str)
 def test_gradients(case: Case, drifts: bool, device: torch.device) -> None:
@@ -120,24 +117,17 @@ def test_gradients(case: Case, drifts: bool, device: torch.device) -> None:
     drift = torch.randn(case.M, 2, case.shape[1], device=device).to(norm.dtype)
     got = sk_fuse_select_dx(dout, xs, norm, attn, share, drift if drifts else None)
 
-    def exact(i: int) -> Callable[[Callable[[Tensor], Tensor]], Tensor]:
-        def gradient(f: Callable[[Tensor], Tensor]) -> Tensor:
-            if f(torch.tensor(-1.0)).item() < 0:
-                inputs = (dout.double(), wide(xs), norm.double(), attn.double(), share.double())
-                return stages.gradients(*inputs, drift.double() if drifts else None)[i]
-            # |xhat| stays under 16, so this bounds every term.
-            terms = (
-                f(dout)
-                + f(share).view(*share.shape, *(1,) * (dout.dim() - 2))
-                + 17 * drifts * (f(drift).amax())
-            )
-            return terms * f(norm[i, 2]).view(1, -1, *(1,) * (dout.dim() - 2))
-
-        return gradient
-
+    inputs = (dout.double(), wide(xs), norm.double(), attn.double(), share.double())
+    exact = stages.gradients(*inputs, drift.double() if drifts else None)
+    # |xhat| stays under 16, so this bounds every term.
+    spatial = (1,) * (dout.dim() - 2)
+    terms = inputs[0].abs() + inputs[4].abs().view(*share.shape, *spatial)
+    if drifts:
+        terms = terms + 17 * drift.double().abs().amax()
     for i, dx in enumerate(got):
         assert dx.dtype == case.dtype
-        assert_matches(f"dx{i}", dx, exact(i), terms=16)
+        magnitude = terms * norm[i, 2].double().abs().view(1, -1, *spatial)
+        assert_matches(dx, exact[i], magnitude, terms=16, name=f"dx{i}")
 
 
 @pytest.mark.parametrize("drifts", [True, False], ids=["training", "eval"])
@@ -203,16 +193,6 @@ def test_eager_pytorch_calls_the_modules_and_the_others_do_not(
         with use_backend(backend):
             sk(x)
     assert calls == ["triton"]
-
-
-def outcome(sk: SKConv, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
-    """Runs forward and backward; returns the output, every gradient and every buffer."""
-    x = x.detach().requires_grad_()
-    out = sk(x)
-    torch.autograd.backward(out, dout)
-    seen = {"out": out.detach(), "x.grad": cast(Tensor, x.grad)}
-    seen |= {f"{n}.grad": cast(Tensor, p.grad) for n, p in sk.named_parameters()}
-    return seen | {name: buffer.clone() for name, buffer in sk.named_buffers()}
 
 
 def for_norms(change: Callable[[nn.BatchNorm2d], Any]) -> Callable[[SKConv], None]:
@@ -311,12 +291,10 @@ def test_skconv_equals_its_modules(
     dout = torch.randn(3, 4, 4, 4, dtype=torch.float64, device=device)
     for _ in range(2):  # the second step starts from the first's running statistics
         with use_backend(backend):
-            actual = outcome(sk, x, dout)
+            actual = outcome(sk, sk, x, dout)
         with use_backend("reference"):
-            expected = outcome(twin, x, dout)
-        assert actual.keys() == expected.keys()
-        for key, value in expected.items():
-            torch.testing.assert_close(actual[key], value, rtol=EXACT, atol=EXACT, msg=key)
+            expected = outcome(twin, twin, x, dout)
+        assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -334,11 +312,11 @@ def test_skconv_in_low_precision_is_as_close_as_its_modules(
     twin = composed(sk)
     x, dout = Case((4, 4, 6, 6), 1, layout, dtype).tensor(device, 1), torch.randn(4, 8, 6, 6)
     dout = dout.to(device, dtype)
-    oracle = outcome(exact, x.double(), dout.double())
+    oracle = outcome(exact, exact, x.double(), dout.double())
     with use_backend(backend):
-        actual = outcome(sk, x, dout)
+        actual = outcome(sk, sk, x, dout)
     with use_backend("reference"):
-        modules = outcome(twin, x, dout)
+        modules = outcome(twin, twin, x, dout)
     eps = torch.finfo(dtype).eps
     for key, value in oracle.items():
         if key.endswith("num_batches_tracked"):

@@ -7,7 +7,7 @@ from torch import Tensor
 from sknet_kernels.config import LaunchConfig
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
 from sknet_triton import Backend, functional, use_backend
-from tests.helpers import CASES, Case, assert_matches, laid_out, mapped
+from tests.helpers import CASES, Case, assert_matches, laid_out, magnitudes, wide
 
 # exp, its argument, the quotient, the product and one addition a branch.
 ROUNDINGS = 16.0
@@ -41,37 +41,31 @@ def textbook_grads(dout: Tensor, branches: list[Tensor], logits: Tensor) -> list
     return list(torch.autograd.grad(out, leaves, dout))
 
 
+def spread(logits: Tensor) -> float:
+    """The error of a weight in units of its rounding: it grows with its logit's distance."""
+    return 1.0 + (logits.amax(1) - logits.amin(1)).max().item() if logits.numel() else 1.0
+
+
 def check_forward(out: Tensor, xs: list[Tensor], logits: Tensor) -> None:
-    wide = logits.double()
-    # The error of a weight grows with the distance of its logit from the largest.
-    spread = 1.0 if logits.numel() == 0 else 1.0 + (wide.amax(1) - wide.amin(1)).max().item()
-    assert_matches("out", out, lambda f: textbook(mapped(f, xs), wide), ROUNDINGS * spread)
+    magnitude = textbook(magnitudes(xs), logits.double())
+    terms = ROUNDINGS * spread(logits)
+    assert_matches(out, textbook(wide(xs), logits.double()), magnitude, terms)
 
 
 def check_backward(
     grads: tuple[list[Tensor], Tensor], dout: Tensor, xs: list[Tensor], logits: Tensor
 ) -> None:
-    wide = logits.double()
-    spread = 1.0 if logits.numel() == 0 else 1.0 + (wide.amax(1) - wide.amin(1)).max().item()
-
-    def dbranch(i: int) -> Callable[[Callable[[Tensor], Tensor]], Tensor]:
-        return lambda f: textbook_grads(f(dout), mapped(f, xs), wide)[i]
-
-    for i, dx in enumerate(grads[0]):
-        assert_matches(f"dx{i}", dx, dbranch(i), ROUNDINGS * spread)
-
-    def dlogits(f: Callable[[Tensor], Tensor]) -> Tensor:
-        if f(torch.tensor(-1.0)).item() < 0:
-            return textbook_grads(f(dout), mapped(f, xs), wide)[-1]
-        # The sum of magnitudes: no difference is taken.
-        attn = softmax(wide)
-        sums = torch.stack([(f(dout) * f(x)).flatten(2).sum(2) for x in xs], 1)
-        return attn * (sums + (attn * sums).sum(1, keepdim=True))
-
-    assert_matches("dlogits", grads[1], dlogits, SUM_ROUNDINGS * spread)
+    *dxs, dlogits = textbook_grads(dout.double(), wide(xs), logits.double())
+    for i, (dx, exact) in enumerate(zip(grads[0], dxs, strict=True)):
+        assert_matches(dx, exact, exact.abs(), ROUNDINGS * spread(logits), f"dx{i}")
+    # The sum of magnitudes: no difference is taken.
+    attn = softmax(logits.double())
+    sums = [(dout.double().abs() * x).flatten(2).sum(2) for x in magnitudes(xs)]
+    weighed = attn * torch.stack(sums, 1)
+    magnitude = weighed + attn * weighed.sum(1, keepdim=True)
+    assert_matches(grads[1], dlogits, magnitude, SUM_ROUNDINGS * spread(logits), "dlogits")
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_matches_float64(case: Case, device: torch.device) -> None:
     xs, logits = case.branches(device), case.logits(device)
@@ -80,7 +74,6 @@ def test_forward_matches_float64(case: Case, device: torch.device) -> None:
     check_forward(out, xs, logits)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward_matches_float64(case: Case, device: torch.device) -> None:
     xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
@@ -96,7 +89,6 @@ def test_output_has_the_layout_of_the_first_branch(layout: str, device: torch.de
     assert sk_select_fwd(xs, logits).stride() == expected
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("splits", [2, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("M", [1, 3])
@@ -230,7 +222,6 @@ def test_saved_for_the_backward_is_the_branches_and_the_logits(device: torch.dev
 ACTIVATIONS: tuple[functional.Activation | None, ...] = ("sigmoid", None)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize(
@@ -249,15 +240,11 @@ def test_other_activations_match_float64(
     with use_backend(backend):
         out = functional.sk_select(xs, logits, activation=activation)
     # Weights that do not sum to one: every branch is as large as its weight lets it be.
-    wide = logits.double()
-    spread = 1.0 + wide.abs().max().item()
-
-    def exact(f: Callable[[Tensor], Tensor]) -> Tensor:
-        magnitudes = f(torch.tensor(-1.0)).item() > 0
-        weights = wide.abs() if magnitudes and activation is None else wide
-        return textbook(mapped(f, xs), weights, activation)
-
-    assert_matches("out", out, exact, ROUNDINGS * spread)
+    weights = logits.double()
+    terms = ROUNDINGS * (1.0 + weights.abs().max().item())
+    oracle = textbook(wide(xs), weights, activation)
+    largest = textbook(magnitudes(xs), weights if activation else weights.abs(), activation)
+    assert_matches(out, oracle, largest, terms)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from perf.traffic import traffic
+from perf.static.traffic import traffic
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "perf" / "reports" / "traffic-cpu-torch2.13.0.csv"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
-from perf import comparison, tables
 from perf.commands.files import read_report
-from perf.errors import UsageError
+from perf.report import comparison, tables
+from perf.rows.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

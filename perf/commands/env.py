@@ -3,8 +3,8 @@
 import argparse
 from dataclasses import asdict
 
-from perf import env
-from perf.ranks import this_rank
+from perf.rows import env
+from perf.sweep.ranks import this_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

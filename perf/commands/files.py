@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from perf import schema
-from perf.cases import DTYPES, LAYOUTS, LEVELS, MODES
-from perf.errors import UsageError
-from perf.providers import PROVIDERS
+from perf.rows import schema
+from perf.rows.cases import DTYPES, LAYOUTS, LEVELS, MODES
+from perf.rows.errors import UsageError
+from perf.sweep.providers import PROVIDERS
 
 _KNOWN = {
     "level": LEVELS,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from perf import env
-from perf.errors import UsageError
+from perf.rows import env
+from perf.rows.errors import UsageError
 
 _SHOWN = [
     "target",
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     """Prints the table; exits with 1 where a kernel spills."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise UsageError("TRITON_INTERPRET: kernels cannot be compiled where it is 1; unset it")
-    from perf.kernels import kernel_table
+    from perf.static.kernels import kernel_table
 
     table = kernel_table()
     print(table[_SHOWN].to_string(index=False))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from perf.commands.files import read_report
-from perf.errors import UsageError
+from perf.rows.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Writes the figures and prints their paths."""
-    from perf.figures import figures
-    from perf.traffic_figure import is_traffic, traffic_figure
+    from perf.report.figures import figures
+    from perf.report.traffic_figure import is_traffic, traffic_figure
 
     if is_traffic(args.report):
         table = pd.read_csv(args.report)

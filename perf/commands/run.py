@@ -16,15 +16,16 @@ from pathlib import Path
 
 import torch
 
-from perf import cases, env, schema, tables
-from perf.contest import Conditions
-from perf.errors import UsageError
-from perf.presets import PRESETS, Grid, Job, jobs
-from perf.progress import Progress
-from perf.providers import PROVIDERS
-from perf.ranks import Rank, part_of, parts_of, this_rank, together, wait_for_all
-from perf.store import Store, merge, open_store
-from perf.sweep import Ending, sweep, unfinished
+from perf.report import tables
+from perf.rows import cases, env, schema
+from perf.rows.errors import UsageError
+from perf.rows.store import Store, merge, open_store
+from perf.sweep.contest import Conditions
+from perf.sweep.presets import PRESETS, Grid, Job, jobs
+from perf.sweep.progress import Progress
+from perf.sweep.providers import PROVIDERS
+from perf.sweep.ranks import Rank, part_of, parts_of, this_rank, together, wait_for_all
+from perf.sweep.sweep import Ending, sweep, unfinished
 
 INTERRUPTED = 128 + signal.SIGINT
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from perf import tables
 from perf.commands.files import read_report
+from perf.report import tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

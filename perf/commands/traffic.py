@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from perf import env
-from perf.errors import UsageError
+from perf.rows import env
+from perf.rows.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         # torch may have imported triton by now, which reads the variable only once.
         command = [sys.executable, "-m", "perf", *sys.argv[1:]]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
-    from perf.traffic import traffic
+    from perf.static.traffic import traffic
 
     rows = traffic(tuple(args.shape), getattr(torch, args.dtype))
     table = pd.DataFrame([asdict(row) for row in rows])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from perf.peers.ports import conv_bn_relu
+from perf.peers.rebuilt.ports import conv_bn_relu
 
 NUM_BRANCHES = 2
 

@@ -3,9 +3,9 @@
 import pandas as pd
 from tabulate import tabulate
 
-from perf.cases import LEVELS
-from perf.providers import BASELINE, BEFORE
-from perf.schema import CASE_COLUMNS
+from perf.rows.cases import LEVELS
+from perf.rows.schema import CASE_COLUMNS
+from perf.sweep.providers import BASELINE, BEFORE
 
 _COLUMNS = {
     "case": "left",

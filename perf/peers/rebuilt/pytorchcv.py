@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from perf.peers.stacked import weighted
+from perf.peers.rebuilt.stacked import weighted
 
 NUM_BRANCHES = 2
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from perf.aot import TARGETS, Target, compile_launch
-from perf.specialisations import specialisations
+from perf.static.aot import TARGETS, Target, compile_launch
+from perf.static.specialisations import specialisations
 
 
 def kernel_table() -> pd.DataFrame:

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from perf import schema
-from perf.schema import Key, Row
+from perf.rows import schema
+from perf.rows.schema import Key, Row
 
 
 class Store:

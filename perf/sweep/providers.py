@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import sknet_triton as skt
-from perf import competitors
-from perf.cases import Case
-from perf.workloads import Call, Source
+from perf.peers import competitors
+from perf.rows.cases import Case
+from perf.sweep.workloads import Call, Source
 
 Wrap = Literal["none", "compile", "max-autotune", "cudagraph"]
 

@@ -1,7 +1,7 @@
 """The modules of other packages at the sizes of a case, before and after `accelerate`.
 
-The structures are those of `perf.peers`. Here each takes maps [B, C, H, W] and returns one, so that
-a case's layout means the same for all of them.
+The structures are those of `perf.peers.rebuilt`. Here each takes maps [B, C, H, W] and returns one,
+so that a case's layout means the same for all of them.
 """
 
 import copy
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 import sknet_triton as skt
-from perf import peers
-from perf.cases import Case
+from perf.peers import rebuilt
+from perf.rows.cases import Case
 
 GROUPS = 32
 
@@ -43,15 +43,15 @@ class OnChannelsLast(nn.Module):
 
 
 BUILDERS: dict[str, Callable[[Case], nn.Module]] = {
-    "timm_selective_kernel": lambda case: peers.SelectiveKernel(case.C, case.C, groups=GROUPS),
-    "port_sk_conv": lambda case: peers.SKConv(case.C, case.C, groups=GROUPS),
-    "pytorchcv_sk_conv": lambda case: peers.SKConvBlock(case.C, case.C, groups=GROUPS),
-    "resnest_split_attention": lambda case: peers.SplitAttn(case.C, case.C),
-    "simclr_sk_conv": lambda case: peers.SimCLRSelectiveKernel(case.C, case.C),
-    "cycle_mlp": lambda case: OnChannelsLast(peers.CycleMLP(case.C)),
-    "vision_permutator": lambda case: OnChannelsLast(peers.WeightedPermuteMLP(case.C, case.H)),
-    "mirnet_skff": lambda case: OnList(peers.SKFF(case.C, case.M)),
-    "dehazeformer_sk_fusion": lambda case: OnList(peers.SKFusion(case.C, case.M)),
+    "timm_selective_kernel": lambda case: rebuilt.SelectiveKernel(case.C, case.C, groups=GROUPS),
+    "port_sk_conv": lambda case: rebuilt.SKConv(case.C, case.C, groups=GROUPS),
+    "pytorchcv_sk_conv": lambda case: rebuilt.SKConvBlock(case.C, case.C, groups=GROUPS),
+    "resnest_split_attention": lambda case: rebuilt.SplitAttn(case.C, case.C),
+    "simclr_sk_conv": lambda case: rebuilt.SimCLRSelectiveKernel(case.C, case.C),
+    "cycle_mlp": lambda case: OnChannelsLast(rebuilt.CycleMLP(case.C)),
+    "vision_permutator": lambda case: OnChannelsLast(rebuilt.WeightedPermuteMLP(case.C, case.H)),
+    "mirnet_skff": lambda case: OnList(rebuilt.SKFF(case.C, case.M)),
+    "dehazeformer_sk_fusion": lambda case: OnList(rebuilt.SKFusion(case.C, case.M)),
 }
 
 

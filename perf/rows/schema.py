@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import pandas as pd
 
-from perf.cases import Case
-from perf.env import Environment
+from perf.rows.cases import Case
+from perf.rows.env import Environment
 
 Status = Literal["ok", "unverified", "unsupported", "oom", "error"]
 

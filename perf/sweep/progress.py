@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from perf.presets import Job
+from perf.sweep.presets import Job
 
 
 class Progress:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from perf.figures import look
+from perf.report.figures import look
 
 # The provider that carries a plan out, in whose colour it is drawn.
 _PROVIDER_OF = {

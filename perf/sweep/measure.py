@@ -1,22 +1,20 @@
-"""Clocks and counters: time per call, memory, saved tensors, launches, FLOPs, copy bandwidth."""
+"""Clocks and counters: time per call, memory, launches, FLOPs, copy bandwidth."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from perf.cases import Mode
+from perf.rows.cases import Mode
+from perf.static.saved import MEBI
 
 Step = Callable[[], object]
 
-MEBI = 2**20
 WARMUP_MS = 25.0
 # Larger than the last-level cache of the CPUs and GPUs at hand, so that a copy goes to memory.
 COPY_BYTES = {"cpu": 256 * MEBI, "cuda": 1024 * MEBI}
@@ -107,41 +105,6 @@ def launches(step: Step, device: torch.device) -> int | None:
         step()
         torch.cuda.synchronize(device)
     return len([event for event in profiler.events() if event.device_type.name == "CUDA"])
-
-
-@dataclass(frozen=True)
-class Saved:
-    """MiB that a forward pass keeps for the backward pass, whole storages, parameters left out.
-
-    Attributes:
-        mb: all of it.
-        own_mb: without the inputs, which the caller may hold anyway.
-    """
-
-    mb: float
-    own_mb: float
-
-
-def saved(forward: Step, module: nn.Module, inputs: Iterable[Tensor]) -> Saved:
-    """Counts what ``forward`` keeps, which calls ``module`` on ``inputs``."""
-    parameters, given = _storages(module.parameters()), _storages(inputs)
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        out = forward()
-    del out  # held until here, so that no storage was freed and its address taken again
-    own = sum(size for address, size in kept.items() if address not in given)
-    return Saved(sum(kept.values()) / MEBI, own / MEBI)
-
-
-def _storages(tensors: Iterable[Tensor]) -> set[int]:
-    return {x.untyped_storage().data_ptr() for x in tensors}
 
 
 def flops(module: nn.Module, inputs: tuple[Tensor, ...], mode: Mode) -> int:

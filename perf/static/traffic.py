@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sknet_triton as skt
-from perf.bytes import counted_bytes
-from perf.measure import MEBI, saved
-from perf.workloads import SKFuseSelect
+from perf.peers.ours import SKFuseSelect
+from perf.static.bytes import counted_bytes
+from perf.static.saved import MEBI, saved
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from perf.schema import KEY_COLUMNS
+from perf.rows.schema import KEY_COLUMNS
 
 ENVIRONMENT_COLUMNS = ("gpu", "driver", "cuda", "cpu", "threads", "ranks", "torch", "triton")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from perf.peers.stacked import pooled, weighted
+from perf.peers.rebuilt.stacked import pooled, weighted
 
 NUM_PATHS = 2
 

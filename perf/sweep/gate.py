@@ -31,8 +31,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from perf import workloads
-from perf.cases import LAYOUTS, Case
+from perf.rows.cases import LAYOUTS, Case
+from perf.sweep import workloads
 
 ROUNDINGS = 8
 CONDITION_STEP = 4

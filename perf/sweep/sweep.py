@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
 
-from perf import env
-from perf.contest import Conditions, measure_case
-from perf.presets import Job
-from perf.progress import Progress
-from perf.providers import PROVIDERS
-from perf.schema import Row, key_of
-from perf.store import Store
+from perf.rows import env
+from perf.rows.schema import Row, key_of
+from perf.rows.store import Store
+from perf.sweep.contest import Conditions, measure_case
+from perf.sweep.presets import Job
+from perf.sweep.progress import Progress
+from perf.sweep.providers import PROVIDERS
 
 Ending = Literal["complete", "budget", "interrupt"]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from perf.peers.stacked import pooled, weighted
+from perf.peers.rebuilt.stacked import pooled, weighted
 
 
 class RadixSoftmax(nn.Module):

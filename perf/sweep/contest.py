@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from perf import digits, gate, measure, workloads
-from perf.cases import Case
-from perf.gate import Oracle, Verdict
-from perf.providers import Provider
-from perf.schema import Result, one_line
-from perf.workloads import Call, Source
+from perf.peers import digits
+from perf.rows.cases import Case
+from perf.rows.schema import Result, one_line
+from perf.static.saved import saved
+from perf.sweep import gate, measure, workloads
+from perf.sweep.gate import Oracle, Verdict
+from perf.sweep.providers import Provider
+from perf.sweep.workloads import Call, Source
 
 
 @dataclass(frozen=True)
@@ -228,8 +230,8 @@ class Contest:
         if not self.case.differentiates:
             return result
         inputs = gate.differentiated(entry.module, self.case, self._inputs(0)).inputs
-        saved = measure.saved(lambda: entry.call(*inputs), entry.module, inputs)
-        return replace(result, saved_mb=saved.mb, saved_own_mb=saved.own_mb)
+        kept = saved(lambda: entry.call(*inputs), entry.module, inputs)
+        return replace(result, saved_mb=kept.mb, saved_own_mb=kept.own_mb)
 
     def _count_flops(self, provider: Provider) -> int:
         if provider.oracle not in self._flops:

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from perf import tables
-from perf.providers import BASELINE, PROVIDERS
-from perf.schema import CASE_COLUMNS
-from perf.workloads import DTYPE_OF
+from perf.report import tables
+from perf.rows.schema import CASE_COLUMNS
+from perf.sweep.providers import BASELINE, PROVIDERS
+from perf.sweep.workloads import DTYPE_OF
 
 _COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C8C")
 _MARKERS = "osD^vP*X"

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from perf.cases import LAYOUTS, LEVEL_OF, Case, DType, Layout, Level, Mode, make_case
+from perf.rows.cases import LAYOUTS, LEVEL_OF, Case, DType, Layout, Level, Mode, make_case
 
 CORE = ("eager", "compile", "reference", "reference+compile", "triton", "triton+compile")
 UNCOMPILED = ("eager", "reference", "triton")

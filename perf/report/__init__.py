@@ -1,0 +1,1 @@
+"""What the reports show: tables, figures, comparisons."""

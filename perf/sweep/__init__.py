@@ -1,0 +1,1 @@
+"""How rows are measured: presets, workloads, providers, the gate, the clocks, the sweep."""
