@@ -160,3 +160,52 @@ def _num_warps(elements: int, problem: Problem, device: DeviceFacts) -> int:
     per_thread = max(1, _ACCESS_BYTES // problem.itemsize)
     warps = elements // (per_thread * device.warp_size)
     return max(1, min(_MAX_WARPS, warps))
+
+
+@dataclass(frozen=True)
+class MLPProblem:
+    """Sizes of the MLP between fuse and select: B images, C channels, d hidden, M branches."""
+
+    B: int
+    C: int
+    d: int
+    M: int
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Tile sizes (powers of two) of images, channels and hidden layer, and warps a program.
+
+    ``unroll`` partial sums of an element are loaded together.
+    """
+
+    block_b: int
+    block_c: int
+    block_d: int
+    num_warps: int
+    unroll: int = 4
+
+    @classmethod
+    def hidden(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
+        """For fc1: one image and the whole hidden layer a program."""
+        block_c = min(128, next_power_of_two(problem.C))
+        block_d = min(next_power_of_two(problem.d), 4096 // block_c)
+        return cls(1, block_c, block_d, num_warps=4)
+
+    @classmethod
+    def logits(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
+        """For fc2: a matrix product, whose least tile has 16 rows and columns."""
+        return cls(16, 32, min(64, max(16, next_power_of_two(problem.d))), num_warps=4)
+
+    @classmethod
+    def hidden_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
+        """For the backward to z: one image a program."""
+        block_d = next_power_of_two(problem.d)
+        block_c = min(next_power_of_two(problem.C), max(4, 4096 // block_d))
+        return cls(1, block_c, block_d, num_warps=4)
+
+    @classmethod
+    def channels_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
+        """For the gradients: a few channels of all images a program."""
+        block_d = max(16, next_power_of_two(problem.d))
+        return cls(16, 8, block_d, num_warps=4)

@@ -1,0 +1,419 @@
+"""The small kernels between fuse and select against float64, most of it through PyTorch's autograd.
+
+Rounding errors are bounded by the sums of the magnitudes that a result is made of.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sknet_kernels.norms import Norms
+from sknet_kernels.sk_fuse_mlp import (
+    ChannelGradients,
+    sk_channels_bwd,
+    sk_hidden,
+    sk_hidden_bwd,
+    sk_logits,
+)
+from tests.helpers import store_rounding
+
+EPS = 1e-5
+S = 6
+
+
+@dataclass(frozen=True)
+class MLPCase:
+    """Sizes and settings of the MLP and of the norms around it, and why they are tested."""
+
+    B: int
+    C: int
+    d: int
+    M: int
+    splits: int = 1
+    dtype: torch.dtype = torch.float32
+    acc: torch.dtype = torch.float32
+    affine: bool = True
+    fc1_affine: bool = True
+    biases: bool = True
+    batch_stats: bool = True
+    fc1_batch_stats: bool = True
+    why: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"B{self.B}-C{self.C}-d{self.d}-M{self.M}-{str(self.dtype).removeprefix('torch.')}"
+
+
+CASES = (
+    MLPCase(5, 24, 32, 2, splits=3, why="the usual"),
+    MLPCase(17, 130, 48, 2, splits=2, why="several blocks of images, channels and hidden layer"),
+    MLPCase(17, 24, 5, 3, splits=5, dtype=torch.bfloat16),
+    MLPCase(5, 130, 32, 8, dtype=torch.float16, splits=9, why="as many branches as go"),
+    MLPCase(2, 3, 5, 1, splits=2, why="one branch: its weight is one"),
+    MLPCase(1, 24, 5, 2, batch_stats=False, fc1_batch_stats=False, why="one image"),
+    MLPCase(1, 1, 1, 1, batch_stats=False, fc1_batch_stats=False, why="all sizes are one"),
+    MLPCase(5, 1, 1, 2, splits=2),
+    MLPCase(17, 3, 48, 3, splits=4, batch_stats=False, why="constants for the branches alone"),
+    MLPCase(17, 24, 32, 2, fc1_batch_stats=False, why="constants for fc1 alone"),
+    MLPCase(5, 24, 5, 2, affine=False, fc1_affine=False, biases=False, why="no parameters"),
+    MLPCase(5, 24, 5, 2, affine=False, biases=True, splits=2),
+    MLPCase(5, 24, 5, 3, fc1_affine=False, biases=False),
+    MLPCase(17, 24, 33, 2, splits=3, dtype=torch.float64, acc=torch.float64),
+    MLPCase(5, 3, 70, 2, dtype=torch.float32, acc=torch.float64, why="d past a block"),
+    MLPCase(2, 4, 300, 2, dtype=torch.bfloat16, why="a wide hidden layer"),
+)
+EMPTY = MLPCase(0, 24, 5, 2, splits=2)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Random tensors of a case: parameters in their dtype, the rest in the accumulation dtype."""
+
+    case: MLPCase
+    device: torch.device
+
+    def small(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.case.acc, device=self.device)
+
+    def parameter(self, *shape: int, present: bool = True) -> Tensor | None:
+        if not present:
+            return None
+        return torch.randn(shape, dtype=torch.float64, device=self.device).to(self.case.dtype)
+
+    def weight(self, rows: int, columns: int) -> Tensor:
+        return (self.small(rows, columns) / math.sqrt(columns)).to(self.case.dtype)
+
+    @cached_property
+    def fc1_weight(self) -> Tensor:
+        return self.weight(self.case.d, self.case.C)
+
+    @cached_property
+    def fc1_bias(self) -> Tensor | None:
+        return self.parameter(self.case.d, present=self.case.biases)
+
+    @cached_property
+    def fc2_weight(self) -> Tensor:
+        return self.weight(self.case.M * self.case.C, self.case.d)
+
+    @cached_property
+    def fc2_bias(self) -> Tensor | None:
+        return self.parameter(self.case.M * self.case.C, present=self.case.biases)
+
+    @cached_property
+    def norms(self) -> Norms:
+        C, M, affine = self.case.C, self.case.M, self.case.affine
+        return Norms(
+            mean=tuple(self.small(C) for _ in range(M)),
+            var=tuple(self.small(C).square() + 0.5 for _ in range(M)),
+            weight=tuple(self.parameter(C, present=affine) for _ in range(M)),
+            bias=tuple(self.parameter(C, present=affine) for _ in range(M)),
+            eps=EPS,
+        )
+
+    @cached_property
+    def fc1_norm(self) -> Norms:
+        """fc1's norm as the forward takes it."""
+        d, constant, affine = self.case.d, not self.case.fc1_batch_stats, self.case.fc1_affine
+        return Norms(
+            mean=(self.small(d) if constant else None,),
+            var=(self.small(d).square() + 0.5 if constant else None,),
+            weight=(self.parameter(d, present=affine),),
+            bias=(self.parameter(d, present=affine),),
+            eps=EPS,
+        )
+
+    @cached_property
+    def partials(self) -> Tensor:
+        return S * self.small(self.case.splits, self.case.B, self.case.C)
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        return self.small(self.case.B, self.case.C)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        exact = F.linear(self.pooled.double(), self.fc1_weight.double(), wide(self.fc1_bias))
+        return exact.to(self.case.acc)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self.small(self.case.B, self.case.M, self.case.C)
+
+    @cached_property
+    def partial_sums(self) -> Tensor:
+        return self.small(self.case.splits, 4, *self.logits.shape)
+
+
+def wide(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()
+
+
+def or_else(x: Tensor | None, size: int, value: float) -> Tensor:
+    """Returns a parameter in float64, or what its absence means."""
+    return torch.full((size,), value, dtype=torch.float64) if x is None else x.double().cpu()
+
+
+def assert_close(name: str, got: Tensor, exact: Tensor, magnitude: Tensor) -> None:
+    """Asserts that a sum is right up to its cast and 32 roundings of its terms' magnitudes."""
+    assert got.shape == exact.shape, f"{name}: {tuple(got.shape)} {tuple(exact.shape)}"
+    accumulated = torch.float64 if got.dtype == torch.float64 else torch.float32
+    bound = (
+        store_rounding(got) * torch.finfo(got.dtype).eps * exact.abs()
+        + 32 * torch.finfo(accumulated).eps * magnitude
+        + torch.finfo(got.dtype).smallest_normal
+    )
+    bad = ~((got.double() - exact).abs() <= bound)
+    assert not bad.any(), (
+        f"{name}: {int(bad.sum())} of {bad.numel()} elements off, "
+        f"got {got[bad][0].item()}, expected {exact[bad][0].item()} within {bound[bad][0].item()}"
+    )
+
+
+@pytest.fixture(params=CASES, ids=str)
+def given(request: pytest.FixtureRequest, device: torch.device) -> Given:
+    return Given(request.param, device)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_hidden(given: Given) -> None:
+    pooled, hidden = sk_hidden(given.partials, S, given.fc1_weight, given.fc1_bias)
+    partials, weight = given.partials.double(), given.fc1_weight.double()
+    exact, magnitude = partials.sum(0) / S, partials.abs().sum(0) / S
+    assert_close("pooled", pooled, exact, magnitude)
+    bias = or_else(given.fc1_bias, given.case.d, 0.0)
+    assert_close(
+        "hidden", hidden, F.linear(exact, weight, bias), magnitude @ weight.abs().t() + bias.abs()
+    )
+    assert pooled.dtype == hidden.dtype == given.case.acc
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_logits(given: Given) -> None:
+    case, hidden = given.case, given.hidden.double()
+    logits, stats = sk_logits(
+        given.hidden, given.fc1_norm, given.fc2_weight, given.fc2_bias, case.M
+    )
+    (mean,), (var,), (gamma,), (beta,), _ = given.fc1_norm
+    if stats is None:
+        assert mean is not None
+        assert var is not None
+        mean, var = mean.double(), var.double()
+    else:
+        assert mean is None
+        mean, var = hidden.mean(0), hidden.var(0, correction=0)
+        exact = torch.stack([mean, var, hidden.var(0)])
+        size = hidden.abs().amax(0)
+        # With two images the unbiased variance is twice the biased one and so is its error.
+        assert_close("stats", stats, exact, torch.stack([size, size**2, 2 * size**2]))
+    rstd = torch.rsqrt(var + EPS)
+    scale = or_else(gamma, case.d, 1.0) * rstd
+    y = (hidden - mean) * scale + or_else(beta, case.d, 0.0)
+    weight, bias = given.fc2_weight.double(), or_else(given.fc2_bias, case.M * case.C, 0.0)
+    size = (hidden.abs() + mean.abs()) * scale.abs() + or_else(beta, case.d, 0.0).abs()
+    # A mean's error counts as often as it is scaled by, one of the variance as hhat is.
+    size = size + hidden.abs().amax(0) * scale.abs() * (1 + (hidden.abs().amax(0) * rstd) ** 2)
+    assert_close(
+        "logits",
+        logits.flatten(1),
+        F.linear(torch.relu(y), weight, bias),
+        F.linear(size, weight.abs(), bias.abs()),
+    )
+    assert logits.shape == (case.B, case.M, case.C)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_hidden_bwd(given: Given) -> None:
+    case = given.case
+    sums, dlogits, dz = sk_hidden_bwd(
+        given.partial_sums, given.logits, given.norms, given.fc2_weight
+    )
+    exact = given.partial_sums.double().sum(0)
+    size = given.partial_sums.double().abs().sum(0)
+    assert_close("sums", sums, exact, size)
+    gamma = torch.stack([or_else(x, case.C, 1.0) for x in given.norms.weight])
+    beta = torch.stack([or_else(x, case.C, 0.0) for x in given.norms.bias])
+    dattn = gamma * exact[2] + beta * exact[0]
+    leaf = given.logits.double().requires_grad_()
+    (exact_dlogits,) = torch.autograd.grad(torch.softmax(leaf, 1), leaf, dattn)
+    size = (gamma.abs() * size[2] + beta.abs() * size[0]).sum(1, keepdim=True).expand_as(dlogits)
+    assert_close("dlogits", dlogits, exact_dlogits, size)
+    weight = given.fc2_weight.double()
+    assert_close("dz", dz, exact_dlogits.flatten(1) @ weight, size.flatten(1) @ weight.abs())
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_channels_bwd(given: Given) -> None:
+    got = channels_bwd(given)
+    exact, sizes = exact_channels_bwd(given), magnitudes(given)
+    for name, value in got._asdict().items():
+        expected = getattr(exact, name)
+        assert (value is None) == (expected is None), name
+        if value is not None:
+            assert_close(name, value, expected, getattr(sizes, name))
+    parameters = (given.fc1_weight, given.fc1_bias, given.fc2_weight, given.fc2_bias)
+    gradients = (got.fc1_weight, got.fc1_bias, got.fc2_weight, got.fc2_bias)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert parameter is None or (gradient is not None and parameter.dtype == gradient.dtype)
+    if given.case.affine:
+        assert got.gamma.dtype == got.beta.dtype == given.case.dtype
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_an_empty_batch_has_gradients_of_zero(device: torch.device) -> None:
+    given = Given(EMPTY, device)
+    pooled, hidden = sk_hidden(given.partials, S, given.fc1_weight, given.fc1_bias)
+    logits, stats = sk_logits(hidden, given.fc1_norm, given.fc2_weight, given.fc2_bias, EMPTY.M)
+    assert (pooled.shape, hidden.shape, logits.shape) == ((0, 24), (0, 5), (0, 2, 24))
+    assert stats is not None
+    assert stats.shape == (3, 5)
+    assert not stats[:2].any()
+    sums, dlogits, dz = sk_hidden_bwd(given.partial_sums, logits, given.norms, given.fc2_weight)
+    assert (sums.shape, dlogits.shape, dz.shape) == ((4, 0, 2, 24), (0, 2, 24), (0, 5))
+    for name, gradient in channels_bwd(given)._asdict().items():
+        assert gradient is not None
+        assert not gradient.any(), name
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_results_repeat_to_the_bit(case: MLPCase, device: torch.device) -> None:
+    given = Given(case, device)
+    assert all(map(torch.equal, everything(given), everything(given)))
+
+
+def everything(given: Given) -> list[Tensor]:
+    results = [
+        *sk_hidden(given.partials, S, given.fc1_weight, given.fc1_bias),
+        *sk_logits(given.hidden, given.fc1_norm, given.fc2_weight, given.fc2_bias, given.case.M),
+        *sk_hidden_bwd(given.partial_sums, given.logits, given.norms, given.fc2_weight),
+        *channels_bwd(given),
+    ]
+    return [x for x in results if x is not None]
+
+
+def test_weights_may_have_any_strides(device: torch.device) -> None:
+    given = Given(CASES[0], device)
+    strided = Given(CASES[0], device)
+    for name in ("norms", "fc1_norm", "fc1_bias", "fc2_bias", "partials", "pooled", "logits"):
+        vars(strided)[name] = getattr(given, name)
+    strided.__dict__["partial_sums"] = given.partial_sums
+    for name in ("fc1_weight", "fc2_weight"):
+        vars(strided)[name] = getattr(given, name).t().contiguous().t()
+    assert all(map(torch.equal, everything(given), everything(strided)))
+
+
+def applied(given: Given) -> Norms:
+    """fc1's norm with the statistics that its forward applies, as sk_logits writes them."""
+    if not given.case.fc1_batch_stats:
+        return given.fc1_norm
+    hidden = given.hidden.double()
+    mean, var = hidden.mean(0), hidden.var(0, correction=0)
+    acc = given.case.acc
+    return given.fc1_norm._replace(mean=(mean.to(acc),), var=(var.to(acc),))
+
+
+def upstream(given: Given) -> tuple[Tensor, Tensor]:
+    """Random dlogits [B, M, C], and dz [B, d] that belongs to it."""
+    generator = torch.Generator().manual_seed(7)
+    dlogits = torch.randn(given.logits.shape, generator=generator).to(given.logits)
+    dz = dlogits.double().flatten(1) @ given.fc2_weight.double()
+    return dlogits, dz.to(given.case.acc)
+
+
+def channels_bwd(given: Given) -> ChannelGradients:
+    dlogits, dz = upstream(given)
+    return sk_channels_bwd(
+        given.partial_sums[0],
+        dlogits,
+        dz,
+        given.logits,
+        given.pooled,
+        given.hidden,
+        applied(given),
+        given.case.fc1_batch_stats,
+        given.fc1_weight,
+        given.fc1_bias,
+        given.fc2_weight,
+        given.fc2_bias,
+        given.norms,
+        S,
+        given.case.batch_stats,
+    )
+
+
+def exact_channels_bwd(given: Given) -> ChannelGradients:
+    """The gradients by PyTorch's autograd through batch norm, ReLU and two linear layers."""
+    case = given.case
+    pooled, fc1_weight, fc2_weight = (
+        x.double().requires_grad_() for x in (given.pooled, given.fc1_weight, given.fc2_weight)
+    )
+    (mean,), (var,), (gamma,), (beta,), _ = given.fc1_norm
+    fc1_bias = or_else(given.fc1_bias, case.d, 0.0).requires_grad_()
+    fc2_bias = or_else(given.fc2_bias, case.M * case.C, 0.0).requires_grad_()
+    gamma1 = or_else(gamma, case.d, 1.0).requires_grad_()
+    beta1 = or_else(beta, case.d, 0.0).requires_grad_()
+    hidden = F.linear(pooled, fc1_weight, fc1_bias)
+    y = F.batch_norm(
+        hidden, wide(mean), wide(var), gamma1, beta1, training=case.fc1_batch_stats, eps=EPS
+    )
+    logits = F.linear(torch.relu(y), fc2_weight, fc2_bias)
+    leaves = (pooled, fc1_weight, fc1_bias, gamma1, beta1, fc2_weight, fc2_bias)
+    dlogits, _ = upstream(given)
+    ds, *mlp = torch.autograd.grad(logits, leaves, dlogits.double().flatten(1))
+    present = (True, case.biases, case.fc1_affine, case.fc1_affine, True, case.biases)
+    return with_norms(given, ds / S, given.partial_sums[0].double(), mlp, present)
+
+
+def with_norms(
+    given: Given, share: Tensor, sums: Tensor, mlp: list[Tensor], present: tuple[bool, ...]
+) -> ChannelGradients:
+    attn = torch.softmax(given.logits.double(), 1)
+    dbeta = (attn * sums[0] + share[:, None] * sums[1]).sum(0)
+    dgamma = (attn * sums[2] + share[:, None] * sums[3]).sum(0)
+    drift = torch.stack([dbeta, dgamma]) / (given.case.B * S)
+    weight1, bias1, gamma1, beta1, weight2, bias2 = (
+        x if there else None for x, there in zip(mlp, present, strict=True)
+    )
+    assert weight1 is not None
+    assert weight2 is not None
+    return ChannelGradients(
+        share=share,
+        drift=drift if given.case.batch_stats else None,
+        gamma=dgamma,
+        beta=dbeta,
+        fc1_weight=weight1,
+        fc1_bias=bias1,
+        fc1_gamma=gamma1,
+        fc1_beta=beta1,
+        fc2_weight=weight2,
+        fc2_bias=bias2,
+    )
+
+
+def magnitudes(given: Given) -> ChannelGradients:
+    """Sums of the magnitudes of what each gradient is made of."""
+    case = given.case
+    (mean,), (var,), (gamma,), (beta,), _ = applied(given)
+    assert mean is not None
+    assert var is not None
+    dlogits, dz = (x.double().abs() for x in upstream(given))
+    dz = dlogits.flatten(1) @ given.fc2_weight.double().abs()
+    rstd = torch.rsqrt(var.double() + EPS)
+    hhat = (given.hidden.double().abs() + mean.double().abs()) * rstd
+    gamma1 = or_else(gamma, case.d, 1.0).abs()
+    z = hhat * gamma1 + or_else(beta, case.d, 0.0).abs()
+    dhidden = dz + case.fc1_batch_stats * (dz.mean(0) + hhat * (dz * hhat).mean(0))
+    dhidden = dhidden * gamma1 * rstd
+    mlp = [
+        dhidden.t() @ given.pooled.double().abs(),
+        dhidden.sum(0),
+        (dz * hhat).sum(0),
+        dz.sum(0),
+        dlogits.flatten(1).t() @ z,
+        dlogits.flatten(1).sum(0),
+    ]
+    share = dhidden @ given.fc1_weight.double().abs() / S
+    return with_norms(given, share, given.partial_sums[0].double().abs(), mlp, (True,) * 6)
