@@ -226,7 +226,7 @@ def fused(
 
     Args:
         branches: M tensors [B, C, *spatial].
-        norms: of the branches, with running statistics, which only ``batch_stats`` leaves unread.
+        norms: of the branches; with running statistics, or with None where the batch's are taken.
         fc1_weight: [d, C], or [d, C, 1, 1] as a convolution has it.
         fc1_bias: [d] or None.
         fc1_norm: one norm, likewise.
@@ -533,8 +533,8 @@ def _joined(stats: Tensor, count: int, total: Tensor, group: str) -> tuple[Tenso
 
 def _norms(norms: Sequence[BatchNormArgs]) -> Norms:
     return Norms(
-        tuple(n.running_mean for n in norms),
-        tuple(n.running_var for n in norms),
+        tuple(None if n.batch_stats else n.running_mean for n in norms),
+        tuple(None if n.batch_stats else n.running_var for n in norms),
         tuple(n.weight for n in norms),
         tuple(n.bias for n in norms),
         norms[0].eps,

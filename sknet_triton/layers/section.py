@@ -82,10 +82,10 @@ def run(section: Section, maps: Sequence[Tensor]) -> Tensor:
     batch_stats, fc1_batch_stats = _takes_batch(norms[0]), _takes_batch(fc1_norm)
     out, kept, fc1_kept = functional.fused(
         maps,
-        _norms(norms),
+        _norms(norms, batch_stats),
         _parameter(section.fc1.conv, "weight"),
         _parameter(section.fc1.conv, "bias"),
-        _norms([fc1_norm]),
+        _norms([fc1_norm], fc1_batch_stats),
         _parameter(section.fc2, "weight"),
         _parameter(section.fc2, "bias"),
         batch_stats,
@@ -147,10 +147,11 @@ def _group(bn: Any) -> str:
     return str(group.group_name) if group.size() > 1 else ""
 
 
-def _norms(norms: Sequence[Any]) -> Norms:
+def _norms(norms: Sequence[Any], batch_stats: bool) -> Norms:
+    nothing = (None,) * len(norms)
     return Norms(
-        tuple([_buffer(n, "running_mean") for n in norms]),
-        tuple([_buffer(n, "running_var") for n in norms]),
+        nothing if batch_stats else tuple([_buffer(n, "running_mean") for n in norms]),
+        nothing if batch_stats else tuple([_buffer(n, "running_var") for n in norms]),
         tuple([_parameter(n, "weight") for n in norms]),
         tuple([_parameter(n, "bias") for n in norms]),
         norms[0].eps,
