@@ -10,7 +10,7 @@ cannot relaunch its kernels with arguments of its own choosing. Any strides will
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -95,6 +95,24 @@ def _dx(
 
 
 LAUNCHERS = Passes(_moments, _hidden, _logits, _out, _hidden_bwd, _channels_bwd, _dx)
+
+
+def _in_layout_of(x: Tensor, out: Tensor) -> Tensor:
+    expected = empty_like_branch(x)
+    return out if out.stride() == expected.stride() else expected.copy_(out)
+
+
+def _formula_out(branches: Sequence[Tensor], logits: Tensor, norms: Norms) -> Tensor:
+    return _in_layout_of(branches[0], REFERENCE.out(branches, logits, norms))
+
+
+def _formula_dx(dout: Tensor, branches: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    dbranches = REFERENCE.dx(dout, branches, *rest)
+    return [_in_layout_of(x, dx) for x, dx in zip(branches, dbranches, strict=True)]
+
+
+# The formulas with the strides that the operators promise.
+_FORMULAS = replace(REFERENCE, out=_formula_out, dx=_formula_dx)
 
 
 @dataclass(frozen=True)
@@ -269,7 +287,7 @@ def _registered(operator: _Operator) -> Callable[..., Any]:
         refuse_forward_mode(name)
         tensors = grouped(args)
         first = tensors[0] if isinstance(tensors[0], Tensor) else tensors[0][0]
-        passes = LAUNCHERS if has_kernels(first) else REFERENCE
+        passes = LAUNCHERS if has_kernels(first) else _FORMULAS
         with no_autocast(first):
             return getattr(passes, operator.step)(*tensors)
 
