@@ -22,11 +22,11 @@ NUM_SUMS = 4
 
 
 class ChannelGradients(NamedTuple):
-    """What `sk_channels_bwd` gives; a gradient is in the dtype of its parameter, None without it.
+    """What `sk_channels_bwd` gives: gradients in their parameters' dtypes, empty without one.
 
     Attributes:
         share: gradient of a branch's every position through the pooled average, ds / S [B, C].
-        drift: dbeta_i / m and dgamma_i / m [2, M, C]; None where statistics are constants.
+        drift: dbeta_i / m and dgamma_i / m [2, M, C]; empty where statistics are constants.
         gamma: of the branches' norms [M, C].
         beta: likewise.
         fc1_weight: [d, C].
@@ -38,15 +38,15 @@ class ChannelGradients(NamedTuple):
     """
 
     share: Tensor
-    drift: Tensor | None
+    drift: Tensor
     gamma: Tensor
     beta: Tensor
     fc1_weight: Tensor
-    fc1_bias: Tensor | None
-    fc1_gamma: Tensor | None
-    fc1_beta: Tensor | None
+    fc1_bias: Tensor
+    fc1_gamma: Tensor
+    fc1_beta: Tensor
     fc2_weight: Tensor
-    fc2_bias: Tensor | None
+    fc2_bias: Tensor
 
 
 @triton.jit
@@ -162,6 +162,7 @@ def _fc1_norm(hidden, mean, var, gamma, beta, EPS: tl.constexpr):
 def _sk_logits_kernel(
     logits_ptr,
     stats_ptr,
+    kept_ptr,
     hidden_ptr,
     mean_ptr,
     var_ptr,
@@ -184,9 +185,9 @@ def _sk_logits_kernel(
     """logits[b, n] = z weight^T + bias, with z = max((hidden - mean) * rstd * gamma + beta, 0).
 
     Without mean_ptr, mean and variance are those of hidden over its images, and the first program
-    writes stats: mean, biased and unbiased variance.
-    Shapes: hidden [B, d], logits [B, N] and stats [3, d] in ACC, N = M * C; weight [N, d] of any
-    strides; bias [N], gamma and beta [d] or None. Arithmetic in ACC. Passes moved: none of full
+    writes stats, mean and biased variance, and kept, mean and unbiased variance.
+    Shapes: hidden [B, d], logits [B, N], stats and kept [2, d] in ACC, N = M * C; weight [N, d] of
+    any strides; bias [N], gamma and beta [d] or None. Arithmetic in ACC. Passes moved: none of full
     size. Source: Li et al. 2019, eqs. 3 and 4.
     """
     # One program owns BLOCK_N logits of BLOCK_B images.
@@ -209,7 +210,8 @@ def _sk_logits_kernel(
             mask_stats = mask_d & (pid == 0)
             tl.store(stats_ptr + offs_d, mean, mask=mask_stats)
             tl.store(stats_ptr + d + offs_d, var, mask=mask_stats)
-            tl.store(stats_ptr + 2 * d + offs_d, m2 / tl.cast(B - 1, ACC), mask=mask_stats)
+            tl.store(kept_ptr + offs_d, mean, mask=mask_stats)
+            tl.store(kept_ptr + d + offs_d, m2 / tl.cast(B - 1, ACC), mask=mask_stats)
         else:
             mean = _vector(mean_ptr, offs_d, mask_d, 0.0, ACC)
             var = _vector(var_ptr, offs_d, mask_d, 1.0, ACC)
@@ -436,8 +438,10 @@ def _sk_channels_bwd_kernel(
     _store(fc1_dweight_ptr + offs_d[:, None] * C + offs_c[None, :], fc1_dweight, mask_weight)
     for i in tl.static_range(NUM_BRANCHES):
         offs_n = tl.cast(C, tl.int64) * i + offs_c
-        _store(dgamma_ptr + offs_n, dgammas[i], mask_c)
-        _store(dbeta_ptr + offs_n, dbetas[i], mask_c)
+        if dgamma_ptr is not None:
+            _store(dgamma_ptr + offs_n, dgammas[i], mask_c)
+        if dbeta_ptr is not None:
+            _store(dbeta_ptr + offs_n, dbetas[i], mask_c)
         if drift_ptr is not None:
             m = images * tl.cast(S, ACC)
             _store(drift_ptr + offs_n, dbetas[i] / m, mask_c)
@@ -484,22 +488,23 @@ def sk_logits(
     M: int,
     *,
     config: MLPConfig | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Launches fc1's norm, ReLU and fc2: hidden [B, d] -> logits [B, M, C] and statistics.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches fc1's norm, ReLU and fc2: hidden [B, d] -> logits [B, M, C] and statistics, twice.
 
-    Statistics [3, d], the mean, biased and unbiased variance, are those of the batch; None where
-    ``fc1_norm`` says what to apply.
+    The batch's mean and biased variance [2, d], and as running statistics keep them its mean and
+    unbiased variance [2, d]; both are empty where ``fc1_norm`` says what to apply.
     """
     B, d = hidden.shape
     logits = hidden.new_empty((B, M, fc2_weight.shape[0] // M))
     (mean,), (var,), (gamma,), (beta,), eps = fc1_norm
-    stats = hidden.new_empty((3, d)) if mean is None else None
+    sizes = (2, d) if mean is None else (0,)
+    stats, kept = hidden.new_empty(sizes), hidden.new_empty(sizes)
     launch(
         sk_logits_launch,
-        logits, stats, hidden, mean, var, gamma, beta, fc2_weight, fc2_bias,
+        logits, stats, kept, hidden, mean, var, gamma, beta, fc2_weight, fc2_bias,
         eps=eps, config=config,
     )  # fmt: skip
-    return logits, stats
+    return logits, stats, kept
 
 
 def sk_hidden_bwd(
@@ -528,51 +533,42 @@ def sk_channels_bwd(
     logits: Tensor,
     pooled: Tensor,
     hidden: Tensor,
+    norms: Norms,
     fc1_norm: Norms,
-    fc1_batch_stats: bool,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-    norms: Norms,
     S: int,
     batch_stats: bool,
+    fc1_batch_stats: bool,
     *,
     config: MLPConfig | None = None,
 ) -> ChannelGradients:
     """Launches what is left of the backward but the branches' gradients.
 
-    ``fc1_norm`` holds the statistics that were applied; the flags say whether those of fc1's norm
-    and of the branches' norms are the batch's.
+    ``fc1_norm`` holds the statistics that were applied; the flags say whether the branches' norms
+    and fc1's took those of the batch.
     """
     (mean,), (var,), (gamma,), (beta,), eps = fc1_norm
     _, M, C = logits.shape
-    gradients = ChannelGradients(
-        share=torch.empty_like(pooled),
-        drift=pooled.new_empty((2, M, C)) if batch_stats else None,
-        gamma=pooled.new_empty((M, C), dtype=_dtype(norms.weight, pooled)),
-        beta=pooled.new_empty((M, C), dtype=_dtype(norms.bias, pooled)),
-        fc1_weight=fc1_weight.new_empty(fc1_weight.shape),
-        fc1_bias=_empty(fc1_bias),
-        fc1_gamma=_empty(gamma),
-        fc1_beta=_empty(beta),
-        fc2_weight=fc2_weight.new_empty(fc2_weight.shape),
-        fc2_bias=_empty(fc2_bias),
+    gradients = (
+        torch.empty_like(pooled),
+        pooled.new_empty((2, M, C)) if batch_stats else None,
+        _gradient(norms.weight[0], (M, C)),
+        _gradient(norms.bias[0], (M, C)),
+        *(_gradient(x) for x in (fc1_weight, fc1_bias, gamma, beta, fc2_weight, fc2_bias)),
     )
     launch(
         sk_channels_bwd_launch,
         *gradients, sums, dlogits, dz, logits, pooled, hidden, mean, var, gamma, beta, fc1_weight,
         S=S, fc1_eps=eps, fc1_batch_stats=fc1_batch_stats, config=config,
     )  # fmt: skip
-    return gradients
+    return ChannelGradients(*(pooled.new_empty(0) if x is None else x for x in gradients))
 
 
-def _dtype(parameters: tuple[Tensor | None, ...], otherwise: Tensor) -> torch.dtype:
-    return next((x.dtype for x in parameters if x is not None), otherwise.dtype)
-
-
-def _empty(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else torch.empty_like(parameter)
+def _gradient(parameter: Tensor | None, shape: tuple[int, ...] | None = None) -> Tensor | None:
+    return None if parameter is None else parameter.new_empty(shape or parameter.shape)
 
 
 def sk_hidden_launch(
@@ -620,7 +616,8 @@ def sk_hidden_launch(
 
 def sk_logits_launch(
     logits: Tensor,
-    stats: Tensor | None,
+    stats: Tensor,
+    kept: Tensor,
     hidden: Tensor,
     fc1_mean: Tensor | None,
     fc1_var: Tensor | None,
@@ -632,7 +629,7 @@ def sk_logits_launch(
     eps: float,
     config: MLPConfig | None = None,
 ) -> Launch:
-    """Returns the launch that fills ``logits`` [B, M, C] and, unless None, ``stats`` [3, d]."""
+    """Returns the launch that fills ``logits`` [B, M, C], ``stats`` and ``kept`` [2, d]."""
     B, M, C = logits.shape
     d = hidden.shape[1]
     config = config or MLPConfig.logits(MLPProblem(B, C, d, M), DeviceFacts.of(hidden.device))
@@ -643,6 +640,7 @@ def sk_logits_launch(
         pointers={
             "logits_ptr": logits,
             "stats_ptr": stats,
+            "kept_ptr": kept,
             "hidden_ptr": hidden,
             "mean_ptr": fc1_mean,
             "var_ptr": fc1_var,
@@ -721,8 +719,8 @@ def sk_hidden_bwd_launch(
 def sk_channels_bwd_launch(
     share: Tensor,
     drift: Tensor | None,
-    dgamma: Tensor,
-    dbeta: Tensor,
+    dgamma: Tensor | None,
+    dbeta: Tensor | None,
     fc1_dweight: Tensor,
     fc1_dbias: Tensor | None,
     fc1_dgamma: Tensor | None,
