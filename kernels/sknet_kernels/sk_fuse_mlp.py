@@ -5,8 +5,6 @@ needs of all images, such as the statistics of fc1's norm, it computes for itsel
 lies in the cache, and a launch of its own would cost more.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -16,37 +14,9 @@ from sknet_kernels.arguments import accumulator
 from sknet_kernels.config import DeviceFacts, MLPConfig, MLPProblem, cdiv
 from sknet_kernels.jit import branch_weights, branch_weights_bwd, relu, zero_tiles
 from sknet_kernels.launch import Launch, launch
-from sknet_kernels.norms import Norms
+from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
 
 NUM_SUMS = 4
-
-
-class ChannelGradients(NamedTuple):
-    """What `sk_channels_bwd` gives: gradients in their parameters' dtypes, empty without one.
-
-    Attributes:
-        share: gradient of a branch's every position through the pooled average, ds / S [B, C].
-        drift: dbeta_i / m and dgamma_i / m [2, M, C]; empty where statistics are constants.
-        gamma: of the branches' norms [M, C].
-        beta: likewise.
-        fc1_weight: [d, C].
-        fc1_bias: [d].
-        fc1_gamma: of fc1's norm [d].
-        fc1_beta: likewise.
-        fc2_weight: [M * C, d].
-        fc2_bias: [M * C].
-    """
-
-    share: Tensor
-    drift: Tensor
-    gamma: Tensor
-    beta: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc1_gamma: Tensor
-    fc1_beta: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
 
 
 @triton.jit
@@ -438,10 +408,8 @@ def _sk_channels_bwd_kernel(
     _store(fc1_dweight_ptr + offs_d[:, None] * C + offs_c[None, :], fc1_dweight, mask_weight)
     for i in tl.static_range(NUM_BRANCHES):
         offs_n = tl.cast(C, tl.int64) * i + offs_c
-        if dgamma_ptr is not None:
-            _store(dgamma_ptr + offs_n, dgammas[i], mask_c)
-        if dbeta_ptr is not None:
-            _store(dbeta_ptr + offs_n, dbetas[i], mask_c)
+        _store(dgamma_ptr + offs_n, dgammas[i], mask_c)
+        _store(dbeta_ptr + offs_n, dbetas[i], mask_c)
         if drift_ptr is not None:
             m = images * tl.cast(S, ACC)
             _store(drift_ptr + offs_n, dbetas[i] / m, mask_c)
@@ -488,17 +456,17 @@ def sk_logits(
     M: int,
     *,
     config: MLPConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches fc1's norm, ReLU and fc2: hidden [B, d] -> logits [B, M, C] and statistics, twice.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Launches fc1's norm, ReLU and fc2: hidden [B, d] -> logits [B, M, C] and statistics.
 
-    The batch's mean and biased variance [2, d], and as running statistics keep them its mean and
-    unbiased variance [2, d]; both are empty where ``fc1_norm`` says what to apply.
+    The statistics of the batch are mean and biased variance [2, d], and in memory of their own
+    mean and unbiased variance [2, d]; None where ``fc1_norm`` says what to apply.
     """
     B, d = hidden.shape
     logits = hidden.new_empty((B, M, fc2_weight.shape[0] // M))
     (mean,), (var,), (gamma,), (beta,), eps = fc1_norm
-    sizes = (2, d) if mean is None else (0,)
-    stats, kept = hidden.new_empty(sizes), hidden.new_empty(sizes)
+    stats = hidden.new_empty((2, d)) if mean is None else None
+    kept = hidden.new_empty((2, d)) if mean is None else None
     launch(
         sk_logits_launch,
         logits, stats, kept, hidden, mean, var, gamma, beta, fc2_weight, fc2_bias,
@@ -547,28 +515,33 @@ def sk_channels_bwd(
 ) -> ChannelGradients:
     """Launches what is left of the backward but the branches' gradients.
 
-    ``fc1_norm`` holds the statistics that were applied; the flags say whether the branches' norms
-    and fc1's took those of the batch.
+    ``fc1_norm`` holds the statistics that were applied; the flags say whether those of fc1's norm
+    and of the branches' norms are the batch's.
     """
     (mean,), (var,), (gamma,), (beta,), eps = fc1_norm
     _, M, C = logits.shape
-    gradients = (
-        torch.empty_like(pooled),
-        pooled.new_empty((2, M, C)) if batch_stats else None,
-        _gradient(norms.weight[0], (M, C)),
-        _gradient(norms.bias[0], (M, C)),
-        *(_gradient(x) for x in (fc1_weight, fc1_bias, gamma, beta, fc2_weight, fc2_bias)),
+    gradients = ChannelGradients(
+        share=torch.empty_like(pooled),
+        drift=pooled.new_empty((2, M, C)) if batch_stats else None,
+        gamma=pooled.new_empty((M, C), dtype=common_dtype(norms.weight, pooled)),
+        beta=pooled.new_empty((M, C), dtype=common_dtype(norms.bias, pooled)),
+        fc1_weight=fc1_weight.new_empty(fc1_weight.shape),
+        fc1_bias=_empty(fc1_bias),
+        fc1_gamma=_empty(gamma),
+        fc1_beta=_empty(beta),
+        fc2_weight=fc2_weight.new_empty(fc2_weight.shape),
+        fc2_bias=_empty(fc2_bias),
     )
     launch(
         sk_channels_bwd_launch,
         *gradients, sums, dlogits, dz, logits, pooled, hidden, mean, var, gamma, beta, fc1_weight,
         S=S, fc1_eps=eps, fc1_batch_stats=fc1_batch_stats, config=config,
     )  # fmt: skip
-    return ChannelGradients(*(pooled.new_empty(0) if x is None else x for x in gradients))
+    return gradients
 
 
-def _gradient(parameter: Tensor | None, shape: tuple[int, ...] | None = None) -> Tensor | None:
-    return None if parameter is None else parameter.new_empty(shape or parameter.shape)
+def _empty(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else torch.empty_like(parameter)
 
 
 def sk_hidden_launch(
@@ -616,8 +589,8 @@ def sk_hidden_launch(
 
 def sk_logits_launch(
     logits: Tensor,
-    stats: Tensor,
-    kept: Tensor,
+    stats: Tensor | None,
+    kept: Tensor | None,
     hidden: Tensor,
     fc1_mean: Tensor | None,
     fc1_var: Tensor | None,
@@ -719,8 +692,8 @@ def sk_hidden_bwd_launch(
 def sk_channels_bwd_launch(
     share: Tensor,
     drift: Tensor | None,
-    dgamma: Tensor | None,
-    dbeta: Tensor | None,
+    dgamma: Tensor,
+    dbeta: Tensor,
     fc1_dweight: Tensor,
     fc1_dbias: Tensor | None,
     fc1_dgamma: Tensor | None,

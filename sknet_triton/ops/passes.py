@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sknet_kernels.layout import as_bcs, empty_like_branch
-from sknet_kernels.norms import Norms
+from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
 from sknet_triton.backend import has_kernels
 from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
 from sknet_triton.reference.common import accumulation_dtype, no_autocast
@@ -48,7 +48,7 @@ def _hidden(
     return sk_hidden(partials, positions(branches[0]), fc1_weight, fc1_bias)
 
 
-def _logits(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _logits(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     from sknet_kernels.sk_fuse_mlp import sk_logits
 
     return sk_logits(*args)
@@ -72,7 +72,7 @@ def _hidden_bwd(
     return sk_hidden_bwd(partials, logits, norms, fc2_weight)
 
 
-def _channels_bwd(*args: Any) -> Sequence[Tensor]:
+def _channels_bwd(*args: Any) -> ChannelGradients:
     from sknet_kernels.sk_fuse_mlp import sk_channels_bwd
 
     return sk_channels_bwd(*args)
@@ -84,7 +84,7 @@ def _dx(
     logits: Tensor,
     norms: Norms,
     share: Tensor,
-    drift: Tensor,
+    drift: Tensor | None,
 ) -> list[Tensor]:
     from sknet_kernels.sk_fuse_select import sk_fuse_select_dx
 
@@ -196,12 +196,11 @@ def _fake_channels_bwd(
     fc1_batch_stats: bool,
 ) -> list[Tensor]:
     M, C = logits.shape[1:]
-    weight, bias = norms.weight[0], norms.bias[0]
     return [
         torch.empty_like(pooled),
         sums.new_empty((2, M, C) if batch_stats else (0,)),
-        sums.new_empty(0) if weight is None else weight.new_empty(M, C),
-        sums.new_empty(0) if bias is None else bias.new_empty(M, C),
+        sums.new_empty(M, C, dtype=common_dtype(norms.weight, sums)),
+        sums.new_empty(M, C, dtype=common_dtype(norms.bias, sums)),
         *(
             _empty_like(x, sums)
             for x in (
@@ -222,7 +221,7 @@ def _fake_dx(
     logits: Tensor,
     norms: Norms,
     share: Tensor,
-    drift: Tensor,
+    drift: Tensor | None,
 ) -> list[Tensor]:
     return [empty_like_branch(x) for x in branches]
 
@@ -260,11 +259,24 @@ _OPERATORS = (
     ),
     _Operator(
         "dx",
-        "(Tensor dout, Tensor[] branches, Tensor logits, NORMS, Tensor share, Tensor drift)"
+        "(Tensor dout, Tensor[] branches, Tensor logits, NORMS, Tensor share, Tensor? drift)"
         " -> Tensor[]",
         _fake_dx,
     ),
 )
+
+
+# An operator returns no None: a vector of nothing stands for it.
+
+
+def _with_vectors(x: Tensor, results: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x.new_empty(0) if r is None else r for r in results]
+
+
+def _with_none(results: Any) -> Any:
+    if isinstance(results, Tensor):
+        return results
+    return [None if r.shape == (0,) else r for r in results]
 
 
 def _next_norms(rest: Iterator[Any]) -> Norms:
@@ -285,11 +297,15 @@ def _registered(operator: _Operator) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         refuse_forward_mode(name)
-        tensors = grouped(args)
-        first = tensors[0] if isinstance(tensors[0], Tensor) else tensors[0][0]
+        arguments = grouped(args)
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
         passes = LAUNCHERS if has_kernels(first) else _FORMULAS
         with no_autocast(first):
-            return getattr(passes, operator.step)(*tensors)
+            results = getattr(passes, operator.step)(*arguments)
+        if isinstance(results, Tensor):
+            return results
+        tensors = _with_vectors(first, results)
+        return tensors if operator.schema.endswith("[]") else tuple(tensors)
 
     define = torch.library.custom_op(
         f"{NAMESPACE}::{name}",
@@ -310,7 +326,7 @@ def _registered(operator: _Operator) -> Callable[..., Any]:
         flat: list[Any] = []
         for arg in args:
             flat.extend(arg if isinstance(arg, Norms) else (arg,))
-        return getattr(torch.ops.sknet_triton, name)(*flat)
+        return _with_none(getattr(torch.ops.sknet_triton, name)(*flat))
 
     return call
 

@@ -13,44 +13,15 @@ Small tensors are kept in the accumulation dtype.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sknet_kernels.norms import Norms
+from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
 from sknet_triton.reference import stages
 from sknet_triton.reference.collectives import sum_over
 from sknet_triton.reference.common import accumulation_dtype
-
-
-class ChannelGradients(NamedTuple):
-    """What `channels_bwd` returns: gradients in their parameter's dtype, empty where it is None.
-
-    Attributes:
-        share: ds / S, [B, C].
-        drift: dbeta / m and dgamma / m, [2, M, C]; empty where the statistics are constants.
-        gamma: of the branches' norms [M, C].
-        beta: likewise.
-        fc1_weight: [d, C].
-        fc1_bias: [d].
-        fc1_gamma: [d].
-        fc1_beta: [d].
-        fc2_weight: [M * C, d].
-        fc2_bias: [M * C].
-    """
-
-    share: Tensor
-    drift: Tensor
-    gamma: Tensor
-    beta: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc1_gamma: Tensor
-    fc1_beta: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,21 +36,21 @@ class Passes:
         hidden: branches, norms, fc1_weight, fc1_bias -> s [B, C] and fc1's output [B, d].
         logits: hidden, fc1_norm (a mean of None: the batch's statistics), fc2_weight, fc2_bias,
             M -> logits [B, M, C], and the batch's statistics, [2, d] and [2, d] as for
-            ``moments``, empty where they were given.
+            ``moments``, None where they were given.
         out: branches, logits, norms -> V, like a branch.
         hidden_bwd: dV, branches, logits, norms, fc2_weight -> P1 to P4 [4, B, M, C], dlogits
             [B, M, C] and dz [B, d].
         channels_bwd: see `channels_bwd`.
-        dx: dV, branches, logits, norms, share [B, C], drift [2, M, C] or empty -> the gradients
+        dx: dV, branches, logits, norms, share [B, C], drift [2, M, C] or None -> the gradients
             of the branches.
     """
 
     moments: Callable[..., tuple[Tensor, Tensor]]
     hidden: Callable[..., tuple[Tensor, Tensor]]
-    logits: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    logits: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     out: Callable[..., Tensor]
     hidden_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    channels_bwd: Callable[..., Sequence[Tensor]]
+    channels_bwd: Callable[..., ChannelGradients]
     dx: Callable[..., Sequence[Tensor]]
 
 
@@ -108,9 +79,9 @@ def logits(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     M: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns logits [B, M, C] (eqs. 3 to 5) and the batch's statistics, or empty tensors."""
-    applied, kept = hidden.new_empty(0), hidden.new_empty(0)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns logits [B, M, C] (eqs. 3 to 5) and the batch's statistics, or None."""
+    applied, kept = None, None
     if fc1_norm.mean[0] is None:
         var, mean = torch.var_mean(hidden, 0, correction=0)
         size = hidden.shape[0]
@@ -196,28 +167,28 @@ def channels_bwd(
     fc1_gamma, fc1_beta = torch.sum(dy * hhat, 0), torch.sum(dy, 0)
     dhidden = dy
     if fc1_batch_stats:
-        drift = sum_over(group, torch.stack([fc1_beta, fc1_gamma])) / images
-        dhidden = dy - drift[0] - hhat * drift[1]
+        fc1_drift = sum_over(group, torch.stack([fc1_beta, fc1_gamma])) / images
+        dhidden = dy - fc1_drift[0] - hhat * fc1_drift[1]
     dhidden = dhidden * scale
     share = (dhidden @ fc1_weight.to(dtype)) / S
     attn = torch.softmax(logits, dim=1)
     p1, p2, p3, p4 = sums
     beta = torch.sum(attn * p1 + share[:, None] * p2, dim=0)
     gamma = torch.sum(attn * p3 + share[:, None] * p4, dim=0)
-    drift = sums.new_empty(0)
+    drift = None
     if batch_stats:
         drift = sum_over(group, torch.stack([beta, gamma])) / size
     flat = dlogits.flatten(1)
     return ChannelGradients(
         share,
         drift,
-        _like(norms.weight[0], gamma),
-        _like(norms.bias[0], beta),
-        _like(fc1_weight, dhidden.t() @ pooled),
+        gamma.to(common_dtype(norms.weight, gamma)),
+        beta.to(common_dtype(norms.bias, beta)),
+        (dhidden.t() @ pooled).to(fc1_weight.dtype),
         _like(fc1_bias, torch.sum(dhidden, 0)),
         _like(fc1_norm.weight[0], fc1_gamma),
         _like(fc1_norm.bias[0], fc1_beta),
-        _like(fc2_weight, flat.t() @ z),
+        (flat.t() @ z).to(fc2_weight.dtype),
         _like(fc2_bias, torch.sum(flat, 0)),
     )
 
@@ -228,12 +199,12 @@ def dx(
     logits: Tensor,
     norms: Norms,
     share: Tensor,
-    drift: Tensor,
+    drift: Tensor | None,
 ) -> list[Tensor]:
     """Returns scale_i (k (a_i dout + share) - drift_i0 - xhat_i drift_i1) for every branch."""
     norm = _rows(dout, norms)
     attn = torch.softmax(logits, dim=1)
-    rows = drift.transpose(0, 1) if drift.numel() else None
+    rows = None if drift is None else drift.transpose(0, 1)
     return stages.gradients(dout, branches, norm, attn, share, rows)
 
 
@@ -272,9 +243,9 @@ def _fc1_norm(hidden: Tensor, fc1_norm: Norms) -> tuple[Tensor, Tensor, Tensor]:
     return scale, centred * rstd, torch.relu(centred * scale + beta)
 
 
-def _like(parameter: Tensor | None, gradient: Tensor) -> Tensor:
-    """Returns the gradient in the parameter's dtype, nothing where there is no parameter."""
-    return gradient.new_empty(0) if parameter is None else gradient.to(parameter.dtype)
+def _like(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+    """Returns the gradient in the parameter's dtype, None where there is no parameter."""
+    return None if parameter is None else gradient.to(parameter.dtype)
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
