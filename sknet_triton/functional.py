@@ -4,6 +4,7 @@ Branches come as a list or tuple of M tensors [B, C, *spatial] with 1, 2 or 3 sp
 one stacked tensor with ``branch_dim`` naming the axis of length M. A list is never stacked, and a
 stacked tensor is only viewed. Any strides are right; contiguous and channels_last are fast. A
 crop, whose rows do not lie evenly in memory, costs one copy of that branch on the Triton path.
+torch.fx does not look into them: a graph that it traces calls them.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sknet_kernels.config import MAX_BRANCHES
-from sknet_triton import reference
+from sknet_triton import ops, reference
 from sknet_triton.backend import in_transform, takes_triton
 from sknet_triton.reference.sk_fuse_select import Parameters, Results, Settings
 
@@ -23,6 +24,7 @@ Reduction = Literal["mean", "sum"]
 Activation = Literal["softmax", "sigmoid"]
 
 
+@torch.fx.wrap
 def sk_fuse(
     branches: Sequence[Tensor] | Tensor,
     *,
@@ -51,13 +53,12 @@ def sk_fuse(
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     if _takes_triton(xs):
-        from sknet_triton import ops
-
         pooled: Tensor = ops.sk_fuse(xs, reduction)
         return pooled
     return reference.sk_fuse(xs, reduction)
 
 
+@torch.fx.wrap
 def sk_select(
     branches: Sequence[Tensor] | Tensor,
     logits: Tensor,
@@ -89,8 +90,6 @@ def sk_select(
         raise ValueError(f"activation: expected 'softmax', 'sigmoid' or None, got {activation!r}")
     name = activation or "none"
     if _takes_triton(xs):
-        from sknet_triton import ops
-
         out: Tensor = ops.sk_select(xs, logits, name)
         return out
     return reference.sk_select(xs, logits, name)
@@ -137,6 +136,7 @@ class FuseSelect(NamedTuple):
     fc1_var: Tensor | None
 
 
+@torch.fx.wrap
 def sk_fuse_select(
     branches: Sequence[Tensor] | Tensor,
     norms: Sequence[BatchNormArgs],
@@ -191,8 +191,6 @@ def sk_fuse_select(
     group = norm.group if norm.batch_stats else fc1_norm.group if fc1_norm.batch_stats else ""
     settings = Settings(norm.eps, fc1_norm.eps, norm.batch_stats, fc1_norm.batch_stats, group)
     if _takes_triton(xs):
-        from sknet_triton import ops
-
         results = Results(*ops.sk_fuse_select(xs, *parameters, *settings))
     elif in_transform():
         results = reference.sk_fuse_select(xs, parameters, settings)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sknet_triton import functional
-from sknet_triton.backend import in_transform, takes_triton
+from sknet_triton.backend import in_transform, is_symbolic, takes_triton
 from sknet_triton.layers.blocks import any_hook
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -53,8 +53,11 @@ def pays(module: nn.Module, x: Tensor) -> bool:
     The Triton kernels and torch.compile fuse its formulas; in eager PyTorch, and in torch.func's
     transforms, each would be an operator, and the modules are faster. An exported program holds
     the modules' operators, for what comes after it knows them: it folds batch norms into
-    convolutions. torch's SyncBatchNorm takes no CPU tensors, this does.
+    convolutions; so does a graph of torch.fx. torch's SyncBatchNorm takes no CPU tensors, this
+    does.
     """
+    if is_symbolic(x):
+        return False
     fused = takes_triton(x) or (torch.compiler.is_dynamo_compiling() and not in_transform())
     # An empty batch has no statistics: the modules know what torch does then. Processes that share
     # statistics all take part, also one without an image.

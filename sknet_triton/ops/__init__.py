@@ -5,8 +5,7 @@ machine without a GPU (opcheck, fake tensors, compile, under Triton's interprete
 cannot relaunch its kernels with arguments of its own choosing. What is given up is Inductor's view
 into the kernel, which has no neighbour worth fusing: convolutions stand before it and after it.
 
-The first call on the Triton backend imports this package. Import it before making a
-``FlopCounterMode``, which copies the registry of FLOP formulas when it is made.
+Importing ``sknet_triton`` imports this package, so that a saved program finds its operators.
 """
 
 from sknet_triton.ops.sk_fuse import sk_fuse

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from sknet_kernels.layout import empty_like_branch
-from sknet_triton.backend import has_kernels
+from sknet_triton.backend import has_kernels, needs_plain_backward
 from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
 from sknet_triton.reference.common import accumulation_dtype, no_autocast
 from sknet_triton.reference.sk_fuse_select import (
@@ -180,7 +179,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
     branches, small = saved[: ctx.num_branches], saved[-NUM_SMALL:]
     parameters = saved[ctx.num_branches : -NUM_SMALL]
     p = Parameters(*parameters)
-    if torch.is_grad_enabled():  # a graph of the backward is asked for
+    if needs_plain_backward(dout):
         gradients = differentiable_backward(dout, branches, p, Settings(*ctx.settings))
     else:
         gradients = Gradients(*sk_fuse_select_bwd(dout, branches, parameters, small, *ctx.settings))
@@ -188,42 +187,6 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
 
 
 sk_fuse_select.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.sknet_triton.sk_fuse_select)
-def _flops(
-    branches: list[torch.Size],
-    gamma: torch.Size,
-    beta: torch.Size,
-    running_mean: torch.Size | None,
-    running_var: torch.Size | None,
-    fc1_weight: torch.Size,
-    fc1_bias: torch.Size | None,
-    fc1_gamma: torch.Size,
-    fc1_beta: torch.Size,
-    fc1_running_mean: torch.Size | None,
-    fc1_running_var: torch.Size | None,
-    fc2_weight: torch.Size,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    """The matrix products of the MLP, which is what PyTorch counts of the same composition."""
-    return 2 * branches[0][0] * (fc1_weight.numel() + fc2_weight.numel())
-
-
-@register_flop_formula(torch.ops.sknet_triton.sk_fuse_select_bwd)
-def _flops_bwd(
-    dout: torch.Size,
-    branches: list[torch.Size],
-    parameters: list[torch.Size | None],
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    """Two matrix products a layer of the MLP."""
-    p = Parameters(*parameters)  # type: ignore[arg-type]  # shapes stand for the tensors
-    return 4 * dout[0] * (p.fc1_weight.numel() + p.fc2_weight.numel())
 
 
 def _stages(x: Tensor) -> Stages:
