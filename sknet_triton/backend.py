@@ -3,9 +3,12 @@
 import importlib.util
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -16,36 +19,66 @@ Backend = Literal["auto", "triton", "reference"]
 ENVIRONMENT_VARIABLE = "SKNET_TRITON_BACKEND"
 
 _NAMES: tuple[str, ...] = get_args(Backend)
-_chosen: Backend | None = None
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+_process: Backend | None = None
+_block: ContextVar[Backend | None] = ContextVar("sknet_triton_backend", default=None)
+# What code under torch.compile chose, which cannot set a ContextVar.
+_traced: Backend | None = None
+_thread = threading.local()
+_this = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> Backend | None:
+    # torch.compile cannot read a ContextVar before torch 2.14. It can read an attribute of a
+    # module, and its guard reads it again before every call, in the caller's thread and context.
+    if name == "_chosen":
+        _settle()
+        return _block.get() or _process
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
     """Chooses the implementation of every stage, as a setter or as a context manager.
 
-    ``use_backend("reference")`` holds from that line on; ``with use_backend("reference"):``
-    holds inside the block and restores what was set before. The choice is global to the process.
+    ``use_backend("reference")`` holds from that line on, for the whole process;
+    ``with use_backend("reference"):`` holds inside the block, for this thread and context (as of
+    ``contextvars``) alone, and goes before what the process is set to.
 
     Args:
         name: ``"auto"`` takes Triton for tensors on a GPU and PyTorch for all others, and for all
-            in an export to ONNX, in torch.func's transforms and in forward-mode differentiation;
-            ``"triton"`` insists on the kernels; ``"reference"`` takes plain PyTorch everywhere,
-            which torch.compile fuses and every exporter understands.
+            in an export to ONNX, in torch.func's transforms, in forward-mode differentiation and
+            for DTensors; ``"triton"`` insists on the kernels; ``"reference"`` takes plain PyTorch
+            everywhere, which torch.compile fuses and every exporter understands.
 
     Raises:
         ValueError: ``name`` is not one of the three.
     """
 
+    _open = False
+
     def __init__(self, name: Backend) -> None:
-        global _chosen
+        global _traced
         self._name = _checked(name, "name")
-        self._previous = _chosen
-        _chosen = self._name
+        self._outer: list[Backend | None] = []
+        if torch.compiler.is_dynamo_compiling():
+            self._before, _traced = _traced, self._name
+            return
+        _settle()
+        self._open = True
+        _thread.last = weakref.ref(self)
 
     def __enter__(self) -> None:
-        global _chosen
-        _chosen = self._name
+        global _traced
+        if torch.compiler.is_dynamo_compiling():
+            self._outer.append(self._before)
+            _traced = self._name
+            return
+        self._open = False
+        self._outer.append(_block.get())
+        _block.set(self._name)
 
     def __exit__(
         self,
@@ -53,17 +86,43 @@ class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        global _chosen
-        _chosen = self._previous
+        global _traced
+        if torch.compiler.is_dynamo_compiling():
+            _traced = self._outer.pop()
+        else:
+            _block.set(self._outer.pop())
+
+    def __del__(self) -> None:
+        # Of a statement of its own, at the end of the line.
+        self._settle()
+
+    def _settle(self) -> None:
+        """Sets the process, unless this was a block's: no other thread sees a block begin."""
+        global _process
+        if self._open:
+            self._open, _process = False, self._name
+
+
+def _settle() -> None:
+    """Carries out the setters that this thread is past, before it chooses or reads."""
+    global _process, _traced
+    if _traced is not None:
+        _process, _traced = _traced, None
+    last = getattr(_thread, "last", lambda: None)()
+    if last is not None:
+        last._settle()
 
 
 def current_backend() -> Backend:
-    """Returns the backend in force: the one set, else the environment's, else ``"auto"``.
+    """Returns the backend in force: the block's, else the process's, else the environment's.
+
+    Where none is set it is ``"auto"``.
 
     Raises:
         ValueError: ``SKNET_TRITON_BACKEND`` holds an unknown name.
     """
-    return _chosen if _chosen is not None else _from_environment()
+    chosen: Backend | None = _traced or _this._chosen
+    return chosen if chosen is not None else _from_environment()
 
 
 def takes_triton(tensor: Tensor) -> bool:
@@ -73,13 +132,13 @@ def takes_triton(tensor: Tensor) -> bool:
         ValueError: the backend is ``"triton"`` and ``tensor`` is on a device without kernels.
         ImportError: the backend is ``"triton"`` and triton is not installed.
         RuntimeError: the backend is ``"triton"`` in an export to ONNX, which has no such operators,
-            or in a transform that they have no rule for.
+            in a transform that they have no rule for, or for a DTensor.
     """
     backend = current_backend()
     if backend == "reference":
         return False
     if backend == "auto":
-        plain = in_transform() or _exporting_to_onnx()
+        plain = in_transform() or _exporting_to_onnx() or _is_distributed(tensor)
         return tensor.is_cuda and _triton_installed() and not plain
     if not _triton_installed():
         raise ImportError("backend: 'triton' needs the package triton, which is not installed")
@@ -98,6 +157,11 @@ def takes_triton(tensor: Tensor) -> bool:
             "backend: 'triton' has no rule for torch.func's transforms (grad, jvp, vmap, ...) and "
             "forward-mode derivatives; use_backend('auto') and use_backend('reference') have"
         )
+    if _is_distributed(tensor):
+        raise RuntimeError(
+            "backend: 'triton' has no sharding rule for DTensors; use_backend('auto') and "
+            "use_backend('reference') take PyTorch's operators, which have"
+        )
     return True
 
 
@@ -110,9 +174,35 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def needs_plain_backward(dout: Tensor) -> bool:
+    """Tells whether a backward is to be made of PyTorch's operators.
+
+    It is where a graph of the backward is asked for, and where ``dout`` is a batch of gradients
+    (``is_grads_batched``, vectorised Jacobians, vmap), for which a custom operator has no rule.
+    """
+    batched = torch._C._dispatch_keys(dout).has("Batched")
+    return torch.is_grad_enabled() or batched or torch._C._are_functorch_transforms_active()
+
+
 def has_kernels(tensor: Tensor) -> bool:
     """Tells whether a Triton kernel can read ``tensor``: on a GPU, or under the interpreter."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and _interpreting())
+
+
+def is_symbolic(value: object) -> bool:
+    """Tells whether ``value`` is, or a list or tuple of it holds, what torch.fx traces with."""
+    if isinstance(value, (list, tuple)):
+        return any(map(is_symbolic, value))
+    return isinstance(value, torch.fx.Proxy)
+
+
+def interpreting() -> bool:
+    """Tells whether the environment has Triton interpret its kernels, as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    return isinstance(tensor, _distributed_type())
 
 
 def _checked(name: str, source: str) -> Backend:
@@ -150,4 +240,11 @@ def _exporting_to_onnx() -> bool:
 
 @_constant_in_a_graph
 def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return interpreting()
+
+
+@_constant_in_a_graph
+def _distributed_type() -> Any:
+    # Whoever made a DTensor has imported it.
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return () if tensor is None else tensor.DTensor

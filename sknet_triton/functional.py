@@ -4,6 +4,7 @@ Branches come as a list or tuple of M tensors [B, C, *spatial] with 1, 2 or 3 sp
 one stacked tensor with ``branch_dim`` naming the axis of length M. A list is never stacked, and a
 stacked tensor is only viewed. Any strides are right; contiguous and channels_last are fast. A
 crop, whose rows do not lie evenly in memory, costs one copy of that branch on the Triton path.
+torch.fx does not look into them: a graph that it traces calls them.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from sknet_kernels.config import MAX_BRANCHES
 from sknet_kernels.norms import Norms
 from sknet_triton import ops, reference
-from sknet_triton.backend import in_transform, takes_triton
+from sknet_triton.backend import in_transform, needs_plain_backward, takes_triton
 from sknet_triton.checks import check_logits, check_section, checked_branches
 from sknet_triton.reference.collectives import sum_over
 from sknet_triton.reference.common import accumulation_dtype, no_autocast
@@ -26,6 +27,7 @@ Reduction = Literal["mean", "sum"]
 Activation = Literal["softmax", "sigmoid"]
 
 
+@torch.fx.wrap
 def sk_fuse(
     branches: Sequence[Tensor] | Tensor,
     *,
@@ -59,6 +61,7 @@ def sk_fuse(
     return reference.sk_fuse(xs, reduction)
 
 
+@torch.fx.wrap
 def sk_select(
     branches: Sequence[Tensor] | Tensor,
     logits: Tensor,
@@ -136,6 +139,7 @@ class FuseSelect(NamedTuple):
     fc1_var: Tensor | None
 
 
+@torch.fx.wrap
 def sk_fuse_select(
     branches: Sequence[Tensor] | Tensor,
     norms: Sequence[BatchNormArgs],
@@ -464,7 +468,7 @@ class SKFuseSelect(torch.autograd.Function):
         if dout is None:
             return (None,) * (1 + len(tensors))
         with no_autocast(dout):
-            if torch.is_grad_enabled():  # a graph of the backward is asked for
+            if needs_plain_backward(dout):
                 return None, *_differentiable_backward(dout, tensors, settings)
             gradients = _backward(dout, Arguments.of(settings, tensors), saved, settings)
         # A convolution's weight comes as [d, C, 1, 1].
@@ -477,7 +481,7 @@ class SKFuseSelect(torch.autograd.Function):
 def _differentiable_backward(
     dout: Tensor, tensors: Sequence[Tensor | None], settings: Settings
 ) -> tuple[Tensor | None, ...]:
-    """Returns gradients that can be differentiated again, through PyTorch's own operators.
+    """Returns gradients through PyTorch's own operators, which have every kind of derivative.
 
     Raises:
         RuntimeError: statistics are taken over a process group, whose sums have no derivative here.
@@ -487,18 +491,20 @@ def _differentiable_backward(
             "sk_fuse_select: statistics over a process group (SyncBatchNorm) have first "
             "derivatives in reverse mode only"
         )
-    a = Arguments.of(settings, tensors)
-    out = reference.composed(
-        a.branches,
-        _norm_args(a.norms, settings.batch_stats),
-        a.fc1_weight,
-        a.fc1_bias,
-        _norm_args(a.fc1_norm, settings.fc1_batch_stats)[0],
-        a.fc2_weight,
-        a.fc2_bias,
-    ).out
+    create_graph = torch.is_grad_enabled()
     wanted = [x for x in tensors if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True))
+    with torch.enable_grad():
+        a = Arguments.of(settings, tensors)
+        out = reference.composed(
+            a.branches,
+            _norm_args(a.norms, settings.batch_stats),
+            a.fc1_weight,
+            a.fc1_bias,
+            _norm_args(a.fc1_norm, settings.fc1_batch_stats)[0],
+            a.fc2_weight,
+            a.fc2_bias,
+        ).out
+    found = iter(torch.autograd.grad(out, wanted, dout, create_graph=create_graph))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in tensors)
 
 

@@ -1,20 +1,29 @@
 """The choice of the implementation: setter, context manager, environment."""
 
+import asyncio
+import contextvars
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
-from sknet_triton import backend, functional, use_backend
+from sknet_triton import Backend, backend, functional, use_backend
+from tests.processes import needs_gloo
 
 BRANCHES = [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]
 
 
 @pytest.fixture(autouse=True)
 def _from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_chosen", None)
+    monkeypatch.setattr(backend, "_process", None)
     monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
 
 
@@ -60,6 +69,107 @@ def test_an_object_sets_its_backend_each_time_it_is_entered() -> None:
             assert backend.current_backend() == "reference"
 
 
+def in_a_thread(function: Callable[[], object]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+def seen_elsewhere() -> str:
+    seen: list[str] = []
+    in_a_thread(lambda: seen.append(backend.current_backend()))
+    return seen[0]
+
+
+def test_a_block_is_its_threads_own_and_a_setter_the_processes() -> None:
+    with use_backend("reference"):
+        assert seen_elsewhere() == "auto"
+        in_a_thread(lambda: use_backend("triton"))
+        assert backend.current_backend() == "reference"
+    assert backend.current_backend() == seen_elsewhere() == "triton"
+
+
+def test_a_block_is_its_contexts_own() -> None:
+    async def inside(name: Backend) -> str:
+        with use_backend(name):
+            await asyncio.sleep(0)
+            return backend.current_backend()
+
+    async def both() -> list[str]:
+        return list(await asyncio.gather(inside("reference"), inside("triton")))
+
+    assert asyncio.run(both()) == ["reference", "triton"]
+    contextvars.copy_context().run(use_backend("triton").__enter__)
+    assert backend.current_backend() == "auto"
+
+
+def test_blocks_of_several_threads_are_seen_by_none_other_and_leave_nothing() -> None:
+    wrong: list[str] = []
+    interval = sys.getswitchinterval()
+
+    def enter(name: Backend) -> None:
+        for _ in range(2000):
+            with use_backend(name):
+                if backend.current_backend() != name:
+                    wrong.append(name)
+
+    names: tuple[Backend, ...] = ("reference", "triton", "reference")
+    threads = [threading.Thread(target=enter, args=(name,)) for name in names]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            if backend.current_backend() != "auto":
+                wrong.append("seen from outside")
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+    assert backend.current_backend() == seen_elsewhere() == "auto"
+
+
+def test_a_kept_object_sets_the_process_when_the_thread_is_past_it() -> None:
+    kept = use_backend("reference")
+    assert backend.current_backend() == seen_elsewhere() == "reference"
+    with kept:
+        use_backend("triton")
+    del kept
+    assert backend.current_backend() == "triton"
+
+
+def test_compiled_code_follows_the_block_the_setter_and_the_thread(fresh_dynamo: None) -> None:
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def shifted(x: Tensor) -> Tensor:
+        return x + {"auto": 1, "reference": 2, "triton": 3}[backend.current_backend()]
+
+    def value() -> float:
+        return shifted(torch.zeros(1)).item()
+
+    assert value() == 1
+    with use_backend("reference"):
+        assert value() == 2
+        other: list[float] = []
+        in_a_thread(lambda: other.append(value()))
+        assert other == [1]
+    assert value() == 1
+    assert counter.frame_count == 2
+    use_backend("triton")
+    assert value() == 3
+
+
+def test_a_block_inside_of_compiled_code(fresh_dynamo: None) -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def shifted(x: Tensor) -> Tensor:
+        with use_backend("reference"), use_backend("triton"):
+            x = x + 10 * (backend.current_backend() == "triton")
+        return x + (backend.current_backend() == "auto")
+
+    assert [shifted(torch.zeros(1)).item() for _ in range(2)] == [11, 11]
+    assert backend.current_backend() == seen_elsewhere() == "auto"
+
+
 @pytest.mark.parametrize("name", ["cuda", "Triton", "", None])
 def test_an_unknown_name_is_refused_and_changes_nothing(name: str | None) -> None:
     use_backend("reference")
@@ -99,6 +209,17 @@ def test_triton_on_a_cpu_tensor_is_refused_by_name(monkeypatch: pytest.MonkeyPat
     )
 
 
+@pytest.mark.parametrize("value", ["1", "true", "TRUE", "On", "yes", "y", "0", "t", "2", "", None])
+def test_the_interpreter_counts_as_triton_counts_it(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backend.interpreting() == backend.has_kernels(BRANCHES[0]) == knobs.runtime.interpret
+
+
 @pytest.mark.parametrize("name", ["auto", "reference"])
 def test_cpu_tensors_take_plain_pytorch(name: backend.Backend) -> None:
     with use_backend(name):
@@ -119,6 +240,32 @@ def test_gpu_tensors_take_triton_unless_told_otherwise(name: backend.Backend, ta
     pytest.importorskip("triton", reason="the triton backend is not installed")
     with use_backend(name):
         assert backend.takes_triton(torch.ones(1).as_subclass(OnAGpu)) is taken
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=cast(Any, dist).HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@needs_gloo
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_dtensors_take_pytorch_and_are_refused_by_the_kernels(axis: int, one_process: None) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    xs = [torch.randn(2, 4, 6, 3) for _ in range(2)]
+    mesh = init_device_mesh("cpu", (1,))
+    sharded = [distribute_tensor(x, mesh, [Shard(axis)]) for x in xs]
+    pooled = functional.sk_fuse(sharded)
+    logits = torch.stack([pooled, -pooled], 1)
+    out = cast(Any, functional.sk_select(sharded, logits)).full_tensor()
+    expected = functional.sk_fuse(xs)
+    torch.testing.assert_close(cast(Any, pooled).full_tensor(), expected)
+    torch.testing.assert_close(out, functional.sk_select(xs, torch.stack([expected, -expected], 1)))
+    with use_backend("triton"), pytest.raises(RuntimeError, match="no sharding rule for DTensors"):
+        functional.sk_fuse(sharded)
 
 
 def test_without_triton_auto_falls_back_and_triton_says_what_is_missing(

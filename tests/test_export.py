@@ -2,19 +2,30 @@
 
 import copy
 import io
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from sknet_triton import Backend, SKConv, SKNet, SKUnit, StageSpec, functional, use_backend
-from tests.helpers import needs_compiler
+from sknet_triton import (
+    Backend,
+    SKConv,
+    SKNet,
+    SKNetFeatures,
+    SKUnit,
+    StageSpec,
+    functional,
+    use_backend,
+)
+from tests.helpers import needs_compiler, source_environment
 from tests.plain_sknet import largest_error, scramble
 
 # float64, so that another order of operations is all that may differ: see test_layers.py.
@@ -213,6 +224,63 @@ def test_a_trace_is_the_module_at_any_size_also_after_save_and_load(
         assert ("sknet_triton::" in str(trace.inlined_graph)) == (backend == "triton")
         for x in images:
             assert largest_error(trace(x), module(x)) < EXACT
+
+
+LOAD = """
+import sys, torch, sknet_triton
+program = torch.export.load(sys.argv[1])
+x, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(program.module()(x), expected)
+"""
+
+
+def test_a_saved_program_with_operators_loads_after_one_import(tmp_path: Path) -> None:
+    class Stages(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = functional.sk_fuse([x, 2 * x])
+            return functional.sk_select([x, 2 * x], torch.stack([pooled, -pooled], 1))
+
+    x = torch.randn(2, 3, 4, 5)
+    with use_backend("triton"):
+        program = torch.export.export(Stages(), (x,))
+        expected = Stages()(x)
+    assert {"sk_fuse", "sk_select"} <= {
+        str(cast(Any, node.target).name()).split("::")[-1]
+        for node in program.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    }
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save((x, expected), tmp_path / "tensors.pt")
+    files = [str(tmp_path / name) for name in ("program.pt2", "tensors.pt")]
+    subprocess.run([sys.executable, "-c", LOAD, *files], env=source_environment(), check=True)
+
+
+TRACED: dict[str, Callable[[], nn.Module]] = {
+    "SKConv M3": lambda: SKConv(8, 8, M=3, G=4),
+    "SKConv sum": lambda: SKConv(8, 8, G=4, aggregate="sum"),
+    "SKUnit layer": lambda: SKUnit(8, 8, G=4, fc_norm="layer"),
+    "SKNet": lambda: SKNet(SMALL, num_classes=5),
+    "SKNetFeatures": lambda: SKNetFeatures(SMALL, out_indices=(0, 2)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", TRACED)
+def test_a_graph_of_torch_fx_is_the_module_at_any_size(name: str, training: bool) -> None:
+    module = scramble(TRACED[name]()).double().train(training)
+    graph = torch.fx.symbolic_trace(copy.deepcopy(module))
+    channels = 3 if isinstance(module, SKNet) else 8
+    backends: tuple[Backend, ...] = ("reference", "triton") if "SKConv" in name else ("auto",)
+    for backend, shape in zip(
+        backends, ((2, channels, 32, 24), (3, channels, 12, 8)), strict=False
+    ):
+        x = torch.randn(shape, dtype=torch.float64)
+        with use_backend(backend):
+            pairs = zip([module(x)], [graph(x)], strict=True)
+            if isinstance(module, SKNetFeatures):
+                pairs = zip(module(x), graph(x), strict=True)
+            for expected, actual in pairs:
+                torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT)
 
 
 @pytest.mark.parametrize(

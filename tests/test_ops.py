@@ -1,12 +1,8 @@
 """The operators as PyTorch sees them: schema, fake tensors, autograd, compile."""
 
-import functools
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from sknet_triton import functional, ops, reference, use_backend
 from tests.helpers import Case
@@ -73,24 +69,6 @@ def test_autocast_leaves_the_dtypes_alone(dtype: torch.dtype, device: torch.devi
         with use_backend(backend), torch.autocast(device.type, dtype):
             assert functional.sk_fuse(xs).dtype == dtype
             assert functional.sk_select(xs, logits).dtype == dtype
-
-
-def test_flop_formulas(device: torch.device) -> None:
-    case = Case((2, 4, 5, 3), M=3)
-    xs, logits = tensors(case, device, grad=False)
-    elements = 3 * 2 * 4 * 15
-    calls: list[tuple[functools.partial[Any], int]] = [
-        (functools.partial(ops.sk_fuse, xs, "mean"), elements),
-        (functools.partial(ops.sk_select, xs, logits, "softmax"), 2 * elements),
-        (
-            functools.partial(ops.sk_select_bwd, case.tensor(device), xs, logits, "softmax"),
-            3 * elements,
-        ),
-    ]
-    for call, flops in calls:
-        with FlopCounterMode(display=False) as counter:
-            call()
-        assert counter.get_total_flops() == flops
 
 
 def test_reference_backward_formulas_are_what_autograd_finds() -> None:

@@ -112,6 +112,20 @@ def test_first_and_second_derivatives_agree_with_finite_differences(
         assert gradgradcheck(subject.stage, inputs, fast_mode=True)
 
 
+@both
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if "fuse_select" not in name])
+def test_a_batch_of_gradients_is_one_gradient_after_the_other(name: str, backend: Backend) -> None:
+    subject = SUBJECTS[name]
+    inputs = tuple(x.requires_grad_() for x in subject.inputs())
+    with use_backend(backend):
+        out = subject.stage(*inputs)
+        douts = torch.randn(3, *out.shape, dtype=torch.float64)
+        actual = torch.autograd.grad(out, inputs, douts, retain_graph=True, is_grads_batched=True)
+        singly = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for dout in douts]
+    for batch, *grads in zip(actual, *singly, strict=True):
+        torch.testing.assert_close(batch, torch.stack(grads), rtol=EXACT, atol=EXACT)
+
+
 def conv(training: bool) -> SKConv:
     return cast(SKConv, scramble(SKConv(4, 4, G=2, d=5)).double().train(training))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sknet_kernels.norms import Norms
 from sknet_triton import functional
+from sknet_triton.backend import is_symbolic
 from sknet_triton.layers.blocks import any_hook
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -50,9 +51,12 @@ def pays(section: Section, x: Tensor) -> bool:
     """Tells whether `sk_fuse_select` is to be preferred to calling the modules one by one.
 
     The Triton kernels and torch.compile fuse its formulas; elsewhere the modules are as fast, and
-    an exported program holds what they compute, for what comes after it knows them: it folds batch
-    norms into convolutions. torch's SyncBatchNorm takes no CPU tensors, this does.
+    an exported program and a graph of torch.fx hold what they compute, for what comes after knows
+    them: it folds batch norms into convolutions. torch's SyncBatchNorm takes no CPU tensors, this
+    does.
     """
+    if is_symbolic(x):
+        return False
     # An empty batch has no statistics: the modules know what torch does then. Processes that share
     # statistics all take part, also one without an image.
     if x.shape[0] > 0 and not functional.composes(x):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sknet_triton import functional
+from sknet_triton.backend import is_symbolic
 from sknet_triton.layers import section
 from sknet_triton.layers.blocks import conv_bn
 
@@ -146,6 +147,8 @@ class SKConv(nn.Module):
         return section.plain(blocks, section.sequential(self.fc1), self.fc2)
 
     def _check_batch(self, size: int) -> None:
+        if is_symbolic(size):
+            return
         bn = getattr(self.fc1, "bn", None)
         if isinstance(bn, nn.BatchNorm2d) and bn.training and size == 1:
             raise ValueError(

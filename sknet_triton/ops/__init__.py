@@ -1,4 +1,7 @@
-"""The stages and the steps of the section as PyTorch operators; importing registers them, once."""
+"""The stages, and the steps of the section, as PyTorch operators.
+
+Importing ``sknet_triton`` imports this package, so that a saved program finds its operators.
+"""
 
 from sknet_triton.ops.passes import LAUNCHERS, OPERATORS
 from sknet_triton.ops.sk_fuse import sk_fuse

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from sknet_triton import reference
 from sknet_triton.backend import has_kernels
@@ -39,9 +38,3 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], None]:
 
 
 sk_fuse.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.sknet_triton.sk_fuse)
-def _flops(branches: list[torch.Size], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """One addition an element of every branch."""
-    return len(branches) * branches[0].numel()

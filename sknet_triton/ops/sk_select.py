@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from sknet_kernels.layout import empty_like_branch
 from sknet_triton import reference
-from sknet_triton.backend import has_kernels
+from sknet_triton.backend import has_kernels, needs_plain_backward
 from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
 
 
@@ -65,31 +64,9 @@ def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor, str], outpu
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], Tensor, None]:
     logits, *branches = ctx.saved_tensors
-    # Where a graph of the backward is asked for, it is made of PyTorch's operators.
-    compute = reference.sk_select_bwd if torch.is_grad_enabled() else sk_select_bwd
+    compute = reference.sk_select_bwd if needs_plain_backward(dout) else sk_select_bwd
     dbranches, dlogits = compute(dout, branches, logits, ctx.activation)
     return dbranches, dlogits, None
 
 
 sk_select.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.sknet_triton.sk_select)
-def _flops(
-    branches: list[torch.Size], logits: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """One multiplication and one addition an element of every branch."""
-    return 2 * len(branches) * branches[0].numel()
-
-
-@register_flop_formula(torch.ops.sknet_triton.sk_select_bwd)
-def _flops_bwd(
-    dout: torch.Size,
-    branches: list[torch.Size],
-    logits: torch.Size,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    """One multiplication for dx and a multiply-add for dlogits an element of every branch."""
-    return 3 * len(branches) * branches[0].numel()
