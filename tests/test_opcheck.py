@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from sknet_triton import ops
-from sknet_triton.reference.sk_fuse_select import Settings
+from sknet_triton import functional, ops
 from tests.helpers import Case
 from tests.test_ops import OPERATOR_CASES, tensors
 
@@ -67,69 +68,80 @@ def test_gradients_that_only_some_ask_for(needed: str, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class SectionCase:
-    """Arguments of sk_fuse_select."""
+    """Arguments of `functional.sk_fuse_select`."""
 
     case: Case
-    training: bool
+    training: bool = True
     biases: bool = True
+    affine: bool = True
 
     def __str__(self) -> str:
         mode = "train" if self.training else "eval"
-        return f"{self.case}-{mode}{'' if self.biases else '-no_bias'}"
+        without = ("" if self.biases else "-no_bias") + ("" if self.affine else "-no_affine")
+        return f"{self.case}-{mode}{without}"
 
-    def parameters(self, device: torch.device) -> list[Tensor | None]:
+    def run(self, device: torch.device, grad: bool) -> Tensor:
         C, M, d = self.case.shape[1], self.case.M, 4
         dtype = torch.float64 if self.case.dtype == torch.float64 else torch.float32
 
         def random(*shape: int) -> Tensor:
-            return torch.rand(shape, device=device, dtype=dtype) + 0.5
+            return (torch.rand(shape, device=device, dtype=dtype) + 0.5).requires_grad_(grad)
 
-        stats = None if self.training else random(M, C)
-        fc1_stats = None if self.training else random(d)
-        return [
-            *(random(M, C), random(M, C), stats, stats),
-            *(random(d, C), random(d) if self.biases else None),
-            *(random(d), random(d), fc1_stats, fc1_stats),
-            *(random(M * C, d), random(M * C) if self.biases else None),
-        ]
+        def norm(n: int) -> functional.BatchNormArgs:
+            affine = [random(n) if self.affine else None for _ in range(2)]
+            stats = [None if self.training else random(n).detach() for _ in range(2)]
+            return functional.BatchNormArgs(*affine, *stats, batch_stats=self.training)
 
-    def settings(self) -> Settings:
-        return Settings(1e-5, 1e-5, self.training, self.training)
+        xs, _ = tensors(self.case, device, grad)
+        fc1, fc2 = random(d, C), random(M * C, d)
+        biases = [random(n) if self.biases else None for n in (d, M * C)]
+        return functional.sk_fuse_select(
+            xs, [norm(C) for _ in xs], fc1, norm(d), fc2, fc1_bias=biases[0], fc2_bias=biases[1]
+        ).out
 
 
 SECTION_CASES = [
-    SectionCase(Case((2, 3, 4, 5)), training=True),
+    SectionCase(Case((2, 3, 4, 5))),
     SectionCase(Case((2, 3, 4, 5)), training=False),
-    SectionCase(Case((2, 3, 4, 5)), training=True, biases=False),
-    SectionCase(Case((2, 3, 4, 5), 3, "channels_last", torch.bfloat16), training=True),
+    SectionCase(Case((2, 3, 4, 5)), biases=False),
+    SectionCase(Case((2, 3, 4, 5)), affine=False),
+    SectionCase(Case((2, 3, 4, 5), 3, "channels_last", torch.bfloat16)),
     SectionCase(Case((2, 3, 4, 5), 3, "channels_last", torch.float16), training=False),
-    SectionCase(Case((2, 3, 4, 5), 1, "sliced"), training=True),
-    SectionCase(Case((2, 3, 4, 5), 2, "cropped", torch.float64), training=True),
+    SectionCase(Case((2, 3, 4, 5), 1, "sliced")),
+    SectionCase(Case((2, 3, 4, 5), 2, "cropped", torch.float64)),
     SectionCase(Case((2, 3, 4, 5), 2, "transposed"), training=False),
-    SectionCase(Case((3, 2, 7)), training=True),
-    SectionCase(Case((2, 2, 2, 2, 3), layout="channels_last"), training=True),
+    SectionCase(Case((3, 2, 7))),
+    SectionCase(Case((2, 2, 2, 2, 3), layout="channels_last")),
 ]
 
 
-@KERNELS
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("section", SECTION_CASES, ids=str)
-def test_the_section(section: SectionCase, grad: bool, device: torch.device) -> None:
-    xs, _ = tensors(section.case, device, grad)
-    parameters = section.parameters(device)
-    for i, parameter in enumerate(parameters):
-        statistics = i in (2, 3, 8, 9)
-        if parameter is not None and not statistics:
-            parameter.requires_grad_(grad)
-    opcheck(ops.sk_fuse_select, (xs, *parameters, *section.settings()))
+class Recorded(TorchDispatchMode):
+    """Records the calls of our operators, the inputs as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "sknet_triton":
+            name = func.name().partition("::")[2]
+            self.calls[name] = func, tree_map_only(Tensor, Tensor.detach, args)
+        return func(*args, **(kwargs or {}))
 
 
 @KERNELS
 @pytest.mark.parametrize("section", SECTION_CASES, ids=str)
-def test_the_backward_of_the_section(section: SectionCase, device: torch.device) -> None:
-    xs, _ = tensors(section.case, device, grad=False)
-    parameters, settings = section.parameters(device), section.settings()
-    arguments: tuple[Any, ...] = (xs, *parameters, *settings)
-    small = list(ops.sk_fuse_select(*arguments)[1:])
-    dout = section.case.tensor(device, seed=9)
-    opcheck(ops.sk_fuse_select_bwd, (dout, xs, parameters, small, *settings))
+def test_every_step_of_the_section(
+    section: SectionCase, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without kernels the operators run in programs that were made where there were some.
+    monkeypatch.setattr(functional, "takes_triton", lambda x: True)
+    with Recorded() as recorded:
+        out = section.run(device, grad=True)
+        out.backward(section.case.tensor(device, seed=9))
+    steps = {"sk_hidden", "sk_logits", "sk_out", "sk_hidden_bwd", "sk_channels_bwd", "sk_dx"}
+    assert set(recorded.calls) == steps | ({"sk_moments"} if section.training else set())
+    for operator, args in recorded.calls.values():
+        opcheck(operator, args)

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf.static.bytes import counted_bytes
 from sknet_kernels.config import LaunchConfig
@@ -15,7 +17,7 @@ from sknet_kernels.sk_fuse_select import (
     sk_fuse_select_sums,
 )
 from sknet_kernels.sk_moments import sk_moments
-from sknet_triton import SKConv, functional, ops, use_backend
+from sknet_triton import SKConv, functional, use_backend
 from sknet_triton.backend import Backend, current_backend
 from sknet_triton.layers import section
 from sknet_triton.reference import stages
@@ -381,105 +383,99 @@ def test_weight_norm_and_parametrization_are_respected(device: torch.device) -> 
     assert not torch.allclose(sk(x), before)
 
 
-# --- the operator ------------------------------------------------------------------------------
+# --- one forward and one backward ---------------------------------------------------------------
 
 
-def arguments(
-    case: Case, device: torch.device, training: bool, bias: bool = True
-) -> tuple[list[Tensor], list[Tensor | None], tuple[float, float, bool, bool, str]]:
-    C, M, d = case.shape[1], case.M, 3
-    dtype = torch.float64
+@dataclass(frozen=True)
+class Small:
+    """What `functional.sk_fuse_select` takes beside the branches, random and in float64."""
 
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=device).requires_grad_()
+    device: torch.device
+    C: int
+    M: int
+    training: bool
+    d: int = 3
 
-    def variance(*shape: int) -> Tensor:
-        return torch.rand(shape, dtype=dtype, device=device) + 0.5
+    def leaf(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, device=self.device).requires_grad_()
 
-    xs = [x.detach().requires_grad_() for x in case.branches(device)]
-    statistics = [leaf(M, C).detach(), variance(M, C), leaf(d).detach(), variance(d)]
-    parameters: list[Tensor | None] = [
-        leaf(M, C),
-        leaf(M, C),
-        *statistics[:2],
-        leaf(d, C),
-        leaf(d) if bias else None,
-        leaf(d),
-        leaf(d),
-        *statistics[2:],
-        leaf(M * C, d),
-        leaf(M * C) if bias else None,
-    ]
-    return xs, parameters, (1e-5, 1e-3, training, training, "")
+    def norm(self, n: int) -> functional.BatchNormArgs:
+        mean, var = (None, None) if self.training else (self.leaf(n), self.leaf(n).exp())
+        stats = [None if x is None else x.detach() for x in (mean, var)]
+        weights = self.leaf(n), self.leaf(n)
+        return functional.BatchNormArgs(*weights, *stats, eps=1e-3, batch_stats=self.training)
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """Returns what stands after the branches, by place and by name."""
+        norms, fc1_norm = [self.norm(self.C) for _ in range(self.M)], self.norm(self.d)
+        weights = self.leaf(self.d, self.C), self.leaf(self.M * self.C, self.d)
+        biases = {"fc1_bias": self.leaf(self.d), "fc2_bias": self.leaf(self.M * self.C)}
+        return [norms, weights[0], fc1_norm, weights[1]], biases
 
 
-def run_op(
-    xs: list[Tensor], parameters: list[Tensor | None], settings: tuple[Any, ...]
-) -> tuple[Tensor, ...]:
-    return cast(tuple[Tensor, ...], ops.sk_fuse_select(xs, *parameters, *settings))
+def leaves_of(x: Any) -> list[Tensor]:
+    """Returns the tensors in ``x`` that ask for a gradient."""
+    if isinstance(x, functional.BatchNormArgs):
+        return leaves_of([x.weight, x.bias])
+    if isinstance(x, dict):
+        return leaves_of(list(x.values()))
+    if isinstance(x, (list, tuple)):
+        return [leaf for y in x for leaf in leaves_of(y)]
+    return [x] if x.requires_grad else []
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_opcheck(layout: str, training: bool, device: torch.device) -> None:
-    case = Case((2, 3, 3, 4), 2, layout, torch.float64)
-    xs, parameters, settings = arguments(case, device, training, bias=layout == "contiguous")
-    torch.library.opcheck(ops.sk_fuse_select, (xs, *parameters, *settings))
-    out, *small = (t.detach() for t in run_op(xs, parameters, settings))
-    detached = [None if p is None else p.detach() for p in parameters]
-    torch.library.opcheck(
-        ops.sk_fuse_select_bwd,
-        (torch.randn_like(out), [x.detach() for x in xs], detached, small, *settings),
-    )
+# How the section is carried out: the steps in PyTorch, by launchers, as operators.
+WAYS = ("reference", "launchers", "operators")
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_gradients_pass_gradcheck_through_the_reference(training: bool) -> None:
-    case = Case((3, 2, 2, 2), 2, dtype=torch.float64)
-    xs, parameters, settings = arguments(case, torch.device("cpu"), training)
-    norms = [
-        functional.BatchNormArgs(gamma, beta, mean, var, eps=settings[0], batch_stats=training)
-        for gamma, beta, mean, var in zip(*(cast(Tensor, p) for p in parameters[:4]), strict=True)
-    ]
-
-    def out(*leaves: Tensor) -> Tensor:
-        with use_backend("reference"):
-            return functional.sk_fuse_select(
-                leaves[:2],
-                norms,
-                leaves[2],
-                functional.BatchNormArgs(
-                    leaves[3], leaves[4], rm1, rv1, eps=settings[1], batch_stats=training
-                ),
-                leaves[5],
-                fc1_bias=leaves[6],
-                fc2_bias=leaves[7],
-            ).out
-
-    w1, b1, g1, be1, rm1, rv1, w2, b2 = (cast(Tensor, p) for p in parameters[4:])
-    assert torch.autograd.gradcheck(out, (*xs, w1, g1, be1, w2, b1, b2))
-
-
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("M", [1, 3])
-def test_triton_equals_the_reference_with_every_gradient(
-    M: int, training: bool, device: torch.device
+def test_every_gradient_is_that_of_pytorchs_own_operators(
+    M: int, training: bool, way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case((3, 5, 3, 4), M, "channels_last", torch.float64)
-    xs, parameters, settings = arguments(case, device, training)
-    leaves = [*xs, *(p for p in parameters if p is not None and p.requires_grad)]
+    xs = [x.detach().requires_grad_() for x in case.branches(device)]
+    positional, biases = Small(device, 5, M, training).arguments()
+    leaves = [*xs, *leaves_of(positional), *leaves_of(biases)]
     dout = case.tensor(device, 99)
-    results = []
-    for implementation in (stages.REFERENCE, None):
-        if implementation is None:
-            out = run_op(xs, parameters, settings)[0]
-        else:
-            from sknet_triton.reference import SKFuseSelect
 
-            out = cast(Any, SKFuseSelect).apply(*settings, *parameters, *xs)[0]
-        results.append([out, *torch.autograd.grad(out, leaves, dout)])
-    for exact, got in zip(*results, strict=True):
+    def run() -> list[Tensor]:
+        result = functional.sk_fuse_select(xs, *positional, **biases)
+        statistics = [x for x in result[1:] if x is not None]
+        return [result.out, *statistics, *torch.autograd.grad(result.out, leaves, dout)]
+
+    with use_backend("reference"):
+        expected = run()
+    monkeypatch.setattr(functional, "composes", lambda x: False)
+    monkeypatch.setattr(functional, "_implementation", lambda *_: way)
+    for got, exact in zip(run(), expected, strict=True):
         torch.testing.assert_close(got, exact, rtol=EXACT, atol=EXACT)
+
+
+def test_launchers_run_on_plain_tensors_and_operators_in_graphs(device: torch.device) -> None:
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    class Subclass(Tensor):
+        pass
+
+    xs = Case((2, 3, 4, 4)).branches(device)
+    positional, biases = Small(device, 3, 2, training=False).arguments()
+    tensors = [*xs, positional[1]]
+    with use_backend("triton"), torch.no_grad():
+        assert functional._implementation(xs, tensors) == "launchers"
+        assert functional._implementation(xs, [xs[0].as_subclass(Subclass)]) == "operators"
+        with Watch():
+            assert functional._implementation(xs, tensors) == "operators"
+            functional.sk_fuse_select([x.double() for x in xs], *positional, **biases)
+    assert seen.count("sknet_triton") == 3
 
 
 # --- what it costs ------------------------------------------------------------------------------
@@ -541,7 +537,9 @@ def test_saved_for_the_backward(case: Case, backend: Backend, device: torch.devi
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run(True)
-    assert case.M <= sum(saved.values()) / one_pass(case) <= SAVED_TENSORS[case.M]
+    # PyTorch's own operators keep the u_i beside the branches.
+    kept = 1 if backend == "triton" else 2
+    assert case.M * kept <= sum(saved.values()) / one_pass(case) <= SAVED_TENSORS[case.M] * kept
 
 
 # --- wrong arguments ----------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
-from sknet_triton import Backend, SKConv, backend, functional, ops, reference, use_backend
-from sknet_triton.reference.sk_fuse_select import Settings
+from sknet_triton import Backend, SKConv, backend, functional, ops, use_backend
+from sknet_triton.functional import BatchNormArgs
 from tests.plain_sknet import scramble
 
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
@@ -148,15 +148,12 @@ def test_a_gradient_penalty_through_skconv(backend: Backend, training: bool) -> 
         torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT)
 
 
-def test_statistics_over_a_group_are_refused_by_name() -> None:
-    xs, p = [random(*SHAPE)] * 2, cast(Any, None)
-    settings = Settings(1e-5, 1e-5, True, True, "0")
-    for call in (
-        lambda: reference.sk_fuse_select(xs, p, settings),
-        lambda: reference.differentiable_backward(xs[0], xs, p, settings),
-    ):
-        with pytest.raises(RuntimeError, match=r"sk_fuse_select: statistics over a process group"):
-            call()
+def test_statistics_over_a_group_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "sum_over", lambda group, x: x)
+    xs, norm = [random(*SHAPE).requires_grad_()] * 2, BatchNormArgs(None, None, group="0")
+    out = functional.sk_fuse_select(xs, [norm] * 2, random(2, 3), norm, random(6, 2)).out
+    with pytest.raises(RuntimeError, match=r"sk_fuse_select: statistics over a process group"):
+        torch.autograd.grad(out.sum(), xs[0], create_graph=True)
 
 
 # --- forward mode and torch.func ----------------------------------------------------------------
