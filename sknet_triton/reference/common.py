@@ -1,7 +1,7 @@
 """What every formula of the reference shares."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,9 +17,22 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
     A forward under autocast and its backward outside it then compute in the same dtypes.
     """
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+@overload
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def cast(x: None, dtype: torch.dtype) -> None: ...
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Returns ``x`` in ``dtype``: itself where it is None or has that dtype."""
+    # A cast that casts nothing costs a call of an operator. Under torch.compile of torch 2.11 it
+    # costs an output its gradient: it returns the tensor itself, and Dynamo counts two outputs.
+    return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
 def over_space(per_channel: Tensor, spatial_axes: int) -> Tensor:
-    """Views [B, C] as [B, C, 1, ...], ready to broadcast over so many axes of space."""
+    """Views [..., C] as [..., C, 1, ...], ready to broadcast over so many axes of space."""
     return per_channel.reshape(*per_channel.shape, *(1,) * spatial_axes)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sknet_triton.reference.common import accumulation_dtype, over_space
+from sknet_triton.reference.common import accumulation_dtype, cast, over_space
 
 
 def sk_fuse(branches: Sequence[Tensor], reduction: str = "mean") -> Tensor:
@@ -15,15 +15,18 @@ def sk_fuse(branches: Sequence[Tensor], reduction: str = "mean") -> Tensor:
     With the reduction "sum" nothing is divided. Each branch is summed by itself, so that no tensor
     of full size is made.
     """
-    first = branches[0]
-    spatial = tuple(range(2, first.dim()))
-    dtype = accumulation_dtype(first.dtype)
+    return cast(pooled(branches, reduction), branches[0].dtype)
+
+
+def pooled(branches: Sequence[Tensor], reduction: str = "mean") -> Tensor:
+    """Returns `sk_fuse` in the accumulation dtype."""
+    spatial = tuple(range(2, branches[0].dim()))
+    dtype = accumulation_dtype(branches[0].dtype)
     total = torch.sum(branches[0], spatial, dtype=dtype)
     for x in branches[1:]:
         total = total + torch.sum(x, spatial, dtype=dtype)
-    if reduction == "mean":
-        total = total / math.prod(first.shape[2:])
-    return total.to(first.dtype)
+    # Sums and not means: a mean's gradient is divided at every position.
+    return total / math.prod(branches[0].shape[2:]) if reduction == "mean" else total
 
 
 def sk_fuse_bwd(dpooled: Tensor, shape: torch.Size, reduction: str = "mean") -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sknet_triton.reference.common import accumulation_dtype, over_space
+from sknet_triton.reference.common import accumulation_dtype, cast, over_space
 
 
 def sk_select(branches: Sequence[Tensor], logits: Tensor, activation: str = "softmax") -> Tensor:
@@ -14,12 +14,11 @@ def sk_select(branches: Sequence[Tensor], logits: Tensor, activation: str = "sof
     The activation may also be "sigmoid" of every logit, or "none".
     """
     first = branches[0]
-    axes = first.dim() - 2
-    attn = attention(logits, first.dtype, activation)
-    out = over_space(attn[:, 0], axes) * first
-    for i, x in enumerate(branches[1:], start=1):
-        out = out + over_space(attn[:, i], axes) * x
-    return out.to(first.dtype)
+    attn = over_space(attention(logits, first.dtype, activation), first.dim() - 2).unbind(1)
+    out = attn[0] * first
+    for a, x in zip(attn[1:], branches[1:], strict=True):
+        out = out + a * x
+    return cast(out, first.dtype)
 
 
 def sk_select_bwd(

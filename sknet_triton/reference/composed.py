@@ -1,0 +1,106 @@
+"""fuse and select with batch norm and ReLU inside, composed of PyTorch's own operators."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sknet_triton.reference.common import accumulation_dtype, cast, no_autocast
+from sknet_triton.reference.sk_fuse import pooled
+from sknet_triton.reference.sk_select import sk_select
+
+
+class Norm(Protocol):
+    """What is read of a batch norm over n channels; `functional.BatchNormArgs` has it."""
+
+    @property
+    def weight(self) -> Tensor | None:
+        """[n], or None for ones."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[n], or None for zeros."""
+
+    @property
+    def running_mean(self) -> Tensor | None:
+        """[n]; read where ``batch_stats`` is False."""
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """[n]; read where ``batch_stats`` is False."""
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance."""
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether to normalise by the statistics of the batch."""
+
+
+class Composed(NamedTuple):
+    """What `composed` returns; the statistics are None where running ones were taken.
+
+    Attributes:
+        out: V, [B, C, *spatial] in the dtype of the branches.
+        means: the batch's mean of every branch, M tensors [C] in the accumulation dtype.
+        variances: the unbiased variance, likewise.
+        fc1_mean: the batch's mean of fc1's output [d].
+        fc1_var: the unbiased variance, likewise.
+    """
+
+    out: Tensor
+    means: tuple[Tensor, ...] | None
+    variances: tuple[Tensor, ...] | None
+    fc1_mean: Tensor | None
+    fc1_var: Tensor | None
+
+
+def composed(
+    branches: Sequence[Tensor],
+    norms: Sequence[Norm],
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc1_norm: Norm,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+) -> Composed:
+    """Computes V = sum of a_i u_i, as `functional.sk_fuse_select` says, for eager PyTorch.
+
+    Every operator is PyTorch's, so every kind of derivative is. What it keeps for the backward is
+    the branches and the u_i. The norms agree in ``batch_stats``; no process group is known here.
+    """
+    first = branches[0]
+    dtype = accumulation_dtype(first.dtype)
+    with no_autocast(first):
+        statistics = _statistics(first, norms)
+        maps = [
+            _normalised(x, norm, *pair).relu_()
+            for x, norm, pair in zip(branches, norms, statistics, strict=True)
+        ]
+        hidden = F.linear(pooled(maps), cast(fc1_weight, dtype), cast(fc1_bias, dtype))
+        (fc1_statistics,) = _statistics(hidden, [fc1_norm])
+        z = _normalised(hidden, fc1_norm, *fc1_statistics).relu_()
+        logits = F.linear(z, cast(fc2_weight, dtype), cast(fc2_bias, dtype))
+        out = sk_select(maps, logits.view(first.shape[0], len(maps), first.shape[1]))
+    means, variances = zip(*statistics, strict=True) if norms[0].batch_stats else (None, None)
+    return Composed(
+        out, means, variances, *(fc1_statistics if fc1_norm.batch_stats else (None, None))
+    )
+
+
+def _statistics(x: Tensor, norms: Sequence[Norm]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Returns mean and variance of every norm: the running ones, or room for the batch's of x."""
+    dtype = accumulation_dtype(x.dtype)
+    if not norms[0].batch_stats:
+        return [(cast(n.running_mean, dtype), cast(n.running_var, dtype)) for n in norms]
+    room = x.new_zeros((2 * len(norms), x.shape[1]), dtype=dtype).unbind()
+    return list(zip(room[: len(norms)], room[len(norms) :], strict=True))
+
+
+def _normalised(x: Tensor, norm: Norm, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    dtype = accumulation_dtype(x.dtype)
+    weight, bias = cast(norm.weight, dtype), cast(norm.bias, dtype)
+    # At momentum 1 the room holds the batch's mean and unbiased variance and nothing else.
+    return F.batch_norm(x, mean, var, weight, bias, norm.batch_stats, 1.0, norm.eps)
