@@ -1,0 +1,187 @@
+"""`reference.composed`: the section out of PyTorch's operators, against modules in a row."""
+
+import copy
+import itertools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sknet_triton.functional import BatchNormArgs
+from sknet_triton.reference.composed import Composed, composed
+
+EXACT = 1e-11  # float64 with a few hundred additions
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build the section."""
+
+    M: int = 2
+    space: tuple[int, ...] = (3, 4)
+    affine: bool = True
+    bias: bool = False
+    batch_stats: bool = True
+    fc1_batch_stats: bool = True
+
+
+VARIANTS = [
+    *(Variant(M, batch_stats=b, fc1_batch_stats=b) for M in (1, 2, 5) for b in (True, False)),
+    Variant(space=(5,), affine=False),
+    Variant(space=(2, 3, 2), bias=True),
+    Variant(batch_stats=False),
+    Variant(fc1_batch_stats=False, affine=False, bias=True),
+]
+
+
+class Modules(nn.Module):
+    """The section in plain modules, and the same parameters for `composed`."""
+
+    def __init__(self, v: Variant, B: int = 3, C: int = 4, d: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(v.space) - 1]
+        self.norms = nn.ModuleList(
+            norm(C, momentum=1.0, affine=v.affine).train(v.batch_stats) for _ in range(v.M)
+        )
+        self.fc1 = nn.Linear(C, d, bias=v.bias)
+        self.fc1_norm = nn.BatchNorm1d(d, eps=1e-3, momentum=1.0).train(v.fc1_batch_stats)
+        self.fc2 = nn.Linear(d, v.M * C, bias=v.bias)
+        with torch.no_grad():
+            for name, tensor in self.state_dict().items():
+                if not name.endswith("num_batches_tracked"):
+                    tensor.copy_(
+                        torch.rand_like(tensor) + 0.5 if "var" in name else tensor.normal_()
+                    )
+        self.xs = [torch.randn(B, C, *v.space) for _ in range(v.M)]
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        maps = torch.stack([torch.relu(n(x)) for n, x in zip(self.norms, xs, strict=True)], 1)
+        pooled = maps.sum(1).flatten(2).mean(2)
+        logits = self.fc2(torch.relu(self.fc1_norm(self.fc1(pooled))))
+        attn = torch.softmax(logits.view(len(pooled), len(xs), -1), 1)
+        return (maps * attn.view(*attn.shape, *(1,) * (maps.dim() - 3))).sum(1)
+
+    def composed(self, *xs: Tensor) -> Composed:
+        norms = [arguments(norm) for norm in self.norms]
+        fc1, fc2 = self.fc1, self.fc2
+        return composed(
+            xs, norms, fc1.weight, fc1.bias, arguments(self.fc1_norm), fc2.weight, fc2.bias
+        )
+
+
+def arguments(norm: Any) -> BatchNormArgs:
+    statistics = norm.running_mean, norm.running_var
+    return BatchNormArgs(norm.weight, norm.bias, *statistics, norm.eps, norm.training)
+
+
+def leaves(modules: Modules) -> list[Tensor]:
+    return [x.requires_grad_() for x in modules.xs] + list(modules.parameters())
+
+
+@pytest.mark.parametrize("v", VARIANTS, ids=str)
+def test_it_equals_the_modules_with_every_gradient(v: Variant) -> None:
+    modules = Modules(v).double()
+    modules.xs = [x.double() for x in modules.xs]
+    tensors = leaves(modules)
+    running = [buffer.clone() for buffer in modules.buffers()]
+    got = modules.composed(*modules.xs)
+    assert all(torch.equal(*pair) for pair in zip(running, modules.buffers(), strict=True))
+    expected = modules(*modules.xs)
+    dout = torch.randn_like(expected)
+    torch.testing.assert_close(got.out, expected, rtol=EXACT, atol=EXACT)
+    for actual, exact in zip(
+        torch.autograd.grad(got.out, tensors, dout),
+        torch.autograd.grad(expected, tensors, dout),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, exact, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("v", VARIANTS, ids=str)
+def test_its_statistics_are_batch_norms_to_the_bit(v: Variant) -> None:
+    modules = Modules(v)
+    got = modules.composed(*modules.xs)
+    modules(*modules.xs)
+    assert (got.means is None, got.variances is None) == (not v.batch_stats,) * 2
+    assert (got.fc1_mean is None, got.fc1_var is None) == (not v.fc1_batch_stats,) * 2
+    for norm, mean, var in zip(modules.norms, got.means or (), got.variances or (), strict=False):
+        assert torch.equal(mean, cast(Tensor, norm.running_mean))
+        assert torch.equal(var, cast(Tensor, norm.running_var))
+        assert not mean.requires_grad
+    if got.fc1_mean is not None and got.fc1_var is not None:
+        # Its pooled mean is rounded in another order than the modules' is.
+        torch.testing.assert_close(got.fc1_mean, modules.fc1_norm.running_mean)
+        torch.testing.assert_close(got.fc1_var, modules.fc1_norm.running_var)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_stats", [True, False])
+def test_the_mlp_of_half_precision_is_float32(batch_stats: bool, parameters: torch.dtype) -> None:
+    modules = Modules(Variant(batch_stats=batch_stats, fc1_batch_stats=batch_stats)).to(parameters)
+    modules.xs = [x.bfloat16().requires_grad_() for x in modules.xs]
+    got = modules.composed(*modules.xs)
+    assert got.out.dtype == torch.bfloat16
+    if batch_stats:
+        statistics = (*(got.means or ()), *(got.variances or ()), got.fc1_mean, got.fc1_var)
+        assert all(t is not None and t.dtype == torch.float32 for t in statistics)
+    exact = copy.deepcopy(modules).double()(*(x.double() for x in modules.xs))
+    torch.testing.assert_close(got.out.double(), exact, rtol=2e-2, atol=2e-2)
+    torch.autograd.backward(got.out.sum())
+    assert all(x.grad is not None and x.grad.dtype == torch.bfloat16 for x in modules.xs)
+
+
+def test_autocast_changes_nothing() -> None:
+    modules = Modules(Variant())
+    expected = modules.composed(*modules.xs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = modules.composed(*modules.xs)
+    assert torch.equal(got.out, expected.out)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_it_keeps_the_layout(layout: torch.memory_format) -> None:
+    modules = Modules(Variant())
+    xs = [x.contiguous(memory_format=layout) for x in modules.xs]
+    assert modules.composed(*xs).out.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("v", [Variant(1), Variant(), Variant(3, (2,), batch_stats=False)], ids=str)
+def test_forward_mode_and_second_derivatives(v: Variant) -> None:
+    modules = Modules(v).double()
+    xs = [x.double().requires_grad_() for x in modules.xs]
+
+    def out(*xs: Tensor) -> Tensor:
+        return modules.composed(*xs).out
+
+    assert torch.autograd.gradcheck(out, xs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(out, xs)
+
+
+@pytest.mark.parametrize("batch_stats", [True, False])
+def test_vmap_and_grad_of_torch_func(batch_stats: bool) -> None:
+    modules = Modules(Variant(batch_stats=batch_stats, fc1_batch_stats=batch_stats)).double()
+    stacked = [torch.stack([x.double(), 2 * x.double()]) for x in modules.xs]
+
+    def loss(*xs: Tensor) -> Tensor:
+        return modules.composed(*xs).out.square().sum()
+
+    per_copy = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(*stacked)
+    one_batched = torch.func.vmap(loss, in_dims=(0, None))(stacked[0], stacked[1][0])
+    for i in range(2):
+        xs = [x[i] for x in stacked]
+        expected = torch.func.grad(loss, argnums=(0, 1))(*xs)
+        for got, exact in itertools.zip_longest(per_copy, expected):
+            torch.testing.assert_close(got[i], exact, rtol=EXACT, atol=EXACT)
+        torch.testing.assert_close(one_batched[i], loss(xs[0], stacked[1][0]))
+
+
+def test_an_empty_batch_gives_an_empty_map_and_gradients_of_zero() -> None:
+    modules = Modules(Variant(batch_stats=False, fc1_batch_stats=False), B=0)
+    tensors = leaves(modules)
+    out = modules.composed(*modules.xs).out
+    assert out.shape == modules.xs[0].shape
+    for gradient in torch.autograd.grad(out.sum(), tensors):
+        assert not gradient.any()
