@@ -4,6 +4,7 @@ A tile of BLOCK_C channels by BLOCK_S positions is what one program holds of eve
 Its long side lies along the contiguous axis, for wide and coalesced accesses.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -11,21 +12,12 @@ import torch
 
 MAX_BRANCHES = 8
 
-# Elements of one branch in a tile, by the number of branches up to the limit. A backward program
-# holds M branches, M sums and the incoming gradient: registers bound the product.
-_TILE_ELEMENTS = ((2, 2048), (4, 1024), (MAX_BRANCHES, 512))
-
-# A row of a tile fills whole memory transactions.
-_MIN_ROW_BYTES = 128
-_MAX_BLOCK_C_CHANNELS_LAST = 128
 _ACCESS_BYTES = 16
 _MAX_WARPS = 4
+# Programs a multiprocessor that a row is split for.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
-_WAVES = 2
-_BYTES_PER_PARTIAL_BYTE = 100
-_LEAST_TILES_PER_PART = 4
-# Running sums that a program holds, tiles times their elements. More of them spill registers.
-_MOST_ACCUMULATORS = 6144
+# Partial sums live in the second-level cache, which holds 40 MB and more.
+_MOST_PARTIAL_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,10 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of one call: ``num_branches`` tensors [B, C, S] of ``itemsize`` bytes an element."""
+    """Sizes of one call: ``num_branches`` tensors [B, C, S] of ``itemsize`` bytes an element.
+
+    ``align`` is the number of elements that can be read at once, as `common_alignment` finds it.
+    """
 
     B: int
     C: int
@@ -55,63 +50,100 @@ class Problem:
     num_branches: int
     itemsize: int
     channels_last: bool
+    align: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A kind of streaming kernel, as far as its launches depend on it.
+
+    Attributes:
+        sums: sums that a program keeps of every element of a branch's tile.
+        shared_sums: those that it keeps of a tile, whatever the number of branches.
+        joins_images: whether a program walks images and positions alike.
+    """
+
+    sums: int = 0
+    shared_sums: int = 0
+    joins_images: bool = False
+
+    def rows(self, problem: Problem, config: "LaunchConfig") -> int:
+        """Returns how many rows of tiles there are to split."""
+        images = 1 if self.joins_images else problem.B
+        return images * cdiv(problem.C, config.block_c)
+
+    def tiles(self, problem: Problem, config: "LaunchConfig") -> int:
+        """Returns the tiles of a row."""
+        images = problem.B if self.joins_images else 1
+        return images * cdiv(problem.S, config.block_s)
+
+    def accumulators(self, problem: Problem) -> int:
+        """Returns the sums that a program keeps of every element of a tile."""
+        return self.sums * problem.num_branches + self.shared_sums
+
+    def partial_bytes(self, problem: Problem) -> int:
+        """Returns the bytes of partial sums that one split writes."""
+        images = 1 if self.joins_images else problem.B
+        return self.accumulators(problem) * images * problem.C * max(4, problem.itemsize)
+
+
+MOMENTS = Stage(sums=2, joins_images=True)
+FUSE = Stage(shared_sums=1)
+SELECT = Stage()
+SELECT_BWD = Stage(sums=1)
+SUMS = Stage(sums=4)
+DX = Stage()
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes (powers of two), programs that share a row's positions, and warps a program."""
+    """How a streaming kernel is launched.
+
+    Attributes:
+        block_c: channels of a tile, a power of two.
+        block_s: positions of a tile, a power of two.
+        splits: programs that share a row of tiles.
+        num_warps: warps a program.
+        num_stages: tiles whose loads are under way together.
+        access: the most elements that a thread reads at once, a power of two.
+    """
 
     block_c: int
     block_s: int
-    splits: int
-    num_warps: int
+    splits: int = 1
+    num_warps: int = 1
+    num_stages: int = 1
+    access: int = 16
 
     @classmethod
-    def elementwise(cls, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
-        """For a kernel that writes what it reads: a row is split as far as the device needs.
+    def from_heuristic(cls, stage: Stage, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
+        """Returns what the figures of the model suggest."""
+        tile = _tile(stage, problem, device)
+        return dataclasses.replace(tile, splits=_splits(stage, problem, device, tile))
 
-        Programs are several waves, for balance, but no more: each reads its channels' parameters.
-        """
-        block_c, block_s = _tile(problem, sums=1)
-        rows = max(1, problem.B * cdiv(problem.C, block_c))
-        wanted = cdiv(_WAVES * device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, rows)
-        splits = _even_splits(problem.S, block_s, wanted)
-        return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
 
-    @classmethod
-    def reduction(cls, problem: Problem, device: DeviceFacts, sums: int) -> "LaunchConfig":
-        """For a kernel whose programs walk along S and keep ``sums`` sums a channel and image.
+def _splits(stage: Stage, problem: Problem, device: DeviceFacts, tile: LaunchConfig) -> int:
+    """Splits rows as far as the device needs to be full, and partial sums allow."""
+    rows, tiles = max(1, stage.rows(problem, tile)), max(1, stage.tiles(problem, tile))
+    wanted = cdiv(device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, rows)
+    affordable = _MOST_PARTIAL_BYTES // max(1, stage.partial_bytes(problem))
+    most = max(1, min(wanted, affordable, tiles))
+    return cdiv(tiles, cdiv(tiles, most))
 
-        A row is split over programs as far as the device needs to be full, while the partial sums
-        written and read again stay a small share of the branches' own bytes.
-        """
-        block_c, block_s = _tile(problem, sums)
-        rows = max(1, problem.B * cdiv(problem.C, block_c))
-        wanted = cdiv(device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, rows)
-        partial_bytes = 2 * sums * max(4, problem.itemsize)
-        affordable = (
-            problem.num_branches
-            * problem.S
-            * problem.itemsize
-            // (_BYTES_PER_PARTIAL_BYTE * partial_bytes)
-        )
-        splits = _even_splits(problem.S, block_s, min(wanted, affordable))
-        return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
 
-    @classmethod
-    def moments(cls, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
-        """For a kernel that reduces images and positions alike, ``splits`` parts a channel."""
-        block_c, block_s = _tile(problem, sums=2)
-        tiles = problem.B * cdiv(problem.S, block_s)
-        columns = max(1, cdiv(problem.C, block_c))
-        wanted = cdiv(device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, columns)
-        parts = max(1, min(wanted, tiles // _LEAST_TILES_PER_PART))
-        splits = max(1, cdiv(tiles, max(1, cdiv(tiles, parts))))
-        return cls(block_c, block_s, splits, _num_warps(block_c * block_s, problem, device))
-
-    def span(self, S: int) -> int:
-        """Positions that one of the ``splits`` programs of a row owns, a multiple of the tile."""
-        return cdiv(cdiv(S, self.block_s), self.splits) * self.block_s
+def _tile(stage: Stage, problem: Problem, device: DeviceFacts) -> LaunchConfig:
+    access = min(problem.align, _ACCESS_BYTES // problem.itemsize)
+    widest_c = next_power_of_two(max(1, problem.C))
+    widest_s = next_power_of_two(max(1, problem.S))
+    elements = 4 * device.warp_size * access
+    if problem.channels_last:
+        block_c = min(widest_c, 64)
+        block_s = min(widest_s, max(1, elements // block_c))
+    else:
+        block_s = min(widest_s, 256)
+        block_c = min(widest_c, max(1, elements // block_s))
+    warps = block_c * block_s // (access * device.warp_size)
+    return LaunchConfig(block_c, block_s, num_warps=max(1, min(_MAX_WARPS, warps)), num_stages=1)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -122,44 +154,6 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_two(n: int) -> int:
     """Returns the least power of two that is at least ``n``, for n >= 1."""
     return 1 << (n - 1).bit_length()
-
-
-def _even_splits(S: int, block_s: int, wanted: int) -> int:
-    """Returns at most ``wanted`` splits of a row that each own a tile at least."""
-    blocks = cdiv(S, block_s)
-    return cdiv(blocks, cdiv(blocks, max(1, min(wanted, blocks))))
-
-
-def _tile(problem: Problem, sums: int) -> tuple[int, int]:
-    elements = next(size for limit, size in _TILE_ELEMENTS if problem.num_branches <= limit)
-    while elements * sums > _MOST_ACCUMULATORS:
-        elements //= 2
-    elements = elements * 4 // max(4, problem.itemsize)
-    widest_c, widest_s = next_power_of_two(max(1, problem.C)), next_power_of_two(problem.S)
-    if problem.channels_last:
-        block_c = min(widest_c, _MAX_BLOCK_C_CHANNELS_LAST)
-        return block_c, min(widest_s, elements // block_c)
-    if problem.S % 4:
-        elements //= 4  # unaligned rows are read element by element, an address each
-    block_s = _tightest(problem.S, min(widest_s, elements), _MIN_ROW_BYTES // problem.itemsize)
-    return min(widest_c, elements // block_s), block_s
-
-
-def _tightest(S: int, most: int, least: int) -> int:
-    """Returns the power of two up to ``most`` whose tiles overshoot S least, the larger on ties."""
-    best = most
-    block = most
-    while block > least:
-        block //= 2
-        if cdiv(S, block) * block < cdiv(S, best) * best:
-            best = block
-    return best
-
-
-def _num_warps(elements: int, problem: Problem, device: DeviceFacts) -> int:
-    per_thread = max(1, _ACCESS_BYTES // problem.itemsize)
-    warps = elements // (per_thread * device.warp_size)
-    return max(1, min(_MAX_WARPS, warps))
 
 
 @dataclass(frozen=True)

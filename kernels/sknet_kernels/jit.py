@@ -1,4 +1,11 @@
-"""Device functions that more than one kernel uses."""
+"""Device functions that more than one kernel uses.
+
+Tuples stand for lists. A kernel takes its branches as tuples with an entry a branch, such as
+``x_ptrs``, and ``tl.static_range`` unrolls a loop over them, so that the index i is a constant in
+``x_ptrs[i]``. What such a loop collects is a tuple that grows, ``rows = rows + (row,)``; it starts
+as ``()``. A loop at run time cannot change the type of what it carries: it builds a new tuple of
+the same length in every turn.
+"""
 
 import triton
 import triton.language as tl
@@ -19,71 +26,150 @@ def program_coordinates(C, splits, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def known_multiple(n, ALIGN: tl.constexpr):
-    """Returns ``n``, a multiple of ALIGN, in a form that shows it to the compiler.
+def own_tiles(S, tiles, pid_s, BLOCK_S: tl.constexpr):
+    """Returns the first tile of a row that split pid_s owns, and the first that it does not."""
+    first = pid_s * tiles
+    return first, tl.minimum(first + tiles, tl.cdiv(S, BLOCK_S))
 
-    Triton knows by itself only which arguments are multiples of 16; a row of 14 x 14 is one of 4.
-    """
-    if ALIGN > 1:
-        n = n // ALIGN * ALIGN
+
+@triton.jit
+def known_multiple(n, MULTIPLE: tl.constexpr):
+    """Returns ``n``, a multiple of MULTIPLE, in a form that shows it to the compiler."""
+    if MULTIPLE > 1:
+        n = n // MULTIPLE * MULTIPLE
     return n
 
 
 @triton.jit
-def tile_pointers(ptr, stride_b, stride_c, stride_s, pid_b, offs_c, offs_s, ALIGN: tl.constexpr):
-    """Returns the pointers [BLOCK_C, BLOCK_S] of a tile of image pid_b; all indices are int64."""
-    row = known_multiple(stride_b, ALIGN) * pid_b
-    return (
-        ptr + row + offs_c[:, None] * known_multiple(stride_c, ALIGN) + offs_s[None, :] * stride_s
-    )
+def within(first, size, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Tells which of the BLOCK indices from ``first`` on lie below ``size``, as a mask [BLOCK].
 
-
-@triton.jit
-def branch_pointers(
-    ptrs,
-    strides_b,
-    strides_c,
-    strides_s,
-    BRANCH: tl.constexpr,
-    pid_b,
-    offs_c,
-    offs_s,
-    ALIGN: tl.constexpr,
-):
-    """Returns the `tile_pointers` of one branch."""
-    return tile_pointers(
-        ptrs[BRANCH],
-        strides_b[BRANCH],
-        strides_c[BRANCH],
-        strides_s[BRANCH],
-        pid_b,
-        offs_c,
-        offs_s,
-        ALIGN,
-    )
-
-
-@triton.jit
-def channel_rows(ptr, offs_c, mask_c, C, COUNT: tl.constexpr):
-    """Returns the rows of a contiguous [COUNT, C] as COUNT vectors [BLOCK_C]."""
-    rows = ()
-    for i in tl.static_range(COUNT):
-        offs = tl.cast(C, tl.int64) * i + offs_c
-        rows = rows + (tl.load(ptr + offs, mask=mask_c, other=0.0),)
-    return rows
-
-
-@triton.jit
-def norm_rows(norm_ptr, offs_c, mask_c, C, ROW: tl.constexpr, NUM_BRANCHES: tl.constexpr):
-    """Returns row ROW of norm [M, 4, C] as NUM_BRANCHES vectors [BLOCK_C].
-
-    The rows are the batch's mean, rstd, scale = gamma * rstd, and beta.
+    ``size`` is a multiple of MULTIPLE.
     """
-    rows = ()
-    for i in tl.static_range(NUM_BRANCHES):
-        offs = tl.cast(C, tl.int64) * (4 * i + ROW) + offs_c
-        rows = rows + (tl.load(norm_ptr + offs, mask=mask_c, other=0.0),)
-    return rows
+    left = tl.minimum(known_multiple(size, MULTIPLE) - first, BLOCK).to(tl.int32)
+    return tl.arange(0, BLOCK) < left
+
+
+@triton.jit
+def known_strides(strides, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Returns ``strides`` as int64, in a form that shows the compiler what they are multiples of.
+
+    ``strides`` holds (b, c, s) of every full-size tensor, or of one alone for all. ALIGN divides
+    them, but for the stride along which elements lie side by side: that of c with CHANNELS_LAST,
+    else that of s.
+    """
+    known = ()
+    for i in tl.static_range(len(strides)):
+        stride_b = tl.cast(known_multiple(strides[i][0], ALIGN), tl.int64)
+        stride_c = tl.cast(known_multiple(strides[i][1], 1 if CHANNELS_LAST else ALIGN), tl.int64)
+        stride_s = tl.cast(known_multiple(strides[i][2], ALIGN if CHANNELS_LAST else 1), tl.int64)
+        known = known + ((stride_b, stride_c, stride_s),)
+    return known
+
+
+@triton.jit
+def tile_mask(
+    corner,
+    C,
+    S,
+    ALIGN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Tells which elements [BLOCK_C, BLOCK_S] there are of the tile whose first is ``corner``.
+
+    ``corner`` is (b, c, s), in int64.
+    """
+    mask_c = within(corner[1], C, ALIGN if CHANNELS_LAST else 1, BLOCK_C)
+    mask_s = within(corner[2], S, 1 if CHANNELS_LAST else ALIGN, BLOCK_S)
+    return mask_c[:, None] & mask_s[None, :]
+
+
+@triton.jit
+def tile_pointers(
+    ptr,
+    strides,
+    TENSOR: tl.constexpr,
+    corner,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Returns the pointers [BLOCK_C, BLOCK_S] of the tile of ``ptr`` whose first is ``corner``.
+
+    TENSOR is its place in ``strides``, those of `known_strides`.
+    """
+    own = strides[TENSOR if len(strides) > 1 else 0]
+    start = corner[0] * own[0] + corner[1] * own[1] + corner[2] * own[2]
+    # The same for every tile, and for every tensor where one triple of strides is for all.
+    offs_c = tl.arange(0, BLOCK_C)[:, None] * own[1]
+    offs_s = tl.arange(0, BLOCK_S)[None, :] * own[2]
+    return ptr + start + (offs_c + offs_s)
+
+
+@triton.jit
+def load_tile(ptr, strides, TENSOR: tl.constexpr, corner, mask, ACC: tl.constexpr):
+    """Returns the tile of `tile_pointers` in ACC, zero outside of ``mask`` [BLOCK_C, BLOCK_S]."""
+    ptrs = tile_pointers(ptr, strides, TENSOR, corner, mask.shape[0], mask.shape[1])
+    return tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_tile(ptr, strides, TENSOR: tl.constexpr, corner, mask, tile):
+    """Writes ``tile`` [BLOCK_C, BLOCK_S] where ``mask`` is set, in the dtype of ``ptr``."""
+    ptrs = tile_pointers(ptr, strides, TENSOR, corner, mask.shape[0], mask.shape[1])
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def channel_vector(ptr, offs_c, mask_c, ACC: tl.constexpr, ABSENT: tl.constexpr):
+    """Returns the [BLOCK_C] of ``ptr`` [C] at ``offs_c``; ABSENT where ``ptr`` is None."""
+    if ptr is None:
+        vector = tl.full(offs_c.shape, ABSENT, ACC)
+    else:
+        vector = tl.load(ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
+    return vector
+
+
+@triton.jit
+def channel_vectors(ptrs, offs_c, mask_c, ACC: tl.constexpr, ABSENT: tl.constexpr):
+    """Returns the `channel_vector` of every branch."""
+    vectors = ()
+    for i in tl.static_range(len(ptrs)):
+        vectors = vectors + (channel_vector(ptrs[i], offs_c, mask_c, ACC, ABSENT),)
+    return vectors
+
+
+@triton.jit
+def inverse_deviations(var_ptrs, offs_c, mask_c, EPS: tl.constexpr, ACC: tl.constexpr):
+    """Returns rstd_i = 1 / sqrt(var_i + EPS) of every branch as vectors [BLOCK_C]."""
+    rstds = ()
+    for i in tl.static_range(len(var_ptrs)):
+        var = channel_vector(var_ptrs[i], offs_c, mask_c, ACC, 1.0)
+        rstds = rstds + (1.0 / tl.sqrt(var + EPS),)
+    return rstds
+
+
+@triton.jit
+def norm_vectors(
+    mean_ptrs,
+    var_ptrs,
+    gamma_ptrs,
+    beta_ptrs,
+    offs_c,
+    mask_c,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Returns mean_i, scale_i = gamma_i * rstd_i and beta_i, each a tuple of vectors [BLOCK_C]."""
+    means = channel_vectors(mean_ptrs, offs_c, mask_c, ACC, 0.0)
+    betas = channel_vectors(beta_ptrs, offs_c, mask_c, ACC, 0.0)
+    rstds = inverse_deviations(var_ptrs, offs_c, mask_c, EPS, ACC)
+    scales = ()
+    for i in tl.static_range(len(rstds)):
+        gamma = channel_vector(gamma_ptrs[i], offs_c, mask_c, ACC, 1.0)
+        scales = scales + (gamma * rstds[i],)
+    return means, scales, betas
 
 
 @triton.jit
@@ -178,3 +264,21 @@ def zero_tiles(
     for _ in tl.static_range(COUNT):
         tiles = tiles + (tl.zeros([BLOCK_C, BLOCK_S], ACC),)
     return tiles
+
+
+@triton.jit
+def image_weights(
+    logits_ptr,
+    strides,
+    pid_b,
+    offs_c,
+    mask_c,
+    NUM_BRANCHES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Returns the `branch_weights` of image pid_b; ``strides`` are those of logits [B, M, C]."""
+    image_ptr = logits_ptr + pid_b * strides[0]
+    return branch_weights(
+        image_ptr, strides[1], strides[2], offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
+    )

@@ -1,186 +1,154 @@
 """fuse: the average, or the sum, over space of the sum of the branches."""
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.arguments import accumulator, branch_arguments, common_alignment, problem_of
-from sknet_kernels.config import DeviceFacts, LaunchConfig, cdiv
+from sknet_kernels.arguments import accumulator, configuration, norm_pointers, streaming_launch
+from sknet_kernels.config import FUSE, LaunchConfig, cdiv
 from sknet_kernels.jit import (
-    branch_pointers,
-    known_multiple,
-    norm_rows,
+    known_strides,
+    load_tile,
+    norm_vectors,
     normalised,
+    own_tiles,
     program_coordinates,
     relu,
+    tile_mask,
 )
-from sknet_kernels.launch import Launch
-from sknet_kernels.layout import as_bcs
+from sknet_kernels.launch import Launch, Pointer, launch
+from sknet_kernels.norms import Norms
 
 _COMBINE_BLOCK = 256
 
 
-@triton.jit
-def _sk_fuse_fwd_kernel(
-    out_ptr,
+@triton.jit(do_not_specialize=["B", "C", "S", "tiles", "splits"])
+def _sk_fuse_kernel(
+    partial_ptr,
     x_ptrs,
-    x_strides_b,
-    x_strides_c,
-    x_strides_s,
-    norm_ptr,
+    mean_ptrs,
+    var_ptrs,
+    gamma_ptrs,
+    beta_ptrs,
+    strides,
     B,
     C,
     S,
-    span,
+    tiles,
+    splits,
     NUM_BRANCHES: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    MEAN: tl.constexpr,
-    SPLITS: tl.constexpr,
+    EPS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    """out[b, c] = sum over i and s of u_i[b, c, s], divided by S with MEAN.
+    """partial[k, b, c] = sum over i, and over the positions s of split k, of u_i[b, c, s].
 
-    u_i is x_i, or with HAS_NORM max((x_i - mean_i) * scale_i + beta_i, 0).
-    Shapes: x_i [B, C, S] of any strides; norm [M, 4, C] as in `norm_rows`; out [B, C] contiguous,
-    or with SPLITS > 1 the partial sums [SPLITS, B, C], not yet divided. Sums are kept in ACC.
-    Passes moved: M read.
+    u_i is x_i, or with HAS_NORM max((x_i - mean_i) / sqrt(var_i + EPS) * gamma_i + beta_i, 0).
+    Shapes: x_i [B, C, S] of any strides; mean_i, var_i, gamma_i and beta_i [C]; partial
+    [splits, B, C] contiguous. Sums are kept in ACC. Passes moved: M read.
     Source: Li et al. 2019, eqs. 1 and 2.
     """
-    # One program owns BLOCK_C channels of one image over `span` positions.
-    pid_b, pid_c, pid_s = program_coordinates(C, SPLITS, BLOCK_C)
+    # One program owns BLOCK_C channels of one image over `tiles` tiles of BLOCK_S positions.
+    pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    start = pid_s * span
-    stop = tl.minimum(start + span, known_multiple(S, ALIGN))
     if HAS_NORM:
-        means = norm_rows(norm_ptr, offs_c, mask_c, C, 0, NUM_BRANCHES)
-        scales = norm_rows(norm_ptr, offs_c, mask_c, C, 2, NUM_BRANCHES)
-        betas = norm_rows(norm_ptr, offs_c, mask_c, C, 3, NUM_BRANCHES)
+        # Vectors are [BLOCK_C].
+        means, scales, betas = norm_vectors(
+            mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
+        )
     total = tl.zeros([BLOCK_C, BLOCK_S], ACC)
-    for first in range(start, stop, BLOCK_S):
-        offs_s = first + tl.arange(0, BLOCK_S)
-        mask = mask_c[:, None] & (offs_s < stop)[None, :]
+    strides = known_strides(strides, ALIGN, CHANNELS_LAST)
+    first, last = own_tiles(S, tiles, pid_s, BLOCK_S)
+    for tile in tl.range(first, last, num_stages=NUM_STAGES):
+        corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
+        # Tiles are [BLOCK_C, BLOCK_S].
+        mask = tile_mask(corner, C, S, ALIGN, CHANNELS_LAST, BLOCK_C, BLOCK_S)
         for i in tl.static_range(NUM_BRANCHES):
-            ptrs = branch_pointers(
-                x_ptrs, x_strides_b, x_strides_c, x_strides_s, i, pid_b, offs_c, offs_s, ALIGN
-            )
-            x = tl.load(ptrs, mask=mask, other=0.0)
+            x = load_tile(x_ptrs[i], strides, i, corner, mask, ACC)
             if HAS_NORM:
-                y = normalised(x.to(ACC), means[i], scales[i], betas[i])
-                total += tl.where(mask, relu(y), 0.0)
+                total += tl.where(mask, relu(normalised(x, means[i], scales[i], betas[i])), 0.0)
             else:
-                total += x.to(ACC)
-    pooled = tl.sum(total, axis=1)
-    if MEAN and SPLITS == 1:
-        pooled = pooled / S
-    offs_out = (pid_s * B + pid_b) * C + offs_c
-    tl.store(out_ptr + offs_out, pooled.to(out_ptr.dtype.element_ty), mask=mask_c)
+                total += x
+    row = pid_s * B + pid_b
+    tl.store(partial_ptr + row * C + offs_c, tl.sum(total, axis=1), mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "S", "splits"])
 def _sk_fuse_combine_kernel(
     out_ptr,
     partial_ptr,
     size,
     S,
+    splits,
     MEAN: tl.constexpr,
-    SPLITS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[n] = sum over k of partial[k, n], added in the order of k, divided by S with MEAN.
 
-    Shapes: partial [SPLITS, size], out [size], with size = B * C. Passes moved: none of full size.
+    Shapes: partial [splits, size], out [size], with size = B * C. Passes moved: none of full size.
     """
     # One program owns BLOCK elements of out.
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     total = tl.zeros([BLOCK], ACC)
     offs_partial = offs
-    for _ in range(SPLITS):
-        total += tl.load(partial_ptr + offs_partial, mask=mask, other=0.0)
+    for _ in range(splits):
+        total += tl.load(partial_ptr + offs_partial, mask=mask, other=0.0)  # [BLOCK]
         offs_partial += size
     if MEAN:
         total = total / S
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def sk_fuse_fwd(
-    branches: Sequence[Tensor],
-    norm: Tensor | None = None,
-    config: LaunchConfig | None = None,
-    reduction: str = "mean",
+def sk_fuse_partials(
+    xs: tuple[Tensor, ...], norms: Norms | None, *, config: LaunchConfig | None = None
 ) -> Tensor:
-    """Launches fuse: M tensors [B, C, *spatial] -> [B, C].
+    """Launches fuse: M tensors [B, C, S] -> partial sums [SPLITS, B, C] in the sums' dtype.
 
-    ``reduction`` over space is "mean" or "sum". With ``norm`` [M, 4, C] the branches are normalised
-    and rectified on the fly, and the result keeps the dtype of the sums; without it, the dtype of
-    the branches.
+    They are to be added in order; they are not divided by S. With ``norms`` the branches are
+    normalised and rectified on the fly.
     """
-    xs = [as_bcs(x) for x in branches]
-    out = xs[0].new_empty(xs[0].shape[:2], dtype=xs[0].dtype if norm is None else norm.dtype)
-    for launch in sk_fuse_fwd_launches(out, xs, norm, config, reduction):
-        launch.run(out.device)
+    x = xs[0]
+    config = configuration(FUSE, xs, config)
+    partial = x.new_empty((config.splits, *x.shape[:2]), dtype=accumulator(x.dtype)[0])
+    eps = 0.0 if norms is None else norms.eps
+    launch(sk_fuse_launch, partial, xs, *norm_pointers(norms), eps=eps, config=config)
+    return partial
+
+
+def sk_fuse_fwd(
+    xs: tuple[Tensor, ...], *, reduction: str = "mean", config: LaunchConfig | None = None
+) -> Tensor:
+    """Launches fuse: M tensors [B, C, S] -> [B, C] in their dtype.
+
+    ``reduction`` over space is "mean" or "sum".
+    """
+    x = xs[0]
+    partial = sk_fuse_partials(xs, None, config=config)
+    out = x.new_empty(x.shape[:2])
+    launch(sk_fuse_combine_launch, out, partial, S=x.shape[2], mean=reduction == "mean")
     return out
 
 
-def sk_fuse_fwd_launches(
-    out: Tensor,
-    xs: Sequence[Tensor],
-    norm: Tensor | None = None,
-    config: LaunchConfig | None = None,
-    reduction: str = "mean",
-) -> list[Launch]:
-    """Returns the launches that fill ``out`` [B, C] from ``xs`` [B, C, S]."""
-    problem = problem_of(xs)
-    config = config or LaunchConfig.reduction(problem, DeviceFacts.of(out.device), sums=1)
-    acc, tl_acc = accumulator(xs[0].dtype)
-    split = config.splits > 1
-    target = out.new_empty((config.splits, *out.shape), dtype=acc) if split else out
-    sums = Launch(
-        kernel=_sk_fuse_fwd_kernel,
-        programs=problem.B * cdiv(problem.C, config.block_c) * config.splits,
-        arguments={
-            "out_ptr": target,
-            **branch_arguments("x", xs),
-            "norm_ptr": norm,
-            "B": problem.B,
-            "C": problem.C,
-            "S": problem.S,
-            "span": config.span(problem.S),
-        },
-        constants={
-            "NUM_BRANCHES": problem.num_branches,
-            "HAS_NORM": norm is not None,
-            "MEAN": reduction == "mean",
-            "SPLITS": config.splits,
-            "ACC": tl_acc,
-            "ALIGN": common_alignment(xs),
-            "BLOCK_C": config.block_c,
-            "BLOCK_S": config.block_s,
-        },
-        num_warps=config.num_warps,
-    )
-    if not split:
-        return [sums]
-    return [sums, _combine(out, target, problem.S, tl_acc, reduction)]
+def sk_fuse_launch(*pointers: Pointer, eps: float, config: LaunchConfig | None = None) -> Launch:
+    """Returns the launch of partial, xs, means, variances, gammas and betas."""
+    return streaming_launch(_sk_fuse_kernel, pointers, stage=FUSE, config=config, EPS=eps)
 
 
-def _combine(out: Tensor, partial: Tensor, S: int, tl_acc: tl.dtype, reduction: str) -> Launch:
+def sk_fuse_combine_launch(out: Tensor, partial: Tensor, *, S: int, mean: bool) -> Launch:
+    """Returns the launch that fills ``out`` [B, C] from ``partial`` [SPLITS, B, C]."""
     return Launch(
         kernel=_sk_fuse_combine_kernel,
         programs=cdiv(out.numel(), _COMBINE_BLOCK),
-        arguments={"out_ptr": out, "partial_ptr": partial, "size": out.numel(), "S": S},
-        constants={
-            "MEAN": reduction == "mean",
-            "SPLITS": partial.shape[0],
-            "ACC": tl_acc,
-            "BLOCK": _COMBINE_BLOCK,
-        },
+        pointers={"out_ptr": out, "partial_ptr": partial},
+        scalars={"size": out.numel(), "S": S, "splits": partial.shape[0]},
+        constants={"MEAN": mean, "ACC": accumulator(partial.dtype)[1], "BLOCK": _COMBINE_BLOCK},
         num_warps=1,
     )
