@@ -8,6 +8,7 @@ torch.fx does not look into them: a graph that it traces calls them.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sknet_kernels.config import MAX_BRANCHES
+from sknet_kernels.layout import as_bcs
 from sknet_kernels.norms import Norms
 from sknet_triton import ops, reference
 from sknet_triton.backend import in_transform, needs_plain_backward, takes_triton
@@ -178,7 +180,10 @@ def sk_fuse_select(
     norm = norms[0]
     # The one group of the norms that take statistics, which the check has seen to.
     group = norm.group if norm.batch_stats else fc1_norm.group if fc1_norm.batch_stats else ""
-    if not group and composes(xs[0]):
+    way = way_of(xs[0])
+    if way == "kernels":
+        check_limits(xs)
+    if way == "composed" and not group:
         out, means, variances, fc1_mean, fc1_var = reference.composed(
             xs, norms, fc1_weight, fc1_bias, fc1_norm, fc2_weight, fc2_bias
         )
@@ -186,6 +191,7 @@ def sk_fuse_select(
         var = None if variances is None else torch.stack(variances)
         return FuseSelect(out, mean, var, fc1_mean, fc1_var)
     out, kept, fc1_kept = fused(
+        way,
         xs,
         _norms(norms),
         fc1_weight,
@@ -202,19 +208,25 @@ def sk_fuse_select(
     return FuseSelect(out, mean, var, fc1_mean, fc1_var)
 
 
-def composes(x: Tensor) -> bool:
-    """Tells whether the section on ``x`` is PyTorch's own operators, one after the other.
+Way = Literal["composed", "formulas", "kernels"]
 
-    It is where nothing fuses our formulas: in eager PyTorch, in torch.func's transforms, and in an
-    exported program, whose readers know batch norms and nothing of autograd functions.
+
+def way_of(x: Tensor) -> Way:
+    """Tells how the section on branches like ``x`` is carried out.
+
+    "composed" is PyTorch's own operators, one after the other. It is where nothing fuses our
+    formulas: in eager PyTorch, in torch.func's transforms, and in an exported program, whose
+    readers know batch norms and nothing of autograd functions.
     """
-    if torch.compiler.is_exporting():
-        return torch.is_grad_enabled() or not takes_triton(x)
-    fuses = takes_triton(x) or (torch.compiler.is_dynamo_compiling() and not in_transform())
-    return not fuses
+    if takes_triton(x):
+        exports_gradients = torch.compiler.is_exporting() and torch.is_grad_enabled()
+        return "composed" if exports_gradients else "kernels"
+    fuses = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return "formulas" if fuses and not in_transform() else "composed"
 
 
 def fused(
+    way: Way,
     branches: Sequence[Tensor],
     norms: Norms,
     fc1_weight: Tensor,
@@ -229,6 +241,7 @@ def fused(
     """Computes `sk_fuse_select` in the fewest passes, of arguments that fit.
 
     Args:
+        way: "kernels" takes Triton's, which have limits (see `check_limits`).
         branches: M tensors [B, C, *spatial].
         norms: of the branches; with running statistics, or with None where the batch's are taken.
         fc1_weight: [d, C], or [d, C, 1, 1] as a convolution has it.
@@ -244,55 +257,58 @@ def fused(
         V; mean and unbiased variance of the branches [2, M, C] and of fc1's output [2, d], None
         where they were not taken. The caller may write into the statistics.
     """
-    tensors = (
-        *branches,
-        *norms.mean,
-        *norms.var,
-        *norms.weight,
-        *norms.bias,
-        fc1_weight,
-        fc1_bias,
-        fc1_norm.mean[0],
-        fc1_norm.var[0],
-        fc1_norm.weight[0],
-        fc1_norm.bias[0],
-        fc2_weight,
-        fc2_bias,
-    )
+    four = [x for vectors in norms[:4] for x in vectors]
+    fc1_four = [x for vectors in fc1_norm[:4] for x in vectors]
+    vectors = [*four, fc1_bias, *fc1_four, fc2_bias]
+    if not all(x is None or x.is_contiguous() for x in vectors):  # kernels read them as such
+        vectors = [x if x is None else x.contiguous() for x in vectors]
+    tensors = (*branches, fc1_weight, fc2_weight, *vectors)
+    steps = "reference" if way != "kernels" else "operators" if _watched(tensors) else "launchers"
     settings = Settings(
-        len(branches),
-        norms.eps,
-        fc1_norm.eps,
-        batch_stats,
-        fc1_batch_stats,
-        group,
-        _implementation(branches, tensors),
+        len(branches), norms.eps, fc1_norm.eps, batch_stats, fc1_batch_stats, group, steps
     )
     if torch.is_grad_enabled():
         # torch leaves Function.apply untyped.
         results: Results = SKFuseSelect.apply(settings, *tensors)  # type: ignore[no-untyped-call]
-    else:
-        results = _forward(Arguments.of(settings, tensors), settings)[0]
-    return results
+        return results
+    with _planned(settings, tensors):
+        (out, kept, fc1_kept), _ = _forward(Arguments.of(settings, tensors), settings)
+    return _as_wanted(out, branches[0]), kept, fc1_kept
 
 
 Results: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 
-_IMPLEMENTATIONS = {"reference": REFERENCE, "launchers": ops.LAUNCHERS, "operators": ops.OPERATORS}
+_STEPS = {"reference": REFERENCE, "launchers": ops.LAUNCHERS, "operators": ops.OPERATORS}
 _PLAIN = (Tensor, nn.Parameter, type(None))
 
 
-def _implementation(branches: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> str:
-    """Names the `Passes` to take: launchers at once, or operators where a graph is being made."""
-    if not _takes_triton(branches):
-        return "reference"
-    watched = (
+def _watched(tensors: Sequence[Tensor | None]) -> bool:
+    """Tells whether somebody makes a graph of what is called, or has a rule of his own for it."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or any(type(x) not in _PLAIN for x in tensors)
     )
-    return "operators" if watched else "launchers"
+
+
+def _planned(
+    settings: "Settings", tensors: Sequence[Any], dout: Tensor | None = None
+) -> AbstractContextManager[Any]:
+    """Returns a context in which launchers run what they remember for such tensors."""
+    if settings.steps != "launchers":
+        return nullcontext()
+    from sknet_kernels.launch import planned
+
+    # Vectors are contiguous, and as long as the matrices fc1_weight and fc2_weight say.
+    read, vectors = tensors[: settings.M + 2], tensors[settings.M + 2 :]
+    key = (
+        settings,
+        tuple([(t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in read]),
+        tuple([None if t is None else (t.dtype, t.data_ptr() % 16) for t in vectors]),
+        None if dout is None else (dout.dtype, dout.shape, dout.stride(), dout.data_ptr() % 16),
+    )
+    return planned(key, tensors[0].device)
 
 
 class Settings(NamedTuple):
@@ -304,12 +320,12 @@ class Settings(NamedTuple):
     batch_stats: bool
     fc1_batch_stats: bool
     group: str
-    implementation: str
+    steps: str
 
     @property
     def passes(self) -> Passes:
         """The implementation of the steps."""
-        return _IMPLEMENTATIONS[self.implementation]
+        return _STEPS[self.steps]
 
 
 class Arguments(NamedTuple):
@@ -327,22 +343,20 @@ class Arguments(NamedTuple):
     def of(cls, settings: Settings, tensors: Sequence[Any]) -> "Arguments":
         """Takes them apart from the order in which `fused` lays them end to end."""
         M = settings.M
-        branches, *four = (tuple(tensors[i * M : (i + 1) * M]) for i in range(5))
-        fc1_weight, fc1_bias, *fc1, fc2_weight, fc2_bias = tensors[5 * M :]
+        branches, (fc1_weight, fc2_weight) = tuple(tensors[:M]), tensors[M : M + 2]
+        mean, var, weight, bias = (tuple(tensors[i * M + 2 : (i + 1) * M + 2]) for i in range(1, 5))
+        fc1_bias, *fc1, fc2_bias = tensors[5 * M + 2 :]
+        if settings.steps == "launchers":  # one view each, rather than one a step
+            branches = tuple([as_bcs(x) for x in branches])
         return cls(
             branches,
-            _as_norms(four, settings.eps),
-            fc1_weight.flatten(1),
+            Norms(mean, var, weight, bias, settings.eps),
+            fc1_weight,
             fc1_bias,
-            _as_norms([(x,) for x in fc1], settings.fc1_eps),
-            fc2_weight.flatten(1),
+            Norms((fc1[0],), (fc1[1],), (fc1[2],), (fc1[3],), settings.fc1_eps),
+            fc2_weight,
             fc2_bias,
         )
-
-
-def _as_norms(four: Sequence[Any], eps: float) -> Norms:
-    mean, var, weight, bias = four
-    return Norms(mean, var, weight, bias, eps)
 
 
 class Saved(NamedTuple):
@@ -384,7 +398,7 @@ def _forward(a: Arguments, settings: Settings) -> tuple[Results, Saved]:
         fc1_stats, fc1_kept = _joined(torch.stack([mean, var]), len(hidden), counts[0], group)
         fc1_norm = _applied(fc1_norm, fc1_stats)
     elif settings.fc1_batch_stats:
-        fc1_norm = fc1_norm._replace(mean=(None,), var=(None,))
+        assert fc1_norm.mean[0] is None
     logits, *taken = passes.logits(hidden, fc1_norm, a.fc2_weight, a.fc2_bias, settings.M)
     if fc1_norm.mean[0] is None:
         fc1_stats, fc1_kept = taken
@@ -424,22 +438,10 @@ def _backward(
     share, drift, gamma, beta, *rest = gradients
     dbranches = passes.dx(dout, a.branches, saved.logits, norms, share, drift)
     fc1_weight, fc1_bias, fc1_gamma, fc1_beta, fc2_weight, fc2_bias = rest
-    nothing = (None,) * settings.M
-    return (
-        *dbranches,
-        *nothing,
-        *nothing,
-        *gamma.unbind(),
-        *beta.unbind(),
-        fc1_weight,
-        fc1_bias,
-        None,
-        None,
-        fc1_gamma,
-        fc1_beta,
-        fc2_weight,
-        fc2_bias,
-    )
+    nothing = (None,) * (2 * settings.M)
+    weights, norms_wb = (fc1_weight, fc2_weight), (*gamma.unbind(), *beta.unbind())
+    fc1 = (fc1_bias, None, None, fc1_gamma, fc1_beta)
+    return (*dbranches, *weights, *nothing, *norms_wb, *fc1, fc2_bias)
 
 
 class SKFuseSelect(torch.autograd.Function):
@@ -452,8 +454,9 @@ class SKFuseSelect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: Settings, *tensors: Any) -> Results:
         """Returns V and the statistics."""
-        with no_autocast(tensors[0]):
-            results, saved = _forward(Arguments.of(settings, tensors), settings)
+        with no_autocast(tensors[0]), _planned(settings, tensors):
+            (out, kept, fc1_kept), saved = _forward(Arguments.of(settings, tensors), settings)
+        results = _as_wanted(out, tensors[0]), kept, fc1_kept
         ctx.settings = settings
         ctx.save_for_backward(*tensors, *saved)
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
@@ -470,12 +473,17 @@ class SKFuseSelect(torch.autograd.Function):
         with no_autocast(dout):
             if needs_plain_backward(dout):
                 return None, *_differentiable_backward(dout, tensors, settings)
-            gradients = _backward(dout, Arguments.of(settings, tensors), saved, settings)
-        # A convolution's weight comes as [d, C, 1, 1].
+            with _planned(settings, tensors, dout):
+                gradients = _backward(dout, Arguments.of(settings, tensors), saved, settings)
         return None, *(
-            g.view(x.shape) if g is not None and needed else None
+            _as_wanted(g, x) if g is not None and needed else None
             for g, x, needed in zip(gradients, tensors, ctx.needs_input_grad[1:], strict=True)
         )
+
+
+def _as_wanted(gradient: Tensor, x: Tensor) -> Tensor:
+    # The branches' space was flattened.
+    return gradient if gradient.dim() == x.dim() else gradient.view(x.shape)
 
 
 def _differentiable_backward(
@@ -498,10 +506,10 @@ def _differentiable_backward(
         out = reference.composed(
             a.branches,
             _norm_args(a.norms, settings.batch_stats),
-            a.fc1_weight,
+            a.fc1_weight.flatten(1),
             a.fc1_bias,
             _norm_args(a.fc1_norm, settings.fc1_batch_stats)[0],
-            a.fc2_weight,
+            a.fc2_weight.flatten(1),
             a.fc2_bias,
         ).out
     found = iter(torch.autograd.grad(out, wanted, dout, create_graph=create_graph))
@@ -514,7 +522,7 @@ def _applied(norms: Norms, stats: Tensor | None) -> Norms:
         return norms
     rows = stats.reshape(-1, stats.shape[-1]).unbind()
     n = len(rows) // 2
-    return norms._replace(mean=rows[:n], var=rows[n:])
+    return Norms(rows[:n], rows[n:], norms.weight, norms.bias, norms.eps)
 
 
 def _counts(x: Tensor, group: str) -> Tensor:
@@ -555,6 +563,17 @@ def _norm_args(norms: Norms, batch_stats: bool) -> list[BatchNormArgs]:
 def _takes_triton(xs: Sequence[Tensor]) -> bool:
     if not takes_triton(xs[0]):
         return False
+    check_limits(xs)
+    return True
+
+
+def check_limits(xs: Sequence[Tensor]) -> None:
+    """Checks what the Triton kernels ask of the branches beyond what `checked_branches` does.
+
+    Raises:
+        TypeError: they have no kernels for the dtype.
+        ValueError: the branches outnumber what they take.
+    """
     if len(xs) > MAX_BRANCHES:
         raise ValueError(
             f"branches: the triton backend takes at most {MAX_BRANCHES}, got {len(xs)}; "
@@ -565,4 +584,3 @@ def _takes_triton(xs: Sequence[Tensor]) -> bool:
             "branches: the triton backend takes float16, bfloat16, float32 and float64, "
             f"got {xs[0].dtype}"
         )
-    return True

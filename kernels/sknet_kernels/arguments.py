@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, Stage, cdiv
-from sknet_kernels.launch import Launch, Pointer
+from sknet_kernels.launch import Launch, Pointer, remembered
 from sknet_kernels.layout import is_channels_last
 from sknet_kernels.norms import Norms
 
@@ -51,9 +51,12 @@ def configuration(stage: Stage, xs: Sequence[Tensor], config: LaunchConfig | Non
     """Returns ``config``, or where it is None what suits the branches ``xs`` [B, C, S]."""
     if config is not None:
         return config
-    first = xs[0]
-    strides = tuple(x.stride() for x in xs)
-    return _configuration(stage, first.shape, strides, first.dtype, first.device)
+
+    def find() -> LaunchConfig:
+        strides = tuple(x.stride() for x in xs)
+        return _configuration(stage, xs[0].shape, strides, xs[0].dtype, xs[0].device)
+
+    return remembered(stage, find)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,19 +1,65 @@
 """A kernel launch as data: it can be run, remembered, or compiled for another machine."""
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+import triton
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 # A kernel's pointer argument: a tensor, None for one that is absent, or a tuple with one a branch.
 Pointer: TypeAlias = "Tensor | tuple[Tensor | None, ...] | None"
 
-# Remembered launches. Sizes that never come back would pile up: past the limit all are forgotten.
-_REMEMBERED: dict[tuple[Any, ...], Callable[..., Any]] = {}
-_MOST_REMEMBERED = 4096
+# What a key was found to need. Sizes that never come back would pile up: past the limit all are
+# forgotten.
+_PLANS: dict[Any, dict[Any, Any]] = {}
+_MOST_PLANS = 4096
+
+
+class _Local(threading.local):
+    plan: dict[Any, Any] | None = None
+
+
+_LOCAL = _Local()
+
+
+class planned:  # noqa: N801 - used as torch.no_grad is
+    """A computation of several launches that are remembered under one key, on one device.
+
+    Inside, `launch` and `remembered` take from the plan of ``key`` what they found before. ``key``
+    therefore settles all that they depend on: shapes, strides, dtypes and alignment of the tensors
+    that come from outside (see `signature`), and options. Each ``build`` is launched once at most.
+    """
+
+    def __init__(self, key: Any, device: torch.device) -> None:
+        if len(_PLANS) >= _MOST_PLANS:
+            _PLANS.clear()
+        self._plan = _PLANS.setdefault((key, device), {})
+        self._context = current(device)
+
+    def __enter__(self) -> None:
+        self._outer, _LOCAL.plan = _LOCAL.plan, self._plan
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _LOCAL.plan = self._outer
+        self._context.__exit__(*error)
+
+
+def remembered(key: Any, find: Callable[[], _T]) -> _T:
+    """Returns ``find()``, once for all in the same plan."""
+    plan = _LOCAL.plan
+    if plan is None:
+        return find()
+    found: _T | None = plan.get(key)
+    if found is None:
+        found = plan[key] = find()
+    return found
 
 
 @dataclass(frozen=True)
@@ -56,28 +102,45 @@ class Launch:
 def launch(build: Callable[..., Launch], *pointers: Pointer, **options: Any) -> None:
     """Runs ``build(*pointers, **options)`` on the device of the first tensor.
 
-    What it builds may depend on shapes, strides, dtypes, alignment and device of the tensors and
-    on the options, which are hashable: for those it is built and compiled once.
-
     Args:
-        build: returns a `Launch` whose pointers are ``pointers``, in this order.
+        build: returns a `Launch` whose pointers are ``pointers``, in this order. What it returns
+            depends on their shapes, strides, dtypes, alignment and device and on the options.
         pointers: as the kernel takes them. The first is a tensor.
-        options: whatever else ``build`` takes.
+        options: whatever else ``build`` takes, hashable.
     """
-    device: torch.device = pointers[0].device  # type: ignore[union-attr]  # a tensor
-    key = (build, device, *map(_signature, pointers), *options.values())
-    remembered = _REMEMBERED.get(key)
-    with _current(device):
-        if remembered is not None:
-            remembered(*pointers)
-        else:
-            _first_run(key, build(*pointers, **options))
+    plan = _LOCAL.plan
+    if plan is None:
+        key = (build, tuple(map(signature, pointers)), tuple(options.values()))
+        with planned(key, pointers[0].device):  # type: ignore[union-attr]  # a tensor
+            launch(build, *pointers, **options)
+        return
+    runner = plan.get(build)
+    if runner is None:
+        first = build(*pointers, **options)
+        plan[build] = _nothing if first.programs == 0 else _compiled(first)
+    else:
+        runner(*pointers)
 
 
-def _first_run(key: tuple[Any, ...], first: Launch) -> None:
-    if len(_REMEMBERED) >= _MOST_REMEMBERED:
-        _REMEMBERED.clear()
-    _REMEMBERED[key] = _nothing if first.programs == 0 else _compiled(first)
+def signature(x: Pointer) -> Any:
+    """Returns what a compiled kernel depends on of a pointer argument."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.shape, x.stride(), x.data_ptr() % 16
+    return x and tuple(map(signature, x))
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context in which ``device`` is the one that launches go to."""
+    if device.type == "cpu":  # Triton's interpreter
+        return _NO_CONTEXT
+    module = torch.get_device_module(device)
+    if device.index == module.current_device():
+        return _NO_CONTEXT
+    context: AbstractContextManager[Any] = module.device(device)
+    return context
+
+
+_NO_CONTEXT = nullcontext()
 
 
 def _nothing(*_: Pointer) -> None:
@@ -88,22 +151,19 @@ def _compiled(first: Launch) -> Callable[..., Any]:
     """Runs ``first`` and returns a function of its pointers that runs it again."""
     rest = (*first.scalars.values(), *first.constants.values())
     grid = (first.programs, 1, 1)
-    # The interpreter returns None and takes the kernel itself.
-    runner = (first.run() or first.kernel)[grid]
-    return lambda *pointers: runner(*pointers, *rest)
+    compiled = first.run()
+    if compiled is None:  # the interpreter
+        interpreted = first.kernel[grid]
+        return lambda *pointers: interpreted(*pointers, *rest)
+    hooked = compiled[grid]
+    hooks, driver = triton.knobs.runtime, triton.runtime.driver.active
+    device, stream = driver.get_current_device(), driver.get_current_stream
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
+    def again(*pointers: Pointer) -> None:
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:  # a profiler's
+            hooked(*pointers, *rest)
+        else:
+            run(*grid, stream(device), function, metadata, None, None, None, *pointers, *rest)
 
-def _signature(x: Pointer) -> Any:
-    if isinstance(x, Tensor):
-        return x.dtype, x.shape, x.stride(), x.data_ptr() % 16
-    return x and tuple(map(_signature, x))
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    if device.type == "cpu":  # Triton's interpreter
-        return nullcontext()
-    module = torch.get_device_module(device)
-    if device.index == module.current_device():
-        return nullcontext()
-    context: AbstractContextManager[Any] = module.device(device)
-    return context
+    return again

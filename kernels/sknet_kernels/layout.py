@@ -14,21 +14,24 @@ from torch import Tensor
 
 def as_bcs(x: Tensor) -> Tensor:
     """Returns ``x`` [B, C, *spatial] as [B, C, S]: a view if its space lies evenly, else a copy."""
-    return x.flatten(2)
+    return x if x.dim() == 3 else x.flatten(2)
 
 
 def lies_evenly(x: Tensor) -> bool:
     """Tells whether the space of ``x`` [B, C, *spatial] is one axis of constant stride."""
-    axes = [d for d in range(2, x.dim()) if x.shape[d] != 1]
-    return all(
-        x.stride(outer) == x.stride(inner) * x.shape[inner] for outer, inner in pairwise(axes)
-    )
+    sizes, strides = x.shape, x.stride()
+    axes = [d for d in range(2, len(sizes)) if sizes[d] != 1]
+    return all(strides[outer] == strides[inner] * sizes[inner] for outer, inner in pairwise(axes))
 
 
 def empty_like_branch(x: Tensor) -> Tensor:
     """Returns an uninitialised tensor in the layout of ``x``, contiguous where that is uneven."""
     out = torch.empty_like(x)
-    return out if lies_evenly(out) else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return (
+        out
+        if x.dim() == 3 or lies_evenly(out)
+        else torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
 
 
 def is_channels_last(x: Tensor) -> bool:

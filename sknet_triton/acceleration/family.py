@@ -72,10 +72,10 @@ class Family:
 
     def through_section(self, module: nn.Module, *inputs: Any) -> Tensor | None:
         """Calls the convolutions and `functional.sk_fuse_select`; None where it may not."""
-        parts = self.section(module)
-        if parts is None or not section.pays(parts, inputs[0]):
+        chosen = section.chosen(lambda: self.section(module), inputs[0])
+        if chosen is None:
             return None
-        (x,) = inputs
+        (x,), (parts, way) = inputs, chosen
         each = self.branch_inputs(module, x) or [x] * len(parts.branches)
         maps = [branch.conv(part) for branch, part in zip(parts.branches, each, strict=True)]
-        return self.finish(module, section.run(parts, maps))
+        return self.finish(module, section.run(parts, maps, way))

@@ -21,19 +21,24 @@ def has_hook(module: nn.Module) -> bool:
     A hook of any kind is registered on it, or its own ``forward`` was replaced, as wrappers that
     keep a module's type do.
     """
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return any_hook((module,), everywhere=False)
 
 
-def any_hook(modules: Iterable[nn.Module]) -> bool:
+def any_hook(modules: Iterable[nn.Module], *, everywhere: bool = True) -> bool:
     """Tells whether calling one of ``modules`` does more, hooks on every module included."""
-    everywhere = any(getattr(module_globals, f"_global{name}", None) for name in HOOKS)
-    return everywhere or any(has_hook(module) for module in modules)
+    if everywhere and any(getattr(module_globals, f"_global{name}", None) for name in HOOKS):
+        return True
+    # Spelt out, since this is asked at every call of a layer.
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
 
 
 def conv_bn(

@@ -1,6 +1,6 @@
 """How modules hand their norms and their MLP to `sk_fuse_select`, and when they may."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,14 @@ class Section(NamedTuple):
     fc1: Block
     fc2: nn.Module
 
+    @property
+    def silent(self) -> list[nn.Module]:
+        """What is not called. A branch's convolution is: its own hooks are served."""
+        modules = [self.fc1.conv, self.fc2, *self.fc1.silent]
+        for branch in self.branches:
+            modules += branch.silent
+        return modules
+
 
 def sequential(block: nn.Module) -> Block | None:
     """Returns a plain Sequential of conv, bn and act as a `Block`; None for anything else."""
@@ -47,22 +55,30 @@ def sequential(block: nn.Module) -> Block | None:
     return Block(conv, norm, (block, norm, act))
 
 
-def pays(section: Section, x: Tensor) -> bool:
-    """Tells whether `sk_fuse_select` is to be preferred to calling the modules one by one.
+def chosen(find: Callable[[], Section | None], x: Tensor) -> tuple[Section, functional.Way] | None:
+    """Returns what ``find`` does and how `sk_fuse_select` carries it out, on an input like ``x``.
 
-    The Triton kernels and torch.compile fuse its formulas; elsewhere the modules are as fast, and
-    an exported program and a graph of torch.fx hold what they compute, for what comes after knows
-    them: it folds batch norms into convolutions. torch's SyncBatchNorm takes no CPU tensors, this
-    does.
+    None says to call the modules one by one. The Triton kernels and torch.compile fuse the formulas
+    of `sk_fuse_select`; elsewhere the modules are as fast, and an exported program and a graph of
+    torch.fx hold what they compute, for what comes after knows them: it folds batch norms into
+    convolutions. torch's SyncBatchNorm takes no CPU tensors among several processes, this does.
     """
     if is_symbolic(x):
-        return False
+        return None
+    way = functional.way_of(x)
     # An empty batch has no statistics: the modules know what torch does then. Processes that share
     # statistics all take part, also one without an image.
-    if x.shape[0] > 0 and not functional.composes(x):
-        return True
-    norms = [section.fc1.norm, *(block.norm for block in section.branches)]
-    return any(type(norm) is nn.SyncBatchNorm for norm in norms)
+    by_modules = way == "composed" or x.shape[0] == 0
+    if by_modules and not (dist.is_available() and dist.is_initialized()):
+        return None
+    section = find()
+    if section is None:
+        return None
+    if by_modules:
+        norms = [section.fc1.norm, *(block.norm for block in section.branches)]
+        if not any(type(norm) is nn.SyncBatchNorm for norm in norms):
+            return None
+    return section, "formulas" if way == "composed" else way
 
 
 def plain(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -> Section | None:
@@ -77,14 +93,17 @@ def plain(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -
     if not (is_linear(fc1.conv) and is_linear(fc2)):
         return None
     section = Section(found, fc1, fc2)
-    return None if any_hook(_silent(section)) or not _agree(section) else section
+    return None if any_hook(section.silent) or not _agree(section) else section
 
 
-def run(section: Section, maps: Sequence[Tensor]) -> Tensor:
+def run(section: Section, maps: Sequence[Tensor], way: functional.Way) -> Tensor:
     """Runs `sk_fuse_select` on the convolutions' outputs and updates the running statistics."""
     norms, fc1_norm = [block.norm for block in section.branches], section.fc1.norm
     batch_stats, fc1_batch_stats = _takes_batch(norms[0]), _takes_batch(fc1_norm)
+    if way == "kernels":
+        functional.check_limits(maps)
     out, kept, fc1_kept = functional.fused(
+        way,
         maps,
         _norms(norms, batch_stats),
         _parameter(section.fc1.conv, "weight"),
@@ -116,15 +135,6 @@ def is_linear(conv: nn.Module) -> bool:
         and conv.padding == (0, 0)
         and conv.groups == 1
     )
-
-
-def _silent(section: Section) -> Iterable[nn.Module]:
-    """Yields what is not called. A branch's convolution is: its own hooks are served."""
-    yield section.fc1.conv
-    yield section.fc2
-    yield from section.fc1.silent
-    for branch in section.branches:
-        yield from branch.silent
 
 
 def _agree(section: Section) -> bool:
@@ -175,7 +185,7 @@ def _buffer(module: nn.Module, name: str) -> Any:
 
 
 def _keeps(bn: Any) -> bool:
-    return bool(bn.training and bn.track_running_stats and bn.running_mean is not None)
+    return bool(bn.training and bn.track_running_stats and _buffer(bn, "running_mean") is not None)
 
 
 def _move(moved: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
@@ -189,19 +199,22 @@ def _move(moved: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
         return
     if not moved:
         return
-    torch._foreach_add_([bn.num_batches_tracked for bn, _, _ in moved], 1)
+    counters = [_buffer(bn, "num_batches_tracked") for bn, _, _ in moved]
+    torch._foreach_add_(counters, 1)
     running, batch, kept, taken = [], [], [], []
-    for bn, mean, var in moved:
-        for old, new in ((bn.running_mean, mean), (bn.running_var, var)):
+    for (bn, mean, var), counter in zip(moved, counters, strict=True):
+        momentum = bn.momentum
+        for name, new in (("running_mean", mean), ("running_var", var)):
+            old = _buffer(bn, name)
             new = new if new.dtype == old.dtype else new.to(old.dtype)
-            if bn.momentum is None:
-                weight = bn.num_batches_tracked.double().reciprocal()
+            if momentum is None:
+                weight = counter.double().reciprocal()
                 old.mul_(1 - weight).add_(new * weight)
                 continue
             running.append(old)
             batch.append(new)
-            kept.append(1 - bn.momentum)
-            taken.append(bn.momentum)
+            kept.append(1 - momentum)
+            taken.append(momentum)
     if running:
         torch._foreach_mul_(running + batch, kept + taken)
         torch._foreach_add_(running, batch)

@@ -128,10 +128,11 @@ class SKConv(nn.Module):
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
         if self.aggregate == "sum":
             return _sum([branch(x) for branch in self.branches])
-        plain = self._plain_section()
-        if plain is not None and section.pays(plain, x):
+        chosen = section.chosen(self._plain_section, x)
+        if chosen is not None:
+            plain, way = chosen
             self._check_batch(x.shape[0])
-            return section.run(plain, [branch.conv(x) for branch in plain.branches])
+            return section.run(plain, [branch.conv(x) for branch in plain.branches], way)
         maps = [branch(x) for branch in self.branches]
         logits = self.logits(functional.sk_fuse(maps))
         return functional.sk_select(maps, logits)

@@ -7,7 +7,8 @@ u is, else 1. From them da_i = gamma_i P3 + beta_i P1, the gradients of the MLP,
 dbeta_i = sum_b (a_i P1 + (ds / S) P2), dgamma_i = sum_b (a_i P3 + (ds / S) P4), and with one more
 read dx_i = gamma_i rstd_i (k (a_i dV + ds / S) - dbeta_i / m - xhat_i dgamma_i / m).
 
-Small tensors are kept in the accumulation dtype.
+Small tensors are kept in the accumulation dtype. fc1_weight is [d, C] and fc2_weight [M * C, d], or
+with two more axes of size 1 as a convolution has it.
 """
 
 import math
@@ -70,7 +71,7 @@ def hidden(
     """Returns s [B, C] (eqs. 1 and 2) and fc1's output [B, d] (eq. 3)."""
     norm = _rows(branches[0], norms)
     pooled = stages.fuse(branches, norm)
-    return pooled, F.linear(pooled, fc1_weight.to(pooled.dtype), _cast(fc1_bias, pooled.dtype))
+    return pooled, F.linear(pooled, _matrix(fc1_weight, pooled), _cast(fc1_bias, pooled.dtype))
 
 
 def logits(
@@ -89,7 +90,7 @@ def logits(
         kept = torch.stack([mean, var * (size / (size - 1))])
         fc1_norm = fc1_norm._replace(mean=(mean,), var=(var,))
     _, _, z = _fc1_norm(hidden, fc1_norm)
-    wide = F.linear(z, fc2_weight.to(z.dtype), _cast(fc2_bias, z.dtype))
+    wide = F.linear(z, _matrix(fc2_weight, z), _cast(fc2_bias, z.dtype))
     return wide.view(len(hidden), M, -1), applied, kept
 
 
@@ -116,7 +117,7 @@ def hidden_bwd(
     weight, bias = _stacked(norms.weight, norms, sums, 1), _stacked(norms.bias, norms, sums, 0)
     dattn = weight * sums[2] + bias * sums[0]
     dlogits = attn * (dattn - torch.sum(attn * dattn, dim=1, keepdim=True))
-    return sums, dlogits, dlogits.flatten(1) @ fc2_weight.to(sums.dtype)
+    return sums, dlogits, dlogits.flatten(1) @ _matrix(fc2_weight, sums)
 
 
 def channels_bwd(
@@ -159,7 +160,6 @@ def channels_bwd(
         group: names the processes that share the statistics; empty for this one alone.
         counts: images, and values a channel, over the processes of ``group``.
     """
-    dtype = sums.dtype
     B = len(dz)
     images, size = (B, B * S) if counts is None else counts
     scale, hhat, z = _fc1_norm(hidden, fc1_norm)
@@ -170,7 +170,7 @@ def channels_bwd(
         fc1_drift = sum_over(group, torch.stack([fc1_beta, fc1_gamma])) / images
         dhidden = dy - fc1_drift[0] - hhat * fc1_drift[1]
     dhidden = dhidden * scale
-    share = (dhidden @ fc1_weight.to(dtype)) / S
+    share = (dhidden @ _matrix(fc1_weight, sums)) / S
     attn = torch.softmax(logits, dim=1)
     p1, p2, p3, p4 = sums
     beta = torch.sum(attn * p1 + share[:, None] * p2, dim=0)
@@ -184,11 +184,11 @@ def channels_bwd(
         drift,
         gamma.to(common_dtype(norms.weight, gamma)),
         beta.to(common_dtype(norms.bias, beta)),
-        (dhidden.t() @ pooled).to(fc1_weight.dtype),
+        (dhidden.t() @ pooled).to(fc1_weight.dtype).view(fc1_weight.shape),
         _like(fc1_bias, torch.sum(dhidden, 0)),
         _like(fc1_norm.weight[0], fc1_gamma),
         _like(fc1_norm.bias[0], fc1_beta),
-        (flat.t() @ z).to(fc2_weight.dtype),
+        (flat.t() @ z).to(fc2_weight.dtype).view(fc2_weight.shape),
         _like(fc2_bias, torch.sum(flat, 0)),
     )
 
@@ -241,6 +241,11 @@ def _fc1_norm(hidden: Tensor, fc1_norm: Norms) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd, scale, beta = _rows(hidden, fc1_norm)[0]
     centred = hidden - mean
     return scale, centred * rstd, torch.relu(centred * scale + beta)
+
+
+def _matrix(weight: Tensor, like: Tensor) -> Tensor:
+    """Returns a weight [n, m], or [n, m, 1, 1] as a convolution has it, as a matrix."""
+    return weight.flatten(1).to(like.dtype)
 
 
 def _like(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
