@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from perf.static.bytes import counted_bytes
-from sknet_kernels.sk_fuse import sk_fuse_fwd
-from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
 from tests.helpers import Case
+from tests.launchers import fuse, select, select_bwd
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="bytes are counted in the interpreter, without a GPU"
@@ -34,7 +33,7 @@ def cases() -> list[Case]:
 def test_fuse_reads_every_branch_once(case: Case, device: torch.device) -> None:
     xs = case.branches(device)
     with counted_bytes() as count:
-        sk_fuse_fwd(xs)
+        fuse(xs)
     assert count.passes(one_pass(case)) == pytest.approx(case.M, rel=0.02)
 
 
@@ -42,7 +41,7 @@ def test_fuse_reads_every_branch_once(case: Case, device: torch.device) -> None:
 def test_select_reads_every_branch_and_writes_one(case: Case, device: torch.device) -> None:
     xs, logits = case.branches(device), case.logits(device)
     with counted_bytes() as count:
-        sk_select_fwd(xs, logits)
+        select(xs, logits)
     assert count.written == one_pass(case)
     assert count.passes(one_pass(case)) == pytest.approx(case.M + 1, rel=0.02)
 
@@ -51,5 +50,5 @@ def test_select_reads_every_branch_and_writes_one(case: Case, device: torch.devi
 def test_select_backward_reads_everything_once(case: Case, device: torch.device) -> None:
     xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=9)
     with counted_bytes() as count:
-        sk_select_bwd(dout, xs, logits)
+        select_bwd(dout, xs, logits)
     assert count.passes(one_pass(case)) == pytest.approx(2 * case.M + 1, rel=0.02)

@@ -15,14 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sknet_kernels.config import MAX_BRANCHES, LaunchConfig
-from sknet_kernels.sk_fuse import sk_fuse_fwd
-from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
-from sknet_kernels.sk_moments import sk_moments
-from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
 from sknet_triton import Backend, functional, use_backend
 from sknet_triton.functional import Activation, Reduction
 from sknet_triton.reference import accumulation_dtype, stages
-from tests import strategies
+from tests import launchers, strategies
 from tests.helpers import assert_matches, magnitudes, store_rounding, wide
 from tests.strategies import (
     DEVICE,
@@ -224,11 +220,11 @@ def test_any_tile_and_any_split_give_the_same(sample: Sample, config: LaunchConf
     attn = weights(logits.double(), "softmax")
     terms = SUM_ROUNDINGS * reach(logits)
 
-    pooled, average = sk_fuse_fwd(xs, config=config), averaged(magnitudes(xs), "mean")
+    pooled, average = launchers.fuse(xs, config=config), averaged(magnitudes(xs), "mean")
     assert_is(pooled, averaged(wide(xs), "mean"), average, terms, "pooled", sample.dtype)
-    out, largest = sk_select_fwd(xs, logits, config=config), weighed(magnitudes(xs), attn)
+    out, largest = launchers.select(xs, logits, config=config), weighed(magnitudes(xs), attn)
     assert_is(out, weighed(wide(xs), attn), largest, terms, "out", sample.dtype)
-    dxs, dlogits = sk_select_bwd(dout, xs, logits, config)
+    dxs, dlogits = launchers.select_bwd(dout, xs, logits, config=config)
     for i, dx in enumerate(dxs):
         exact = weighed([dout.double()], attn[:, i : i + 1])
         assert_is(dx, exact, exact.abs(), terms, f"dx{i}", sample.dtype)
@@ -244,19 +240,19 @@ def check_norm_kernels(sample: Sample, config: LaunchConfig) -> None:
     """The kernels that know norms, in float64 and so to its last digits."""
     xs, dout = wide(sample.random_branches()), sample.random_dout().double()
     (B, C), M = sample.shape[:2], sample.num_branches
-    norm, attn = sample.small(0, M, 4, C), sample.small(1, B, M, C)
-    share, drift = sample.small(2, B, C), sample.small(3, M, 2, C)
-    # The kernels take scale for gamma * rstd, the formulas read both rows.
-    norm[:, 1] = norm[:, 1].abs() + 0.5
+    norms, logits = launchers.random_norms(M, C, dout), sample.small(1, B, M, C)
+    norm, attn = launchers.norm_rows(norms), torch.softmax(logits, 1)
+    share, drift = sample.small(2, B, C), sample.small(3, 2, M, C)
     pairs: list[tuple[Tensor, Tensor]] = [
-        (sk_fuse_fwd(xs, norm, config), stages.fuse(xs, norm)),
-        (sk_select_fwd(xs, attn, norm, config), stages.select(xs, attn, norm)),
-        (sk_fuse_select_sums(dout, xs, norm, config), stages.sums(dout, xs, norm)),
+        (launchers.fuse_norm(xs, norms, config=config), stages.fuse(xs, norm)),
+        (launchers.select(xs, logits, norms, config=config), stages.select(xs, logits, norm)),
+        (launchers.sums(dout, xs, norms, config=config), stages.sums(dout, xs, norm)),
     ]
-    got = sk_fuse_select_dx(dout, xs, norm, attn, share, drift, config)
-    pairs += zip(got, stages.gradients(dout, xs, norm, attn, share, drift), strict=True)
+    got = launchers.dx(dout, xs, norms, logits, share, drift, config=config)
+    rows = drift.transpose(0, 1)
+    pairs += zip(got, stages.gradients(dout, xs, norm, attn, share, rows), strict=True)
     if B:
-        pairs += zip(sk_moments(xs, config), stages.moments(xs), strict=True)
+        pairs += zip(launchers.moments(xs, config=config)[:2], stages.moments(xs), strict=True)
     for actual, exact in pairs:
         torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-11)
 

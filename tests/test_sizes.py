@@ -11,14 +11,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sknet_kernels.config import LaunchConfig
+from sknet_kernels.config import LaunchConfig, cdiv
 from sknet_kernels.launch import Launch
-from sknet_kernels.sk_fuse import sk_fuse_fwd_launches
-from sknet_kernels.sk_fuse_select import sk_fuse_select_dx_launch, sk_fuse_select_sums_launch
-from sknet_kernels.sk_moments import sk_moments_launches
-from sknet_kernels.sk_select import sk_select_bwd_launches, sk_select_fwd_launch
-from sknet_triton import Backend, SKConv, functional, use_backend
-from sknet_triton.reference import sk_fuse, sk_select, sk_select_bwd, stages
+from sknet_kernels.norms import Norms
+from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_launch
+from sknet_kernels.sk_fuse_select import (
+    sk_fuse_select_dx,
+    sk_fuse_select_dx_launch,
+    sk_fuse_select_sums,
+    sk_fuse_select_sums_launch,
+)
+from sknet_kernels.sk_moments import sk_moments, sk_moments_launch
+from sknet_kernels.sk_select import (
+    sk_select_bwd,
+    sk_select_bwd_launch,
+    sk_select_fwd,
+    sk_select_fwd_launch,
+)
+from sknet_triton import Backend, SKConv, functional, reference, use_backend
+from sknet_triton.reference import stages
 from tests.address_arithmetic import narrow_offsets
 from tests.helpers import source_environment
 
@@ -95,11 +106,6 @@ def tensors(storage: Tensor) -> Tensors:
     return Tensors(storage)
 
 
-def run(launches: Sequence[Launch]) -> None:
-    for launch in launches:
-        launch.run(DEVICE)
-
-
 WHOLE = LaunchConfig(block_c=2, block_s=2, splits=1, num_warps=1)
 SPLIT = LaunchConfig(block_c=2, block_s=2, splits=2, num_warps=1)
 
@@ -107,28 +113,24 @@ SPLIT = LaunchConfig(block_c=2, block_s=2, splits=2, num_warps=1)
 @pytest.mark.parametrize("far", FAR, ids=str)
 def test_fuse_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
     values = [randn(i, *far.shape) for i in range(2)]
-    xs = [tensors.far(x, far.strides) for x in values]
+    xs = tuple(tensors.far(x, far.strides) for x in values)
     for config in (WHOLE, SPLIT):
-        out = torch.full(far.shape[:2], float("nan"), dtype=torch.float16, device=DEVICE)
-        run(sk_fuse_fwd_launches(out, xs, config=config))
-        close(out, sk_fuse(values))
+        close(sk_fuse_fwd(xs, config=config), reference.sk_fuse(values))
 
 
 @pytest.mark.parametrize("far", FAR, ids=str)
 def test_select_and_its_backward_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
     (B, C, _), values = far.shape, [randn(i, *far.shape) for i in range(2)]
     dout, logits = randn(8, *far.shape), randn(9, B, 2, C)
-    xs = [tensors.far(x, far.strides) for x in values]
-    out, *dxs, far_dout = (
-        tensors.far(x, far.strides) for x in (torch.zeros_like(dout),) * 3 + (dout,)
-    )
-    run([sk_select_fwd_launch(out, xs, logits, config=WHOLE)])
-    close(out, sk_select(values, logits))
-    exact_dxs, exact_dlogits = sk_select_bwd(dout, values, logits)
+    xs = tuple(tensors.far(x, far.strides) for x in values)
+    zeros = torch.zeros_like(dout)
+    out, far_dout = tensors.far(zeros, far.strides), tensors.far(dout, far.strides)
+    dxs = tuple(tensors.far(zeros, far.strides) for _ in xs)
+    sk_select_fwd(out, xs, logits, config=WHOLE)
+    close(out, reference.sk_select(values, logits))
+    exact_dxs, exact_dlogits = reference.sk_select_bwd(dout, values, logits)
     for config in (WHOLE, SPLIT):
-        dlogits = torch.full_like(logits, float("nan"))
-        run(sk_select_bwd_launches(dxs, dlogits, far_dout, xs, logits, config))
-        close(dlogits, exact_dlogits)
+        close(sk_select_bwd(dxs, far_dout, xs, logits, config=config), exact_dlogits)
         for dx, exact in zip(dxs, exact_dxs, strict=True):
             close(dx, exact)
             dx.zero_()
@@ -148,36 +150,35 @@ def test_logits_beyond_2_to_the_31(
 ) -> None:
     (B, M, C), logits = shape, randn(9, *shape)
     far_logits = tensors.far(logits, strides)
-    xs, dout = [randn(i, B, C, 4) for i in range(M)], randn(8, B, C, 4)
-    out, dxs = torch.empty_like(dout), [torch.empty_like(dout) for _ in range(M)]
-    run([sk_select_fwd_launch(out, xs, far_logits)])
-    close(out, sk_select(xs, logits))
+    xs, dout = tuple(randn(i, B, C, 4) for i in range(M)), randn(8, B, C, 4)
+    out, dxs = torch.empty_like(dout), tuple(torch.empty_like(dout) for _ in range(M))
+    sk_select_fwd(out, xs, far_logits)
+    close(out, reference.sk_select(xs, logits))
     for config in (WHOLE, SPLIT):
-        dlogits = torch.empty_like(logits)
-        run(sk_select_bwd_launches(dxs, dlogits, dout, xs, far_logits, config))
-        close(dlogits, sk_select_bwd(dout, xs, logits)[1])
+        dlogits = sk_select_bwd(dxs, dout, xs, far_logits, config=config)
+        close(dlogits, reference.sk_select_bwd(dout, xs, logits)[1])
 
 
 @pytest.mark.parametrize("far", FAR, ids=str)
 def test_the_section_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
     (B, C, _), values = far.shape, [randn(i, *far.shape) for i in range(2)]
-    xs, dout = [tensors.far(x, far.strides) for x in values], randn(8, *far.shape)
-    dxs = [tensors.far(torch.zeros_like(dout), far.strides) for _ in range(2)]
+    xs, dout = tuple(tensors.far(x, far.strides) for x in values), randn(8, *far.shape)
+    dxs = tuple(tensors.far(torch.zeros_like(dout), far.strides) for _ in range(2))
     far_dout = tensors.far(dout, far.strides)
-    norm, attn = randn(10, 2, 4, C).float(), randn(11, B, 2, C).float()
-    share, drift = randn(12, B, C).float(), randn(13, 2, 2, C).float()
-    norm[:, 1] = 1.0  # the kernels take scale for gamma * rstd, the formulas read both rows
-    norm[:, 3] = 3.0  # and most of what is normalised passes the ReLU
+    mean, gamma = randn(10, 2, C).float(), randn(11, 2, C).float()
+    # Most of what is normalised passes the ReLU.
+    var, beta = torch.ones_like(mean), torch.full_like(mean, 3.0)
+    norms = Norms(tuple(mean), tuple(var), tuple(gamma), tuple(beta), 0.0)
+    rows = torch.stack([mean, var, gamma, beta], 1)
+    logits, share, drift = randn(12, B, 2, C), randn(13, B, C).float(), randn(14, 2, 2, C).float()
 
-    mean, var = torch.empty(2, C, device=DEVICE), torch.empty(2, C, device=DEVICE)
-    run(sk_moments_launches(mean, var, xs, SPLIT))
-    for actual, exact in zip((mean, var), stages.moments(values), strict=True):
+    for actual, exact in zip(sk_moments(xs, config=SPLIT)[0], stages.moments(values), strict=True):
         close(actual, exact)
-    sums = sk_fuse_select_sums_launch(far_dout, xs, norm, SPLIT)
-    run([sums])
-    close(sums.arguments["sums_ptr"].sum(0), stages.sums(dout, values, norm))
-    run([sk_fuse_select_dx_launch(dxs, far_dout, xs, norm, attn, share, drift, WHOLE)])
-    exact_dxs = stages.gradients(dout, values, norm, attn, share, drift)
+    sums = sk_fuse_select_sums(far_dout, xs, norms, config=SPLIT)
+    close(sums.sum(0), stages.sums(dout, values, rows))
+    sk_fuse_select_dx(dxs, far_dout, xs, norms, logits, share, drift, config=WHOLE)
+    attn = torch.softmax(logits.float(), 1)
+    exact_dxs = stages.gradients(dout, values, rows, attn, share, drift.transpose(0, 1))
     for dx, exact in zip(dxs, exact_dxs, strict=True):
         close(dx, exact)
 
@@ -259,21 +260,22 @@ class Recorder:
 
 def every_launch(x: Tensor) -> list[Launch]:
     """Returns what each kernel is launched with for two branches like ``x`` [B, C, S]."""
-    (B, C, _), xs = x.shape, [x, x]
+    (B, C, _), xs = x.shape, (x, x)
 
     def small(*shape: int) -> Tensor:
         return torch.empty(shape, device=x.device)
 
-    norm, logits = small(2, 4, C), small(B, 2, C)
+    logits, vectors = small(B, 2, C), ((small(C), small(C)),) * 4
+    none, drift = (None,) * 4, small(2, 2, C)
     return [
-        *sk_fuse_fwd_launches(small(B, C), xs),
-        sk_select_fwd_launch(x, xs, logits),
-        *sk_select_bwd_launches(xs, logits, x, xs, logits),
-        *sk_moments_launches(small(2, C), small(2, C), xs),
-        *sk_fuse_fwd_launches(small(B, C), xs, norm),
-        sk_select_fwd_launch(x, xs, logits, norm),
-        sk_fuse_select_sums_launch(x, xs, norm),
-        sk_fuse_select_dx_launch(xs, x, xs, norm, logits, small(B, C), small(2, 2, C)),
+        sk_moments_launch(small(1), xs),
+        sk_fuse_launch(small(1), xs, *none, eps=0.0),
+        sk_fuse_launch(small(1), xs, *vectors, eps=0.0),
+        sk_select_fwd_launch(x, xs, logits, *none, activation="softmax", eps=0.0),
+        sk_select_fwd_launch(x, xs, logits, *vectors, activation="softmax", eps=0.0),
+        sk_select_bwd_launch(x, xs, small(1), xs, logits, activation="softmax"),
+        sk_fuse_select_sums_launch(small(1), x, xs, *vectors, eps=0.0),
+        sk_fuse_select_dx_launch(x, xs, xs, *vectors, logits, small(B, C), drift, eps=0.0),
     ]
 
 
@@ -299,15 +301,18 @@ def test_grids_stay_within_their_limits(shape: tuple[int, int, int], channels_la
         x = torch.empty(B, S, C, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     for launch in every_launch(x):
         recorder = Recorder()
-        dataclasses.replace(launch, kernel=recorder).run(torch.device("cpu"))
+        dataclasses.replace(launch, kernel=recorder).run()
         first, *others = recorder.grid
         assert 1 <= first <= ONE_AXIS, (launch.kernel, recorder.grid)
         assert all(size <= OTHER_AXES for size in others), (launch.kernel, recorder.grid)
-        if "span" in launch.arguments:
-            blocks = -(-C // launch.constants["BLOCK_C"])
-            splits = launch.arguments.get("splits", launch.constants.get("SPLITS"))
+        blocks, splits = cdiv(C, launch.constants["BLOCK_C"]), launch.scalars["splits"]
+        covered = launch.scalars["tiles"] * splits * launch.constants["BLOCK_S"]
+        if launch.kernel.__name__ == "_sk_moments_kernel":
+            assert first == blocks * splits
+            assert covered >= B * S
+        else:
             assert first == B * blocks * splits, launch.kernel
-            assert launch.arguments["span"] * splits >= S, launch.kernel
+            assert covered >= S, launch.kernel
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf.static.bytes import counted_bytes
 from sknet_kernels.config import LaunchConfig
-from sknet_kernels.sk_fuse_select import (
-    sk_fuse_select_dx,
-    sk_fuse_select_sums,
-)
-from sknet_kernels.sk_moments import sk_moments
+from sknet_kernels.norms import Norms
 from sknet_triton import SKConv, functional, use_backend
 from sknet_triton.backend import Backend, current_backend
 from sknet_triton.layers import section
 from sknet_triton.reference import stages
+from tests import launchers
 from tests.helpers import (
     BACKENDS,
     EXACT,
@@ -50,25 +47,21 @@ PASS_CASES = (
 )
 
 
-def norm_of(case: Case, device: torch.device) -> Tensor:
-    """Random rows mean, rstd, scale, beta [M, 4, C]; gammas of both signs and a zero."""
-    C, dtype = case.shape[1], torch.float64 if case.dtype == torch.float64 else torch.float32
-    gamma = torch.randn(case.M, C, device=device, dtype=dtype)
-    gamma[:, 0] = 0.0
-    mean, beta = torch.randn_like(gamma), torch.randn_like(gamma)
-    rstd = torch.rand_like(gamma) + 0.5
-    return torch.stack([mean, rstd, gamma * rstd, beta], 1)
+def norms_of(case: Case, device: torch.device) -> Norms:
+    return launchers.random_norms(case.M, case.shape[1], case.tensor(device))
 
 
 @pytest.mark.parametrize("case", PASS_CASES, ids=str)
 def test_moments(case: Case, device: torch.device) -> None:
     xs = case.branches(device)
-    mean, var = sk_moments(xs)
+    mean, var, unbiased = launchers.moments(xs)
     exact_mean, exact_var = stages.moments(wide(xs))
     scale = torch.stack([x.double().abs().amax() for x in xs])[:, None]
     eps = torch.finfo(mean.dtype).eps
     assert ((mean - exact_mean).abs() <= 64 * eps * scale).all()
     assert ((var - exact_var).abs() <= 64 * eps * scale.square()).all()
+    n = xs[0].numel() // xs[0].shape[1]
+    torch.testing.assert_close(unbiased, var * (n / (n - 1)))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -78,7 +71,7 @@ def test_moments_of_a_large_mean_keep_their_digits(
 ) -> None:
     xs = [x + 1e4 for x in Case((4, 6, 5, 7), layout=layout).branches(device)]
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
-    mean, var = sk_moments(xs, config)
+    mean, var, _ = launchers.moments(xs, config=config)
     exact_mean, exact_var = stages.moments(wide(xs))
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
     # A mean near 1e4 has an ulp of 1e-3, and parts lie up to half a deviation apart. For scale:
@@ -88,11 +81,11 @@ def test_moments_of_a_large_mean_keep_their_digits(
 
 @pytest.mark.parametrize("case", PASS_CASES, ids=str)
 def test_sums(case: Case, device: torch.device) -> None:
-    xs, dout, norm = case.branches(device), case.tensor(device, 99), norm_of(case, device)
-    got = sk_fuse_select_sums(dout, xs, norm)
-    exact = stages.sums(dout.double(), wide(xs), norm.double())
-    magnitude = stages.sums(dout.double().abs(), wide(xs), norm.double())
-    xhat = stages.sums(torch.ones_like(dout.double()), wide(xs), norm.double())[1]
+    xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
+    got, norm = launchers.sums(dout, xs, norms), launchers.norm_rows(norms)
+    exact = stages.sums(dout.double(), wide(xs), norm)
+    magnitude = stages.sums(dout.double().abs(), wide(xs), norm)
+    xhat = stages.sums(torch.ones_like(dout.double()), wide(xs), norm)[1]
     assert got.shape == exact.shape
     # |dout k xhat| <= |dout| * 8: samples of a normal distribution, centred and scaled.
     bound = 256 * torch.finfo(got.dtype).eps * (8 * magnitude[0] + 8 * xhat + 1)
@@ -103,24 +96,25 @@ def test_sums(case: Case, device: torch.device) -> None:
 @pytest.mark.parametrize("splits", [2, 3])
 def test_sums_split_over_programs(splits: int, device: torch.device) -> None:
     case = Case((2, 5, 6, 4), M=3, dtype=torch.float64)
-    xs, dout, norm = case.branches(device), case.tensor(device, 99), norm_of(case, device)
+    xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
-    got = sk_fuse_select_sums(dout, xs, norm, config)
-    torch.testing.assert_close(got, stages.sums(dout, xs, norm), rtol=EXACT, atol=EXACT)
-    assert torch.equal(got, sk_fuse_select_sums(dout, xs, norm, config))
+    got = launchers.sums(dout, xs, norms, config=config)
+    exact = stages.sums(dout, xs, launchers.norm_rows(norms))
+    torch.testing.assert_close(got, exact, rtol=EXACT, atol=EXACT)
+    assert torch.equal(got, launchers.sums(dout, xs, norms, config=config))
 
 
 @pytest.mark.parametrize("drifts", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("case", PASS_CASES, ids=str)
 def test_gradients(case: Case, drifts: bool, device: torch.device) -> None:
-    xs, dout, norm = case.branches(device), case.tensor(device, 99), norm_of(case, device)
-    attn = torch.softmax(case.logits(device).to(norm.dtype), 1)
-    share = torch.randn(case.shape[:2], device=device).to(norm.dtype)
-    drift = torch.randn(case.M, 2, case.shape[1], device=device).to(norm.dtype)
-    got = sk_fuse_select_dx(dout, xs, norm, attn, share, drift if drifts else None)
+    xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
+    norm, logits = launchers.norm_rows(norms), case.logits(device)
+    share = torch.randn(case.shape[:2], device=device).to(norms.mean[0].dtype)
+    drift = torch.randn(2, case.M, case.shape[1], device=device).to(share.dtype)
+    got = launchers.dx(dout, xs, norms, logits, share, drift if drifts else None)
 
-    inputs = (dout.double(), wide(xs), norm.double(), attn.double(), share.double())
-    exact = stages.gradients(*inputs, drift.double() if drifts else None)
+    inputs = (dout.double(), wide(xs), norm, torch.softmax(logits.double(), 1), share.double())
+    exact = stages.gradients(*inputs, drift.double().transpose(0, 1) if drifts else None)
     # |xhat| stays under 16, so this bounds every term.
     spatial = (1,) * (dout.dim() - 2)
     terms = inputs[0].abs() + inputs[4].abs().view(*share.shape, *spatial)
@@ -128,22 +122,25 @@ def test_gradients(case: Case, drifts: bool, device: torch.device) -> None:
         terms = terms + 17 * drift.double().abs().amax()
     for i, dx in enumerate(got):
         assert dx.dtype == case.dtype
-        magnitude = terms * norm[i, 2].double().abs().view(1, -1, *spatial)
+        magnitude = terms * norm[i, 2].abs().view(1, -1, *spatial)
         assert_matches(dx, exact[i], magnitude, terms=16, name=f"dx{i}")
 
 
 @pytest.mark.parametrize("drifts", [True, False], ids=["training", "eval"])
 def test_an_input_at_exactly_zero_passes_no_gradient(drifts: bool, device: torch.device) -> None:
     case = Case((2, 4, 3, 4), dtype=torch.float64)
-    xs, dout, norm = case.branches(device), case.tensor(device, 99), norm_of(case, device)
-    norm[:, 3] = 0.0
-    for x, mean in zip(xs, norm[:, 0], strict=True):
-        x[:, :, 1] = mean[:, None]  # y = (x - mean) * scale + 0 is 0 there
-    attn = torch.softmax(case.logits(device), 1)
+    xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
+    norms = norms._replace(bias=(None,) * case.M)
+    for x, mean in zip(xs, norms.mean, strict=True):
+        x[:, :, 1] = cast(Tensor, mean)[:, None]  # y = (x - mean) * scale + 0 is 0 there
+    logits = case.logits(device)
     share = torch.randn(2, 4, dtype=torch.float64, device=device)
     drift = torch.randn(2, 2, 4, dtype=torch.float64, device=device) if drifts else None
-    got = sk_fuse_select_dx(dout, xs, norm, attn, share, drift)
-    exact = stages.gradients(dout, xs, norm, attn, share, drift)
+    got = launchers.dx(dout, xs, norms, logits, share, drift)
+    zeros = norms._replace(bias=tuple(torch.zeros_like(share[0]) for _ in xs))
+    rows = None if drift is None else drift.transpose(0, 1)
+    attn = torch.softmax(logits, 1)
+    exact = stages.gradients(dout, xs, launchers.norm_rows(zeros), attn, share, rows)
     for dx, expected in zip(got, exact, strict=True):
         torch.testing.assert_close(dx, expected, rtol=EXACT, atol=EXACT)
     if not drifts:

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from sknet_kernels.config import LaunchConfig
-from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
 from sknet_triton import Backend, functional, use_backend
 from tests.helpers import CASES, Case, assert_matches, laid_out, magnitudes, wide
+from tests.launchers import select, select_bwd
 
 # exp, its argument, the quotient, the product and one addition a branch.
 ROUNDINGS = 16.0
@@ -69,7 +69,7 @@ def check_backward(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_matches_float64(case: Case, device: torch.device) -> None:
     xs, logits = case.branches(device), case.logits(device)
-    out = sk_select_fwd(xs, logits)
+    out = select(xs, logits)
     assert out.dtype == case.dtype
     check_forward(out, xs, logits)
 
@@ -77,7 +77,7 @@ def test_forward_matches_float64(case: Case, device: torch.device) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward_matches_float64(case: Case, device: torch.device) -> None:
     xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
-    check_backward(sk_select_bwd(dout, xs, logits), dout, xs, logits)
+    check_backward(select_bwd(dout, xs, logits), dout, xs, logits)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
@@ -86,7 +86,7 @@ def test_output_has_the_layout_of_the_first_branch(layout: str, device: torch.de
     xs, logits = case.branches(device), case.logits(device)
     xs[1] = xs[1].contiguous()
     expected = torch.empty_like(xs[0]).stride() if layout != "transposed" else (240, 30, 5, 1)
-    assert sk_select_fwd(xs, logits).stride() == expected
+    assert select(xs, logits).stride() == expected
 
 
 @pytest.mark.parametrize("splits", [2, 3])
@@ -98,9 +98,9 @@ def test_backward_split_over_programs(
     case = Case((2, 5, 7, 4), M=M, layout=layout, dtype=torch.bfloat16)
     xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
     config = LaunchConfig(block_c=4, block_s=4, splits=splits, num_warps=1)
-    grads = sk_select_bwd(dout, xs, logits, config)
+    grads = select_bwd(dout, xs, logits, config=config)
     check_backward(grads, dout, xs, logits)
-    again = sk_select_bwd(dout, xs, logits, config)
+    again = select_bwd(dout, xs, logits, config=config)
     assert torch.equal(grads[1], again[1])
 
 
@@ -118,8 +118,8 @@ def test_logits_of_any_stride(shape_of: Callable[[Tensor], Tensor], device: torc
     case = Case((2, 5, 4, 4), M=3)
     xs, dout = case.branches(device), case.tensor(device, seed=99)
     logits = shape_of(case.logits(device))
-    check_forward(sk_select_fwd(xs, logits), xs, logits)
-    check_backward(sk_select_bwd(dout, xs, logits), dout, xs, logits)
+    check_forward(select(xs, logits), xs, logits)
+    check_backward(select_bwd(dout, xs, logits), dout, xs, logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -127,8 +127,8 @@ def test_logits_in_float32_beside_half_branches(dtype: torch.dtype, device: torc
     case = Case((2, 5, 4, 4), dtype=dtype)
     xs, dout = case.branches(device), case.tensor(device, seed=99)
     logits = torch.randn(2, 2, 5, device=device)
-    check_forward(sk_select_fwd(xs, logits), xs, logits)
-    grads = sk_select_bwd(dout, xs, logits)
+    check_forward(select(xs, logits), xs, logits)
+    grads = select_bwd(dout, xs, logits)
     assert grads[1].dtype == torch.float32
     check_backward(grads, dout, xs, logits)
 
@@ -137,7 +137,7 @@ def test_logits_far_apart_choose_one_branch(device: torch.device) -> None:
     case = Case((1, 2, 3, 3), M=3)
     xs = case.branches(device)
     logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]]], device=device)
-    out = sk_select_fwd(xs, logits)
+    out = select(xs, logits)
     assert torch.equal(out[:, 0], xs[0][:, 0])
     assert torch.equal(out[:, 1], xs[1][:, 1])
 
@@ -148,7 +148,7 @@ def test_what_is_not_finite_is_as_in_torch(value: float, where: str, device: tor
     case = Case((2, 3, 3, 3), M=3)
     xs, logits = case.branches(device), case.logits(device)
     (xs[1][1, 2] if where == "x" else logits[1, 2])[...] = value
-    out = sk_select_fwd(xs, logits)
+    out = select(xs, logits)
     attn = torch.softmax(logits, 1)
     expected = (torch.stack(xs, 1) * attn[..., None, None]).sum(1)
     torch.testing.assert_close(out, expected, equal_nan=True)
@@ -189,20 +189,20 @@ def test_equal_logits_give_the_mean_and_order_does_not_matter(device: torch.devi
     case = Case((2, 3, 4, 4), M=4)
     xs, logits = case.branches(device), case.logits(device)
     mean = torch.stack(xs).mean(0)
-    torch.testing.assert_close(sk_select_fwd(xs, torch.full_like(logits, 7.5)), mean)
+    torch.testing.assert_close(select(xs, torch.full_like(logits, 7.5)), mean)
     order = [2, 0, 3, 1]
-    out = sk_select_fwd(xs, logits)
-    permuted = sk_select_fwd([xs[i] for i in order], logits[:, order])
+    out = select(xs, logits)
+    permuted = select([xs[i] for i in order], logits[:, order])
     torch.testing.assert_close(out, permuted)
-    torch.testing.assert_close(out, sk_select_fwd(xs, logits + 100.0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, select(xs, logits + 100.0), rtol=1e-4, atol=1e-5)
 
 
 def test_branches_of_different_layouts(device: torch.device) -> None:
     case = Case((2, 4, 3, 5), M=3)
     xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
     xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
-    check_forward(sk_select_fwd(xs, logits), xs, logits)
-    check_backward(sk_select_bwd(dout, xs, logits), dout, xs, logits)
+    check_forward(select(xs, logits), xs, logits)
+    check_backward(select_bwd(dout, xs, logits), dout, xs, logits)
 
 
 def test_saved_for_the_backward_is_the_branches_and_the_logits(device: torch.device) -> None:
@@ -271,7 +271,7 @@ def test_gradients_of_other_activations_split_over_programs(
     case = Case((2, 5, 7, 4), M=3, dtype=torch.float64)
     xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
     config = LaunchConfig(block_c=4, block_s=4, splits=3, num_warps=1)
-    dxs, dlogits = sk_select_bwd(dout, xs, logits, config, activation or "none")
+    dxs, dlogits = select_bwd(dout, xs, logits, config=config, activation=activation or "none")
     leaves = [t.requires_grad_() for t in (*xs, logits)]
     expected = torch.autograd.grad(textbook(leaves[:-1], leaves[-1], activation), leaves, dout)
     for grad, exact in zip((*dxs, dlogits), expected, strict=True):

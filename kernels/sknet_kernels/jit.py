@@ -181,7 +181,13 @@ def normalised(x, mean, scale, beta):
 @triton.jit
 def relu(y):
     """Returns max(y, 0), NaN where y is NaN."""
-    return tl.where(y <= 0.0, 0.0, y)
+    return tl.where(kept_by_relu(y), y, 0.0)
+
+
+@triton.jit
+def kept_by_relu(y):
+    """Tells where max(y, 0) is y itself: where y is above 0, or NaN."""
+    return ~(y <= 0.0)
 
 
 @triton.jit

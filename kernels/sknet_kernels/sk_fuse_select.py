@@ -15,6 +15,7 @@ from sknet_kernels.jit import (
     channel_vector,
     image_weights,
     inverse_deviations,
+    kept_by_relu,
     known_strides,
     load_tile,
     norm_vectors,
@@ -91,7 +92,7 @@ def _sk_fuse_select_sums_kernel(
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
             x = load_tile(x_ptrs[i], strides, i, corner, mask, ACC)
-            keep = (normalised(x, means[i], scales[i], betas[i]) > 0.0) & mask
+            keep = kept_by_relu(normalised(x, means[i], scales[i], betas[i])) & mask
             kept = tl.where(keep, dout, 0.0)
             centred = tl.where(keep, x - means[i][:, None], 0.0)
             grown = grown + (
@@ -178,7 +179,7 @@ def _sk_fuse_select_dx_kernel(
         dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, mask, ACC)
         for i in tl.static_range(NUM_BRANCHES):
             x = load_tile(x_ptrs[i], strides, i, corner, mask, ACC)
-            keep = normalised(x, means[i], scales[i], betas[i]) > 0.0
+            keep = kept_by_relu(normalised(x, means[i], scales[i], betas[i]))
             dy = tl.where(keep, attn[i][:, None] * dout + share[:, None], 0.0)
             if drift_ptr is not None:
                 dy = dy - dbetas[i][:, None] - (x - means[i][:, None]) * slopes[i][:, None]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sknet_kernels.layout import empty_like_branch
+from sknet_kernels.layout import as_bcs, empty_like_branch
 from sknet_triton import reference
 from sknet_triton.backend import has_kernels, needs_plain_backward
 from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
@@ -24,7 +24,9 @@ def sk_select(branches: Sequence[Tensor], logits: Tensor, activation: str) -> Te
         return empty_like_branch(branches[0]).copy_(out)
     from sknet_kernels.sk_select import sk_select_fwd
 
-    return sk_select_fwd(branches, logits, activation=activation)
+    out = empty_like_branch(branches[0])
+    sk_select_fwd(as_bcs(out), tuple(map(as_bcs, branches)), logits, activation=activation)
+    return out
 
 
 @sk_select.register_fake
@@ -46,7 +48,9 @@ def sk_select_bwd(
         return laid_out, dlogits.contiguous()
     from sknet_kernels.sk_select import sk_select_bwd as launch
 
-    return launch(dout, branches, logits, activation=activation)
+    dbranches = [empty_like_branch(x) for x in branches]
+    dxs, xs = tuple(map(as_bcs, dbranches)), tuple(map(as_bcs, branches))
+    return dbranches, launch(dxs, as_bcs(dout), xs, logits, activation=activation)
 
 
 @sk_select_bwd.register_fake
