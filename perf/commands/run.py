@@ -1,7 +1,7 @@
 """Measure: a sweep over cases and providers, written to one CSV and shown as a table.
 
 Without arguments it runs the preset quick. The preset family has the modules of other packages
-before (eager, compile) and after accelerate (reference, triton and theirs under compile). --level
+before (plain-...) and after accelerate (ours-...). --level
 and --workload pick from the preset; every other choice replaces the preset's own values, in every
 case that has such a value. A range START:STOP:STEP includes STOP. Under torchrun the cases are
 shared out over the processes.

@@ -12,9 +12,7 @@ from perf.peers import competitors
 from perf.rows.cases import Case
 from perf.sweep.workloads import Call, Source
 
-Wrap = Literal["none", "compile", "max-autotune", "cudagraph"]
-
-BASELINE = "eager"
+Wrap = Literal["eager", "compile", "max-autotune", "cudagraph"]
 
 
 @dataclass(frozen=True)
@@ -22,16 +20,26 @@ class Provider:
     """One way to carry a case out.
 
     Attributes:
-        name: as the CSV and the command line call it.
         source: whose module it is.
+        wrap: how it is called; eager is as it is.
         backend: what carries out the stages of our modules.
-        wrap: what is done to the module before it is called.
     """
 
-    name: str
     source: Source
+    wrap: Wrap = "eager"
     backend: skt.Backend = "reference"
-    wrap: Wrap = "none"
+
+    @property
+    def code(self) -> str:
+        """Whose code runs: plain, ours-pytorch (without Triton), ours-triton, or a competitor's."""
+        if self.source != "ours":
+            return self.source
+        return "ours-triton" if self.backend == "triton" else "ours-pytorch"
+
+    @property
+    def name(self) -> str:
+        """Whose code runs and how, as the CSV, the command line and the figures say it."""
+        return f"{self.code}-{self.wrap}"
 
     @property
     def oracle(self) -> Source:
@@ -49,7 +57,7 @@ class Provider:
             return competitors.unavailable(self.source, case)
         if self.backend == "triton" and importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if (self.backend == "triton" or self.wrap not in ("none", "compile")) and (
+        if (self.backend == "triton" or self.wrap not in ("eager", "compile")) and (
             device.type != "cuda"
         ):
             return f"{self.name} needs a GPU, and there is none"
@@ -64,7 +72,7 @@ class Provider:
         """Returns ``module`` as this provider calls it."""
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         match self.wrap:
-            case "none":
+            case "eager":
                 return module
             case "compile":
                 return torch.compile(module, **options)
@@ -81,18 +89,19 @@ class Provider:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider(BASELINE, "plain"),
-        Provider("compile", "plain", wrap="compile"),
-        Provider("compile-max-autotune", "plain", wrap="max-autotune"),
-        Provider("reference", "ours"),
-        Provider("reference+compile", "ours", wrap="compile"),
-        Provider("triton", "ours", backend="triton"),
-        Provider("triton+compile", "ours", backend="triton", wrap="compile"),
-        Provider("triton+cudagraph", "ours", backend="triton", wrap="cudagraph"),
-        Provider("timm-sk", "timm-sk"),
-        Provider("timm-se", "timm-se"),
+        Provider("plain"),
+        Provider("plain", "compile"),
+        Provider("plain", "max-autotune"),
+        Provider("ours"),
+        Provider("ours", "compile"),
+        Provider("ours", backend="triton"),
+        Provider("ours", "compile", backend="triton"),
+        Provider("ours", "cudagraph", backend="triton"),
+        Provider("timm-sk"),
+        Provider("timm-se"),
     )
 }
+BASELINE = Provider("plain").name
 
 # The plain module that is called as a provider of ours calls ours.
 BEFORE = {
