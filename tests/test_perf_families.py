@@ -13,10 +13,11 @@ from perf.peers import families, rebuilt
 from perf.rows import schema
 from perf.rows.cases import FAMILY_MAPS, Case, make_case
 from perf.static.saved import saved
-from perf.sweep import contest, gate, workloads
+from perf.sweep import contest, workloads
 from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, jobs
 from perf.sweep.providers import PROVIDERS
+from perf.sweep.steps import arriving_gradient
 from sknet_triton.acceleration import families as known
 from sknet_triton.acceleration.swap import Accelerated
 
@@ -193,7 +194,7 @@ def test_what_is_kept_is_counted_with_the_inputs_and_without() -> None:
 def test_gradients_arrive_in_the_layout_of_the_case() -> None:
     out = torch.zeros(2, 3, 4, 5)
     first, last = (
-        gate.arriving_gradient(out, small("sk_conv", "train", layout=layout), 0)
+        arriving_gradient(out, small("sk_conv", "train", layout=layout), 0)
         for layout in ("nchw", "channels_last")
     )
     assert first.is_contiguous()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perf.peers import baseline
+from perf.rows import env
 from perf.rows.cases import Case, make_case
 from perf.sweep import contest, gate, measure, workloads
 from perf.sweep.contest import Conditions
@@ -91,9 +92,9 @@ def test_planted_wrong_provider_is_unverified_and_never_timed(
     plant(workload, forward)
     timed: list[str] = []
 
-    def spy(steps: Mapping[str, object], *rest: object) -> dict[str, list[float]]:
-        timed.extend(steps)
-        return {name: [1.0] for name in steps}
+    def spy(runs: Mapping[str, object], *rest: object) -> dict[str, measure.Times]:
+        timed.extend(runs)
+        return {name: measure.Times(env.switches(), [1.0]) for name in runs}
 
     monkeypatch.setattr(measure, "interleaved", spy)
     case = small(workload, "infer", dtype=dtype)
@@ -280,8 +281,8 @@ def test_bwd_times_the_backward_pass_alone(plant: Plant) -> None:
         contest.measure_case(
             small("sk_select", "bwd"), (REFERENCE,), replace(CONDITIONS, seconds=seconds)
         )
-    # The first call, the gate's, the timed graph and the count of what is saved, however long.
-    assert forwards == 2 * 4
+    # The graph that is judged and timed, and the count of what is saved, however long.
+    assert forwards == 2 * 2
 
 
 def test_bwd_of_torch_compile_runs_again() -> None:

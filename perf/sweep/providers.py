@@ -1,18 +1,20 @@
 """Who carries a case out: whose code, on which backend, wrapped in what."""
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sknet_triton as skt
 from perf.peers import competitors
 from perf.rows.cases import Case
+from perf.sweep.steps import Captured, Recorded, Results, Step
 from perf.sweep.workloads import Call, Source
 
-Wrap = Literal["eager", "compile", "max-autotune", "cudagraph"]
+Wrap = Literal["eager", "compile", "max-autotune", "max-autotune-no-cudagraphs", "cudagraph"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Provider:
 
     @property
     def code(self) -> str:
-        """Whose code runs: plain, ours-pytorch (without Triton), ours-triton, or a competitor's."""
+        """Whose code runs: plain, port, ours-pytorch (no Triton), ours-triton, timm's."""
         if self.source != "ours":
             return self.source
         return "ours-triton" if self.backend == "triton" else "ours-pytorch"
@@ -43,43 +45,54 @@ class Provider:
 
     @property
     def oracle(self) -> Source:
-        """Whose module in float64 says what is right: plain PyTorch's for ours."""
-        return "plain" if self.source == "ours" else self.source
+        """Whose module in float64 says what is right: plain's where the parameters are ours."""
+        return "plain" if self.source in ("ours", "port") else self.source
 
     @property
     def compiles(self) -> bool:
         """Whether the first call is a compilation."""
-        return self.wrap in ("compile", "max-autotune")
+        return self.wrap in ("compile", "max-autotune", "max-autotune-no-cudagraphs")
 
     def unavailable(self, case: Case, device: torch.device) -> str | None:
         """Tells why this provider cannot carry out ``case`` on ``device``; None where it can."""
         if self.source == "timm-sk" or self.source == "timm-se":
             return competitors.unavailable(self.source, case)
+        if self.source == "port" and case.level in ("op", "family"):
+            return "a port is a layer or a whole network"
         if self.backend == "triton" and importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         if (self.backend == "triton" or self.wrap not in ("eager", "compile")) and (
             device.type != "cuda"
         ):
             return f"{self.name} needs a GPU, and there is none"
-        if self.wrap in ("max-autotune", "cudagraph") and case.mode == "bwd":
+        if self.graphed and case.mode == "bwd":
             # Replaying the backward pass alone would read memory that it has already reused.
             return "a CUDA graph replays one backward pass after each forward pass"
         if self.wrap == "cudagraph" and case.level == "workload":
             return "a graph replays one fixed batch and cannot learn the digits"
         return None
 
-    def wrapped(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    @property
+    def graphed(self) -> bool:
+        """Whether calls replay a CUDA graph."""
+        return self.wrap in ("max-autotune", "cudagraph")
+
+    def wrapped(self, module: nn.Module) -> Call:
         """Returns ``module`` as this provider calls it."""
-        options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        if not self.compiles:
+            return module
+        mode = None if self.wrap == "compile" else self.wrap
+        return torch.compile(module, mode=mode, fullgraph=True, dynamic=False)
+
+    def prepared(self, step: Step) -> Callable[[], Results]:
+        """Returns ``step`` as this provider repeats it, on the very tensors of the step."""
         match self.wrap:
-            case "eager":
-                return module
-            case "compile":
-                return torch.compile(module, **options)
-            case "max-autotune":
-                return torch.compile(module, mode="max-autotune", **options)
             case "cudagraph":
-                return cast(Call, torch.cuda.make_graphed_callables(module, inputs))
+                return Captured(step)
+            case "max-autotune":
+                return Recorded(step)
+            case _:
+                return step
 
     def active(self) -> skt.use_backend:
         """Returns a context in which our modules take this provider's backend."""
@@ -92,13 +105,18 @@ PROVIDERS = {
         Provider("plain"),
         Provider("plain", "compile"),
         Provider("plain", "max-autotune"),
+        Provider("plain", "max-autotune-no-cudagraphs"),
+        Provider("port"),
+        Provider("port", "compile"),
         Provider("ours"),
         Provider("ours", "compile"),
         Provider("ours", backend="triton"),
         Provider("ours", "compile", backend="triton"),
         Provider("ours", "cudagraph", backend="triton"),
         Provider("timm-sk"),
+        Provider("timm-sk", "compile"),
         Provider("timm-se"),
+        Provider("timm-se", "compile"),
     )
 }
 BASELINE = Provider("plain").name
