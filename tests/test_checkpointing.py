@@ -103,6 +103,7 @@ def assert_near(actual: Step, expected: Step) -> None:
 # --- whole layers -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", LAYERS)

@@ -86,6 +86,7 @@ def _deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -99,6 +100,7 @@ def test_calls_give_the_same_bits_under_deterministic_algorithms(
             assert torch.equal(x, again)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bits(device: torch.device) -> None:
     names = ["sk_select", "SKConv channels_last"]
     program = (

@@ -29,6 +29,7 @@ def device(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
@@ -38,6 +39,7 @@ def test_the_stages(case: Case, grad: bool, device: torch.device) -> None:
     opcheck(ops.sk_select, (xs, logits, "softmax"))
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
 def test_the_backward_of_select(case: Case, device: torch.device) -> None:
@@ -45,6 +47,7 @@ def test_the_backward_of_select(case: Case, device: torch.device) -> None:
     opcheck(ops.sk_select_bwd, (case.tensor(device), xs, logits, "softmax"))
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])
 def test_the_other_activations_and_the_sum(activation: str, device: torch.device) -> None:
@@ -111,6 +114,7 @@ SECTION_CASES = [
 ]
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("section", SECTION_CASES, ids=str)
@@ -124,6 +128,7 @@ def test_the_section(section: SectionCase, grad: bool, device: torch.device) -> 
     opcheck(ops.sk_fuse_select, (xs, *parameters, *section.settings()))
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("section", SECTION_CASES, ids=str)
 def test_the_backward_of_the_section(section: SectionCase, device: torch.device) -> None:

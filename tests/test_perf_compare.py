@@ -108,6 +108,7 @@ def test_noise_of_either_run_counts(write: Write) -> None:
     assert compare(quiet, write(1.2, spread=0.01)) == 1
 
 
+@pytest.mark.slow
 def test_planted_slowdown_is_found_and_a_repeat_is_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

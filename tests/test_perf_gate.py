@@ -343,6 +343,7 @@ def test_plain_baseline_computes_the_same_from_the_same_state_dict(module: nn.Mo
     torch.testing.assert_close(plain(x), module(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_digits_are_learned() -> None:
     pytest.importorskip("sklearn")
     case = make_case("digits", "train", batch=64)

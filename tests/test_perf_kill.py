@@ -20,6 +20,8 @@ from perf.sweep.contest import Conditions
 from perf.sweep.providers import Provider
 from perf.sweep.ranks import Rank, part_of, parts_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = [
     "run",

@@ -66,6 +66,7 @@ def test_a_small_sweep_end_to_end(tmp_path: Path) -> None:
     assert (frame.torch != "").all()
 
 
+@pytest.mark.slow
 def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
     command = [sys.executable, "-m", "perf", "run", "--level", "op", "--batch", "1:64:1"]
@@ -232,6 +233,7 @@ def test_ops_need_the_passes_of_the_mathematics(
         assert workloads.bytes_needed(case) == passes * one_pass
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
     run = [*TINY, "--provider", "plain-eager", "--out", str(out)]

@@ -419,6 +419,7 @@ def run_op(
     return cast(tuple[Tensor, ...], ops.sk_fuse_select(xs, *parameters, *settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck(layout: str, training: bool, device: torch.device) -> None:
@@ -517,6 +518,7 @@ def one_pass(case: Case) -> int:
     return torch.Size(case.shape).numel() * 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter")
 @pytest.mark.parametrize("case", TRAFFIC, ids=str)
 def test_traffic(case: Case, device: torch.device) -> None:
@@ -529,6 +531,7 @@ def test_traffic(case: Case, device: torch.device) -> None:
     assert 2 * case.M + 1 <= inference.passes(one_pass(case)) <= INFERENCE_PASSES[case.M]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", TRAFFIC, ids=str)
 def test_saved_for_the_backward(case: Case, backend: Backend, device: torch.device) -> None:

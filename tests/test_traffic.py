@@ -72,6 +72,7 @@ def test_the_committed_table_keeps_the_promises() -> None:
         assert (ours.saved.between(M, saved)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter")
 def test_every_plan_is_counted() -> None:
     rows = list(itertools.islice(traffic((2, 8, 14, 14), torch.float32), len(PLANS)))
