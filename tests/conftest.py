@@ -3,6 +3,8 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import distributions
+from platform import python_version
 
 import pytest
 import torch
@@ -74,7 +76,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says last how many tests were skipped, and why."""
+    """Says last with what was tested, how many tests were skipped, and why."""
+    installed = {d.name: d.version for d in distributions()}
+    versions = [f"{name} {installed.get(name, 'absent')}" for name in ("torch", "triton", "timm")]
+    where = "in Triton's interpreter" if INTERPRETED else f"on {torch.cuda.get_device_name()}"
+    terminalreporter.write_line(
+        f"tested with {', '.join(versions)}, Python {python_version()}, {where}"
+    )
     skipped = terminalreporter.stats.get("skipped", [])
     for reason, count in Counter(report.longrepr[2] for report in skipped).most_common():
         terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")

@@ -3,8 +3,9 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,8 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from sknet_triton import Backend, SKConv
 from tests.plain_sknet import largest_error
@@ -223,3 +226,47 @@ def magnitudes(xs: Sequence[Tensor]) -> list[Tensor]:
 def is_plain(sk: SKConv) -> bool:
     """Tells whether what lies between the convolutions and V is what `sk_fuse_select` computes."""
     return sk._plain_section() is not None
+
+
+class Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Records the calls of our operators, the inputs as they were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
+        self.calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "sknet_triton":
+            name = func.name().partition("::")[2]
+            self.calls[name] = func, tree_map_only(Tensor, Tensor.detach, args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """Counts the launches of every kernel inside, by its name: in the interpreter or on a GPU."""
+    import triton
+    from triton.runtime.interpreter import GridExecutor
+
+    counts: Counter[str] = Counter()
+    if torch.cuda.is_available():
+        hook = triton.knobs.runtime.launch_enter_hook
+
+        def entered(metadata: Any) -> None:
+            counts[metadata.get()["name"]] += 1
+
+        hook.add(entered)
+        yield counts
+        hook.remove(entered)
+        return
+    call = GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counts[self.fn.__name__] += 1
+        return call(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", counted)
+        yield counts

@@ -174,6 +174,7 @@ def test_channels_last_is_kept(name: str) -> None:
         torch.testing.assert_close(out, lost, rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm", "SplAtConv2d", "port", "SKFF v1", "ViP"])
 def test_compiled_before_or_after_it_is_one_graph(name: str) -> None:
     peer = PEERS[name]

@@ -211,6 +211,7 @@ def test_a_unit_that_is_not_called_has_no_row_and_one_called_twice_counts_twice(
     assert row.weight_1 == pytest.approx((dilated_weight(1) + dilated_weight(2)) / 2)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data() -> None:
     alive = []
 
@@ -327,6 +328,7 @@ def test_a_compiled_model_is_recorded_and_keeps_its_graph() -> None:
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", ["in place", "a unit", "a unit, in place"])
 def test_a_model_compiled_otherwise_is_recorded(inside: str) -> None:
     net, x = small_net().eval(), images_of(3)

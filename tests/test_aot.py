@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 # Under triton 3.6 one backward kernel of M = 2 keeps one pointer on the stack, on sm_90.

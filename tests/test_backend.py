@@ -280,6 +280,7 @@ def test_without_triton_auto_falls_back_and_triton_says_what_is_missing(
         backend.takes_triton(tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "answer"),
     [

@@ -5,7 +5,7 @@ of the statistics is the modules called one by one under the same checkpointing.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -24,9 +24,9 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
-from sknet_kernels.launch import Launch
-from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, ops, use_backend
+from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, use_backend
 from sknet_triton.backend import Backend
+from tests.helpers import counted_launches
 from tests.plain_sknet import largest_error, scramble
 
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
@@ -103,6 +103,7 @@ def assert_near(actual: Step, expected: Step) -> None:
 # --- whole layers -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", LAYERS)
@@ -182,20 +183,14 @@ def renamed(seen: Step) -> Step:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def launched() -> Iterator[Counter[str]]:
     """Counts the launches of every kernel."""
-    counts: Counter[str] = Counter()
-    run = Launch.run
-
-    def counted(launch: Launch, device: torch.device) -> None:
-        counts[launch.kernel.__name__] += 1
-        run(launch, device)
-
-    monkeypatch.setattr(Launch, "run", counted)
-    return counts
+    with counted_launches() as counts:
+        yield counts
 
 
-OURS = [getattr(torch.ops.sknet_triton, name).default for name in ops.__all__]
+STEPS = ("sk_fuse", "sk_select", "sk_moments", "sk_hidden", "sk_logits", "sk_out")
+OURS = [getattr(torch.ops.sknet_triton, name).default for name in STEPS]
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -140,6 +140,7 @@ def test_the_rebuilt_encoder_has_the_keys_and_shapes_of_the_real_one() -> None:
     assert digest(smp_encoder()) == SMP_DIGEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "depth"), [key for key in DIGESTS if key[0] != "pytorchinsight"], ids=lambda v: str(v)
 )

@@ -79,6 +79,7 @@ def test_inference_is_one_graph_and_equals_eager(name: str) -> None:
         assert largest_error(compiled(x), module(x)) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [inductor])
 def test_inductor_trains_like_eager(backend: str) -> None:
     eager = scramble(SKNet(TINY, num_classes=5)).double()
@@ -88,6 +89,7 @@ def test_inductor_trains_like_eager(backend: str) -> None:
     assert_same(step(compiled, module, x), step(eager, eager, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [inductor])
 def test_inductor_infers_like_eager_and_keeps_channels_last(backend: str) -> None:
     module = scramble(SKConv(8, 8, G=4)).double().eval()
@@ -100,6 +102,7 @@ def test_inductor_infers_like_eager_and_keeps_channels_last(backend: str) -> Non
 
 
 # On a GPU both record graphs and replay them; on a CPU the first compiles as the default does.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     [
@@ -117,6 +120,7 @@ def test_other_modes_of_inductor_train_like_eager(mode: str, device: torch.devic
         assert_same(step(compiled, module, x), step(eager, eager, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_sknet50_is_one_graph_and_equals_eager(training: bool) -> None:
     eager = scramble(sknet50(num_classes=10)).double().train(training)
@@ -139,6 +143,7 @@ def test_sknet50_is_one_graph_and_equals_eager(training: bool) -> None:
             assert torch.isfinite(parameter.grad).all(), name
 
 
+@pytest.mark.slow
 def test_explain_finds_no_graph_break() -> None:
     module = small_net()
     explained = torch._dynamo.explain(module)(torch.randn(4, 3, 32, 32, dtype=torch.float64))
@@ -147,6 +152,7 @@ def test_explain_finds_no_graph_break() -> None:
 
 
 # Only the training graphs pass through AOTAutograd, whose guards on sizes count too; it takes long.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "backend"), [(True, "aot_eager"), (False, "eager")], ids=["train", "eval"]
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem
+from sknet_kernels.config import FUSE, SELECT_BWD, DeviceFacts, LaunchConfig, Problem
 from sknet_triton import Backend, SKConv, functional, use_backend
 from tests.helpers import laid_out, source_environment
 from tests.plain_sknet import scramble
@@ -86,6 +86,7 @@ def _deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -99,6 +100,7 @@ def test_calls_give_the_same_bits_under_deterministic_algorithms(
             assert torch.equal(x, again)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bits(device: torch.device) -> None:
     names = ["sk_select", "SKConv channels_last"]
     program = (
@@ -140,7 +142,7 @@ def test_the_kernels_use_no_atomics() -> None:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_the_rows_here_are_split(channels_last: bool, device: torch.device) -> None:
     B, C, height, width = SUBJECTS["sk_select"].shape
-    problem = Problem(B, C, height * width, 2, 4, channels_last)
+    problem = Problem(B, C, height * width, 2, 4, channels_last, align=4)
     facts = DeviceFacts.of(device)
-    for sums in (1, 2):
-        assert LaunchConfig.reduction(problem, facts, sums).splits > 1
+    for stage in (FUSE, SELECT_BWD):
+        assert LaunchConfig.from_heuristic(stage, problem, facts).splits > 1

@@ -33,7 +33,7 @@ from tests.helpers import is_plain
 from tests.plain_sknet import largest_error, scramble
 from tests.processes import WORLD, in_two_processes, needs_gloo
 
-pytestmark = needs_gloo
+pytestmark = [pytest.mark.slow, needs_gloo]
 
 # float64: two steps through a few layers, sums of some hundred products in another order.
 EXACT = 1e-11

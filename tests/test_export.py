@@ -112,6 +112,7 @@ def assert_same(actual: nn.Module, expected: nn.Module, images: list[Tensor]) ->
         assert largest_error(state[name].double(), tensor.double()) < EXACT, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @every_case
 def test_a_program_is_the_module_at_any_size_also_after_save_and_load(
@@ -176,6 +177,7 @@ def test_a_program_holds_the_batch_norms_that_others_know_how_to_fold() -> None:
     assert not any("autocast" in name or "set_grad_enabled" in name for name in names)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_aot_inductor_packages_and_loads(tmp_path: Path) -> None:
     module, images = CONV.module(), CONV.images()
@@ -189,6 +191,7 @@ def test_aot_inductor_packages_and_loads(tmp_path: Path) -> None:
             assert largest_error(runner(x), module(x)) < EXACT
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_aot_inductor_calls_the_triton_operators(tmp_path: Path) -> None:
     module, images = CONV.module(), CONV.images()
@@ -234,6 +237,7 @@ torch.testing.assert_close(program.module()(x), expected)
 """
 
 
+@pytest.mark.slow
 def test_a_saved_program_with_operators_loads_after_one_import(tmp_path: Path) -> None:
     class Stages(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

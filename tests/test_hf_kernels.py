@@ -152,6 +152,7 @@ def child_functions(repository: str, backend: str, checkout: str) -> None:
     assert ("triton" in sys.modules) >= (backend == "triton")
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_loaded_kernel_equals_plain_pytorch_without_this_package(
@@ -225,6 +226,7 @@ def child_layers(repository: str) -> None:
             torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_kernelize_replaces_the_forward_of_a_users_layers(repository: Path, tmp_path: Path) -> None:
     in_a_child(child_layers, str(repository), tmp_path=tmp_path)
@@ -270,6 +272,7 @@ def changed_source(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_kernels_live_beside_the_package_another_version_and_a_copy(
     repository: Path, tmp_path: Path

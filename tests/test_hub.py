@@ -341,6 +341,7 @@ def test_pushing_uploads_what_saving_writes(
     assert b"sknet-triton" in uploaded["README.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["huggingface_hub", "safetensors"])
 def test_without_the_extra_the_import_names_it(missing: str) -> None:
     code = (

@@ -331,6 +331,7 @@ def test_dropout_in_training_is_none_of_its_business() -> None:
 # --- together with the rest ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SKUnit", "M3", "sum"])
 def test_a_folded_model_compiles_to_one_graph(name: str) -> None:
     torch._dynamo.reset()

@@ -54,6 +54,7 @@ def loss_of(out: Tensor) -> Tensor:
     return (out.float() * weight).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["reference", "triton", "compile"])
 @low
 def test_forward_under_autocast_and_backward_outside(dtype: torch.dtype, way: str) -> None:

@@ -146,6 +146,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["modules", "triton"])
 @pytest.mark.parametrize(
     ("layer", "name"),
@@ -296,6 +297,7 @@ def test_float32_input_is_refused_by_a_low_dtype_module_as_by_conv2d(
 # Training and eval
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", TOGETHER)
 def test_training_and_eval_switch_back_and_forth(way: str) -> None:
     module = build()
@@ -377,6 +379,7 @@ def test_a_hook_on_any_module_sees_its_tensor_on_triton(where: str, hook: str) -
     assert_hook_serves(TOGETHER["triton"], where, hook)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "hook"),
     [
@@ -538,6 +541,7 @@ def test_a_changed_parameter_is_the_one_used_under_compile(where: str, change: s
     assert_change_counts(where, change, TOGETHER["compile"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_functional_call_takes_the_tensors_it_is_given(way: str) -> None:
     module, other = build(), build(fc_norm="batch")
@@ -689,6 +693,7 @@ def one_weight_for_both(module: SKConv) -> None:
     cast(Any, module.branches[1]).conv.weight = cast(Any, module.branches[0]).conv.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [one_norm_for_both, one_weight_for_both])
 @pytest.mark.parametrize("way", TOGETHER)
 def test_branches_that_share_a_part(way: str, share: Callable[[SKConv], None]) -> None:

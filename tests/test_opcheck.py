@@ -5,17 +5,14 @@ with sizes that are not constants.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from sknet_triton import functional, ops
-from tests.helpers import Case
+from tests.helpers import Case, Recorded
 from tests.test_ops import OPERATOR_CASES, tensors
 
 # The same operators on a machine without kernels, where they take PyTorch's formulas.
@@ -30,6 +27,7 @@ def device(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
@@ -39,6 +37,7 @@ def test_the_stages(case: Case, grad: bool, device: torch.device) -> None:
     opcheck(ops.sk_select, (xs, logits, "softmax"))
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
 def test_the_backward_of_select(case: Case, device: torch.device) -> None:
@@ -46,6 +45,7 @@ def test_the_backward_of_select(case: Case, device: torch.device) -> None:
     opcheck(ops.sk_select_bwd, (case.tensor(device), xs, logits, "softmax"))
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])
 def test_the_other_activations_and_the_sum(activation: str, device: torch.device) -> None:
@@ -88,9 +88,9 @@ class SectionCase:
             return (torch.rand(shape, device=device, dtype=dtype) + 0.5).requires_grad_(grad)
 
         def norm(n: int) -> functional.BatchNormArgs:
-            affine = [random(n) if self.affine else None for _ in range(2)]
-            stats = [None if self.training else random(n).detach() for _ in range(2)]
-            return functional.BatchNormArgs(*affine, *stats, batch_stats=self.training)
+            weight, bias = (random(n) if self.affine else None for _ in range(2))
+            mean, var = (None if self.training else random(n).detach() for _ in range(2))
+            return functional.BatchNormArgs(weight, bias, mean, var, batch_stats=self.training)
 
         xs, _ = tensors(self.case, device, grad)
         fc1, fc2 = random(d, C), random(M * C, d)
@@ -115,32 +115,17 @@ SECTION_CASES = [
 ]
 
 
-class Recorded(TorchDispatchMode):
-    """Records the calls of our operators, the inputs as they were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func.namespace == "sknet_triton":
-            name = func.name().partition("::")[2]
-            self.calls[name] = func, tree_map_only(Tensor, Tensor.detach, args)
-        return func(*args, **(kwargs or {}))
-
-
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("section", SECTION_CASES, ids=str)
 def test_every_step_of_the_section(
     section: SectionCase, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without kernels the operators run in programs that were made where there were some.
-    monkeypatch.setattr(functional, "takes_triton", lambda x: True)
+    monkeypatch.setattr(functional, "way_of", lambda x: "kernels")
     with Recorded() as recorded:
         out = section.run(device, grad=True)
-        out.backward(section.case.tensor(device, seed=9))
+        torch.autograd.backward(out, section.case.tensor(device, seed=9))
     steps = {"sk_hidden", "sk_logits", "sk_out", "sk_hidden_bwd", "sk_channels_bwd", "sk_dx"}
     assert set(recorded.calls) == steps | ({"sk_moments"} if section.training else set())
     for operator, args in recorded.calls.values():

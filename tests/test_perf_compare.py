@@ -36,7 +36,7 @@ def write(tmp_path: Path) -> Write:
         times = {}
         if p50 is not None:
             times = {"ms_p50": p50, "ms_p20": p50 * (1 - spread), "ms_p80": p50 * (1 + spread)}
-        provider = changes.pop("provider", "eager")
+        provider = changes.pop("provider", "plain-eager")
         environment = replace(ENV, torch=changes.pop("torch", ENV.torch))
         result = Result(**{"status": "ok", **times, **changes})
         open_store(path, resume=False).append([Row(CASE, provider, result, environment)])
@@ -108,6 +108,7 @@ def test_noise_of_either_run_counts(write: Write) -> None:
     assert compare(quiet, write(1.2, spread=0.01)) == 1
 
 
+@pytest.mark.slow
 def test_planted_slowdown_is_found_and_a_repeat_is_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -122,7 +123,7 @@ def test_planted_slowdown_is_found_and_a_repeat_is_not(
         monkeypatch.setitem(workloads.WORKLOADS, "sk_fuse", planted)
         path = tmp_path / name
         size = ["--batch", "1", "--resolution", "32", "--mode", "infer"]
-        chosen = ["--level", "op", "--provider", "reference", *size]
+        chosen = ["--level", "op", "--provider", "ours-pytorch-eager", *size]
         assert main(["run", *chosen, "--out", str(path)]) == 0
         return path
 

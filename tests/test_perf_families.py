@@ -13,16 +13,17 @@ from perf.peers import families, rebuilt
 from perf.rows import schema
 from perf.rows.cases import FAMILY_MAPS, Case, make_case
 from perf.static.saved import saved
-from perf.sweep import contest, gate, workloads
+from perf.sweep import contest, workloads
 from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, jobs
 from perf.sweep.providers import PROVIDERS
+from perf.sweep.steps import arriving_gradient
 from sknet_triton.acceleration import families as known
 from sknet_triton.acceleration.swap import Accelerated
 
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
-PAIR = (PROVIDERS["eager"], PROVIDERS["reference"])
+PAIR = (PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"])
 
 REPORTS = Path(__file__).parent.parent / "perf" / "reports"
 REPORT = REPORTS / "perf-family-cpu-torch2.13.0.csv"
@@ -100,8 +101,11 @@ def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: pytest.Monk
     wrong = replace(workloads.WORKLOADS["mirnet_skff"], ours=Wrong, plain=before)
     monkeypatch.setitem(workloads.WORKLOADS, "mirnet_skff", wrong)
     results = contest.measure_case(small("mirnet_skff", "infer"), PAIR, CONDITIONS)
-    assert (results["eager"].status, results["reference"].status) == ("ok", "unverified")
-    assert results["reference"].ms_p50 is None
+    assert (results["plain-eager"].status, results["ours-pytorch-eager"].status) == (
+        "ok",
+        "unverified",
+    )
+    assert results["ours-pytorch-eager"].ms_p50 is None
 
 
 def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +116,7 @@ def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(families.BUILDERS, "port_sk_conv", lambda case: Other(case.C, case.C))
     results = contest.measure_case(small("port_sk_conv", "infer"), PAIR, CONDITIONS)
     assert {result.status for result in results.values()} == {"error"}
-    assert "expected one accelerated module, got: 1 left" in results["reference"].reason
+    assert "expected one accelerated module, got: 1 left" in results["ours-pytorch-eager"].reason
 
 
 def test_families_have_their_own_maps_and_branches() -> None:
@@ -190,7 +194,7 @@ def test_what_is_kept_is_counted_with_the_inputs_and_without() -> None:
 def test_gradients_arrive_in_the_layout_of_the_case() -> None:
     out = torch.zeros(2, 3, 4, 5)
     first, last = (
-        gate.arriving_gradient(out, small("sk_conv", "train", layout=layout), 0)
+        arriving_gradient(out, small("sk_conv", "train", layout=layout), 0)
         for layout in ("nchw", "channels_last")
     )
     assert first.is_contiguous()
@@ -213,11 +217,14 @@ def families_table(report: pd.DataFrame) -> str:
         for layout in ("nchw", "channels_last"):
             cells = [
                 ratio(by_row, name, layout, mode, *pair)
-                for pair in (("eager", "reference"), ("compile", "reference+compile"))
+                for pair in (
+                    ("plain-eager", "ours-pytorch-eager"),
+                    ("plain-compile", "ours-pytorch-compile"),
+                )
                 for mode in ("infer", "train")
             ]
             kept = by_row.saved_own_mb[name, layout, "train"]
-            cells.append(f"{kept['eager']:.1f} → {kept['reference']:.1f}")
+            cells.append(f"{kept['plain-eager']:.1f} → {kept['ours-pytorch-eager']:.1f}")
             lines.append(f"| `{name}` | {layout} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -242,5 +249,5 @@ def test_the_committed_report_is_checked_row_by_row() -> None:
     assert (measured.out_err <= measured.out_err_bound).all()
     trained = measured[measured["mode"] == "train"]
     assert (trained.grad_err <= trained.grad_err_bound).all()
-    eager = measured[measured.provider.isin(("eager", "reference"))]
+    eager = measured[measured.provider.isin(("plain-eager", "ours-pytorch-eager"))]
     assert len(eager) == len(FAMILY_MAPS) * 2 * 2 * 2

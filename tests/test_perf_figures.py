@@ -32,12 +32,12 @@ def report(tmp_path: Path) -> Path:
     for batch in (1, 8):
         for resolution in (64, 224):
             case = make_case("sk_fuse", "infer", batch=batch, resolution=resolution)
-            for i, name in enumerate(("eager", "reference"), start=1):
+            for i, name in enumerate(("plain-eager", "ours-pytorch-eager"), start=1):
                 ms = batch * resolution / 1e3 / i
                 times = {"ms_p50": ms, "ms_p20": 0.9 * ms, "ms_p80": 1.1 * ms}
                 bytes_ = {"bytes_needed": 10**6, "copy_gbps": 10.0, "pct_copy": 40.0 * i}
                 store.append([Row(case, name, Result("ok", **times, **bytes_), ENV)])  # type: ignore[arg-type]
-            store.append([Row(case, "triton", Result("unsupported", "no GPU"), ENV)])
+            store.append([Row(case, "ours-triton-eager", Result("unsupported", "no GPU"), ENV)])
     return path
 
 
@@ -66,7 +66,9 @@ def test_every_figure_is_a_png_and_an_svg(
 def test_report_without_a_measured_row_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     case = make_case("sk_fuse", "infer")
-    open_store(path, resume=False).append([Row(case, "triton", Result("unsupported", "no"), ENV)])
+    open_store(path, resume=False).append(
+        [Row(case, "ours-triton-eager", Result("unsupported", "no"), ENV)]
+    )
     with pytest.raises(SystemExit) as stopped:
         main(["plot", str(path)])
     assert stopped.value.code == 2
@@ -103,7 +105,7 @@ def test_traffic_is_drawn_for_every_plan_beside_the_minimum(
     table = pd.read_csv(TRAFFIC)
     training = traffic_figure(table).axes[0]
     minimum, *plans = training.get_legend_handles_labels()[1]
-    assert (minimum, plans) == ("the mathematics", list(table.plan.unique()))
+    assert (minimum, plans) == ("the mathematics", list(table.provider.unique()))
     assert len(training.patches) == len(table)
 
 
@@ -131,7 +133,7 @@ def test_summary_is_markdown_with_its_environment(
     assert header.startswith("| case")
     assert set(rule) <= set("|-:")
     assert len([row for row in rows if row.startswith("|")]) == 8
-    assert rows[-1] == "unsupported: triton (4 rows): no GPU"
+    assert rows[-1] == "unsupported: ours-triton-eager (4 rows): no GPU"
 
 
 def test_summary_of_pairs_has_before_and_after_in_one_line(
@@ -139,6 +141,6 @@ def test_summary_of_pairs_has_before_and_after_in_one_line(
 ) -> None:
     assert main(["summary", str(report), "--pairs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if "eager, reference" in line]
+    rows = [line for line in lines if "plain-eager, ours-pytorch-eager" in line]
     assert len(rows) == 4
     assert all("| 2.00 |" in " ".join(row.split()) for row in rows)

@@ -20,8 +20,19 @@ from perf.sweep.contest import Conditions
 from perf.sweep.providers import Provider
 from perf.sweep.ranks import Rank, part_of, parts_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
-SWEEP = ["run", "--level", "op", "--batch", "1:40:1", "--provider", "eager", "reference"]
+SWEEP = [
+    "run",
+    "--level",
+    "op",
+    "--batch",
+    "1:40:1",
+    "--provider",
+    "plain-eager",
+    "ours-pytorch-eager",
+]
 KILLS = 10
 
 
@@ -87,7 +98,17 @@ def test_two_ranks_share_the_cases_and_merge_their_parts(tmp_path: Path) -> None
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     axes = ["--level", "op", "--batch", "1", "2", "--resolution", "32", "--mode", "infer"]
     done = subprocess.run(
-        [*torchrun, "-m", "perf", "run", *axes, "--provider", "reference", "--out", str(out)],
+        [
+            *torchrun,
+            "-m",
+            "perf",
+            "run",
+            *axes,
+            "--provider",
+            "ours-pytorch-eager",
+            "--out",
+            str(out),
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -20,7 +20,7 @@ ENV = env.snapshot(torch.device("cpu"), seed=3, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64, stage=2)
 
 
-def row(provider: str = "eager", case: Case = CASE, **result: object) -> Row:
+def row(provider: str = "plain-eager", case: Case = CASE, **result: object) -> Row:
     return Row(case, provider, Result(**{"status": "ok", "ms_p50": 1.5, **result}), ENV)  # type: ignore[arg-type]
 
 
@@ -35,7 +35,10 @@ def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     reason = 'says "no", twice'
     open_store(path, resume=False).append(
-        [row(n=7, gbps=12.5), row("triton", status="unsupported", reason=reason, ms_p50=None)]
+        [
+            row(n=7, gbps=12.5),
+            row("ours-triton-eager", status="unsupported", reason=reason, ms_p50=None),
+        ]
     )
     frame = schema.read(path)
     assert tuple(frame.columns) == COLUMNS
@@ -77,7 +80,7 @@ def test_report_torn_at_any_byte_resumes_with_its_whole_rows(
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # this disk keeps its power
     path = tmp_path / "a.csv"
-    rows = [row("eager"), row("reference", reason="a, b"), row("compile")]
+    rows = [row("plain-eager"), row("ours-pytorch-eager", reason="a, b"), row("plain-compile")]
     open_store(path, resume=False).append(rows)
     whole = path.read_bytes()
     for length in range(len(whole) + 1):
@@ -109,34 +112,41 @@ def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> 
     absent: dict[str, Any] = {"status": "unsupported", "reason": "no GPU", "ms_p50": None}
     open_store(path, resume=False).append(
         [
-            row("eager", ms_p50=4.0),
-            row("reference", ms_p50=2.0, ms_p20=1.9, ms_p80=2.1),
-            row("triton", **absent),
-            row("triton", other, **absent),
+            row("plain-eager", ms_p50=4.0),
+            row("ours-pytorch-eager", ms_p50=2.0, ms_p20=1.9, ms_p80=2.1),
+            row("ours-triton-eager", **absent),
+            row("ours-triton-eager", other, **absent),
         ]
     )
     frame = schema.read(path)
     text = tables.table(frame)
     assert text.count(CASE.label) == 1
-    reference = next(line for line in text.splitlines() if "reference" in line)
-    assert reference.split() == ["reference", "2", "1.9", "to", "2.1", "2"]
-    assert tables.not_measured(frame) == ["unsupported: triton (2 rows): no GPU"]
+    reference = next(line for line in text.splitlines() if "ours-pytorch-eager" in line)
+    assert reference.split() == ["ours-pytorch-eager", "2", "1.9", "to", "2.1", "2"]
+    assert tables.not_measured(frame) == ["unsupported: ours-triton-eager (2 rows): no GPU"]
 
 
 def test_pairs_are_of_providers_that_are_called_alike(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     open_store(path, resume=False).append(
         [
-            row("eager", ms_p50=4.0, ms_p20=3.0, ms_p80=5.0, saved_mb=8.0, saved_own_mb=6.0),
-            row("reference", ms_p50=2.0, ms_p20=1.5, ms_p80=2.5, saved_mb=4.0, saved_own_mb=2.0),
-            row("reference+compile", ms_p50=1.0),
-            row("compile", status="unverified", reason="output off", ms_p50=None),
+            row("plain-eager", ms_p50=4.0, ms_p20=3.0, ms_p80=5.0, saved_mb=8.0, saved_own_mb=6.0),
+            row(
+                "ours-pytorch-eager",
+                ms_p50=2.0,
+                ms_p20=1.5,
+                ms_p80=2.5,
+                saved_mb=4.0,
+                saved_own_mb=2.0,
+            ),
+            row("ours-pytorch-compile", ms_p50=1.0),
+            row("plain-compile", status="unverified", reason="output off", ms_p50=None),
         ]
     )
     lines = tables.pairs(schema.read(path), style="tsv").splitlines()
     assert [cell.strip() for cell in lines[1].split("\t")] == [
         CASE.label,
-        "eager, reference",
+        "plain-eager, ours-pytorch-eager",
         "4 (3 to 5)",
         "2 (1.5 to 2.5)",
         "2.00",
@@ -148,8 +158,8 @@ def test_pairs_are_of_providers_that_are_called_alike(tmp_path: Path) -> None:
 
 def test_every_provider_of_ours_but_a_graph_has_a_plain_counterpart() -> None:
     assert BEFORE == {
-        "reference": "eager",
-        "triton": "eager",
-        "reference+compile": "compile",
-        "triton+compile": "compile",
+        "ours-pytorch-eager": "plain-eager",
+        "ours-triton-eager": "plain-eager",
+        "ours-pytorch-compile": "plain-compile",
+        "ours-triton-compile": "plain-compile",
     }

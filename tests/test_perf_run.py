@@ -21,7 +21,7 @@ from perf.sweep.providers import PROVIDERS, Provider
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
-UNCOMPILED = ["--provider", "eager", "reference", "triton"]
+UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-eager"]
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def test_a_small_sweep_end_to_end(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[-1] == str(out)
     assert "\r" not in done.stdout
-    assert "unsupported: triton (3 rows)" in done.stdout
+    assert "unsupported: ours-triton-eager (3 rows)" in done.stdout
     frame = schema.read(out)
     assert set(zip(frame.workload, frame.provider, strict=True)) == {
         (workload, provider)
         for workload in ("sk_fuse", "sk_select", "sk_fuse_select")
-        for provider in ("eager", "reference", "triton")
+        for provider in ("plain-eager", "ours-pytorch-eager", "ours-triton-eager")
     }
     measured = frame[frame.status == "ok"]
     assert len(measured) == 6
@@ -66,6 +66,7 @@ def test_a_small_sweep_end_to_end(tmp_path: Path) -> None:
     assert (frame.torch != "").all()
 
 
+@pytest.mark.slow
 def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
     command = [sys.executable, "-m", "perf", "run", "--level", "op", "--batch", "1:64:1"]
@@ -143,11 +144,11 @@ def test_default_report_is_named_after_its_environment_and_not_overwritten(
 
 def test_resume_measures_only_what_is_missing(instant: list[Case], tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "a.csv")]
-    assert main([*TINY, "--provider", "eager", *out]) == 0
+    assert main([*TINY, "--provider", "plain-eager", *out]) == 0
     first = list(instant)
-    assert main([*TINY, "--provider", "eager", *out, "--resume"]) == 0
+    assert main([*TINY, "--provider", "plain-eager", *out, "--resume"]) == 0
     assert instant == first
-    assert main([*TINY, "--provider", "eager", "reference", *out, "--resume"]) == 0
+    assert main([*TINY, "--provider", "plain-eager", "ours-pytorch-eager", *out, "--resume"]) == 0
     assert sorted(map(str, instant[len(first) :])) == sorted(map(str, first))
     frame = schema.read(tmp_path / "a.csv")
     assert not frame.duplicated(list(schema.KEY_COLUMNS)).any()
@@ -170,7 +171,7 @@ def test_budget_ends_in_the_middle_of_a_case_and_says_what_is_missing(
     start = time.perf_counter()
     grid = ["--batch", "1", "--stage", "1", "2", "--mode", "infer"]
     out = tmp_path / "a.csv"
-    arguments = ["run", "--level", "op", *grid, "--provider", "eager", "--out", str(out)]
+    arguments = ["run", "--level", "op", *grid, "--provider", "plain-eager", "--out", str(out)]
     assert main([*arguments, "--budget", "2"]) == 0
     assert time.perf_counter() - start < 20
     assert "the budget is spent: 3 of 6 rows done; missing" in capsys.readouterr().out
@@ -232,9 +233,10 @@ def test_ops_need_the_passes_of_the_mathematics(
         assert workloads.bytes_needed(case) == passes * one_pass
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
-    run = [*TINY, "--provider", "eager", "--out", str(out)]
+    run = [*TINY, "--provider", "plain-eager", "--out", str(out)]
     for arguments in (run, ["summary", str(out)]):
         read, write = os.pipe()
         os.close(read)

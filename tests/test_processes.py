@@ -18,6 +18,8 @@ from sknet_triton import SKConv, functional, use_backend
 from sknet_triton.backend import ENVIRONMENT_VARIABLE, Backend, current_backend
 from tests.plain_sknet import largest_error, scramble
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-11  # float64 with a few hundred additions, in another order
 # Workers compute on the CPU, where the kernels run in the interpreter only.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -29,6 +29,8 @@ from tests.strategies import (
     samples,
 )
 
+pytestmark = pytest.mark.slow
+
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 ACTIVATIONS: tuple[Activation | None, ...] = ("softmax", "sigmoid", None)
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")

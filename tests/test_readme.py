@@ -31,6 +31,7 @@ def _the_package_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=[heading_of(c) for c, _ in EXAMPLES])
 def test_the_code_prints_what_the_readme_says(code: str, printed: str) -> None:
     if "torch.compile" in code and not (shutil.which("g++") or shutil.which("clang++")):

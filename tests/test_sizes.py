@@ -199,6 +199,7 @@ def close(actual: Tensor, exact: Tensor) -> None:
 # --- the same in what the compiler makes --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_compiled_offset_is_32_bits_wide() -> None:
     """The interpreter's widths are not the compiler's: it counts positions in 32 bits."""
     environment = source_environment(TRITON_INTERPRET="0")
@@ -315,6 +316,7 @@ def test_grids_stay_within_their_limits(shape: tuple[int, int, int], channels_la
             assert covered >= S, launch.kernel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape",
     [

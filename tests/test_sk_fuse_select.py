@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf.static.bytes import counted_bytes
 from sknet_kernels.config import LaunchConfig
@@ -22,6 +21,7 @@ from tests.helpers import (
     BACKENDS,
     EXACT,
     Case,
+    Recorded,
     assert_matches,
     assert_same,
     is_plain,
@@ -173,8 +173,14 @@ def composed(sk: SKConv) -> SKConv:
 
 @pytest.fixture
 def section_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes `sk_fuse_select` where eager PyTorch would rather call the modules."""
-    monkeypatch.setattr(section, "pays", lambda module, x: True)
+    """Takes the formulas of `sk_fuse_select` where eager PyTorch would rather call the modules."""
+    way_of = functional.way_of
+
+    def fused(x: Tensor) -> functional.Way:
+        way = way_of(x)
+        return "formulas" if way == "composed" else way
+
+    monkeypatch.setattr(functional, "way_of", fused)
 
 
 def test_eager_pytorch_calls_the_modules_and_the_others_do_not(
@@ -183,9 +189,9 @@ def test_eager_pytorch_calls_the_modules_and_the_others_do_not(
     sk, x = SKConv(3, 4, G=1, d=5, device=device), torch.randn(2, 3, 4, 4, device=device)
     run, calls = section.run, []
 
-    def recorded(plain: section.Section, maps: list[Tensor]) -> Tensor:
+    def recorded(plain: section.Section, maps: list[Tensor], way: functional.Way) -> Tensor:
         calls.append(current_backend())
-        return run(plain, maps)
+        return run(plain, maps, way)
 
     monkeypatch.setattr(section, "run", recorded)
     for backend in BACKENDS:
@@ -397,10 +403,9 @@ class Small:
         return torch.randn(shape, dtype=torch.float64, device=self.device).requires_grad_()
 
     def norm(self, n: int) -> functional.BatchNormArgs:
-        mean, var = (None, None) if self.training else (self.leaf(n), self.leaf(n).exp())
-        stats = [None if x is None else x.detach() for x in (mean, var)]
-        weights = self.leaf(n), self.leaf(n)
-        return functional.BatchNormArgs(*weights, *stats, eps=1e-3, batch_stats=self.training)
+        mean, var = (None if self.training else self.leaf(n).detach().exp() for _ in range(2))
+        weight, bias, eps = self.leaf(n), self.leaf(n), 1e-3
+        return functional.BatchNormArgs(weight, bias, mean, var, eps, batch_stats=self.training)
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Returns what stands after the branches, by place and by name."""
@@ -422,7 +427,11 @@ def leaves_of(x: Any) -> list[Tensor]:
 
 
 # How the section is carried out: the steps in PyTorch, by launchers, as operators.
-WAYS = ("reference", "launchers", "operators")
+WAYS: dict[str, tuple[functional.Way, bool]] = {
+    "formulas": ("formulas", False),
+    "launchers": ("kernels", False),
+    "operators": ("kernels", True),
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -444,35 +453,27 @@ def test_every_gradient_is_that_of_pytorchs_own_operators(
 
     with use_backend("reference"):
         expected = run()
-    monkeypatch.setattr(functional, "composes", lambda x: False)
-    monkeypatch.setattr(functional, "_implementation", lambda *_: way)
+    monkeypatch.setattr(functional, "way_of", lambda x: WAYS[way][0])
+    monkeypatch.setattr(functional, "_watched", lambda tensors: WAYS[way][1])
     for got, exact in zip(run(), expected, strict=True):
         torch.testing.assert_close(got, exact, rtol=EXACT, atol=EXACT)
 
 
+class Subclass(Tensor):
+    """A tensor that may have rules of its own."""
+
+
 def test_launchers_run_on_plain_tensors_and_operators_in_graphs(device: torch.device) -> None:
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(func.namespace)
-            return func(*args, **(kwargs or {}))
-
-    class Subclass(Tensor):
-        pass
-
-    xs = Case((2, 3, 4, 4)).branches(device)
+    xs = [x.double() for x in Case((2, 3, 4, 4)).branches(device)]
     positional, biases = Small(device, 3, 2, training=False).arguments()
-    tensors = [*xs, positional[1]]
-    with use_backend("triton"), torch.no_grad():
-        assert functional._implementation(xs, tensors) == "launchers"
-        assert functional._implementation(xs, [xs[0].as_subclass(Subclass)]) == "operators"
-        with Watch():
-            assert functional._implementation(xs, tensors) == "operators"
-            functional.sk_fuse_select([x.double() for x in xs], *positional, **biases)
-    assert seen.count("sknet_triton") == 3
+    recorded: list[list[str]] = []
+    for branches in (xs, [x.as_subclass(Subclass) for x in xs]):
+        with use_backend("triton"), torch.no_grad(), Recorded() as mode:
+            functional.sk_fuse_select(branches, *positional, **biases)
+        recorded.append(sorted(mode.calls))
+    assert recorded == [["sk_hidden", "sk_logits", "sk_out"]] * 2
+    assert not functional._watched([*xs, None, positional[1]])
+    assert functional._watched([xs[0].as_subclass(Subclass)])
 
 
 # --- what it costs ------------------------------------------------------------------------------
@@ -487,7 +488,9 @@ INFERENCE_PASSES = {2: 5.1, 3: 7.1}
 SAVED_TENSORS = {2: 2.02, 3: 3.03}
 
 
-def section_of(case: Case, device: torch.device) -> Callable[[bool], Tensor]:
+def section_of(
+    case: Case, device: torch.device, backend: Backend = "triton"
+) -> Callable[[bool], Tensor]:
     C, d = case.shape[1], 4
     xs = [x.detach().requires_grad_() for x in case.branches(device)]
     weights = [torch.randn(C, device=device).requires_grad_() for _ in range(2 * case.M)]
@@ -500,7 +503,7 @@ def section_of(case: Case, device: torch.device) -> Callable[[bool], Tensor]:
             return functional.BatchNormArgs(weight, bias, zero, one, batch_stats=training)
 
         norms = [norm(weights[2 * i], weights[2 * i + 1], C) for i in range(case.M)]
-        with use_backend("triton"):
+        with use_backend(backend):
             return functional.sk_fuse_select(xs, norms, fc1, norm(None, None, d), fc2).out
 
     return run
@@ -510,6 +513,7 @@ def one_pass(case: Case) -> int:
     return torch.Size(case.shape).numel() * 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter")
 @pytest.mark.parametrize("case", TRAFFIC, ids=str)
 def test_traffic(case: Case, device: torch.device) -> None:
@@ -522,10 +526,11 @@ def test_traffic(case: Case, device: torch.device) -> None:
     assert 2 * case.M + 1 <= inference.passes(one_pass(case)) <= INFERENCE_PASSES[case.M]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", TRAFFIC, ids=str)
 def test_saved_for_the_backward(case: Case, backend: Backend, device: torch.device) -> None:
-    run = section_of(case, device)
+    run = section_of(case, device, backend)
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:

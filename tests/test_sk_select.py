@@ -177,6 +177,7 @@ def test_gradients_that_arrive_with_any_stride(
         torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradients_pass_gradcheck(layout: str, device: torch.device) -> None:
     case = Case((2, 3, 2, 2), 3, layout, torch.float64)

@@ -26,7 +26,7 @@ EXACT = 1e-11  # float64 with a few hundred additions, in another order
 # torch leaves it untyped. It works in place on all but a lone norm.
 convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
 
-pytestmark = needs_gloo
+pytestmark = [pytest.mark.slow, needs_gloo]
 
 
 def for_norms(change: Callable[[Any], Any]) -> Callable[[SKConv], None]:

@@ -12,7 +12,7 @@ from sknet_triton.backend import Backend
 from tests.plain_sknet import scramble
 from tests.processes import in_two_processes, needs_gloo
 
-pytestmark = needs_gloo
+pytestmark = [pytest.mark.slow, needs_gloo]
 
 EXACT = 1e-11
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")

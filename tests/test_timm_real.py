@@ -75,6 +75,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: 
         assert error <= bound * max(1.0, value.abs().max().item()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", REPORTS)
 def test_an_accelerated_network_has_the_same_numbers_and_names(name: str, training: bool) -> None:

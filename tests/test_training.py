@@ -14,7 +14,7 @@ from sknet_triton import Backend, SKConv, SKNet, StageSpec, use_backend
 from tests.helpers import needs_compiler
 from tests.plain_sknet import largest_error, scramble
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 
 # float64: a few steps of the same formulas in another order. See test_layers.py.
 EXACT = 1e-8

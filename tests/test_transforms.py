@@ -99,6 +99,7 @@ def directional(stage: Stage, inputs: Sequence[Tensor], tangents: Sequence[Tenso
 # --- the second derivative ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @both
 @every_subject
 def test_first_and_second_derivatives_agree_with_finite_differences(

@@ -1,7 +1,7 @@
 """Measure: a sweep over cases and providers, written to one CSV and shown as a table.
 
 Without arguments it runs the preset quick. The preset family has the modules of other packages
-before (eager, compile) and after accelerate (reference, triton and theirs under compile). --level
+before (plain-...) and after accelerate (ours-...). --level
 and --workload pick from the preset; every other choice replaces the preset's own values, in every
 case that has such a value. A range START:STOP:STEP includes STOP. Under torchrun the cases are
 shared out over the processes.
@@ -27,7 +27,12 @@ from perf.sweep.providers import PROVIDERS
 from perf.sweep.ranks import Rank, part_of, parts_of, this_rank, together, wait_for_all
 from perf.sweep.sweep import Ending, sweep, unfinished
 
-INTERRUPTED = 128 + signal.SIGINT
+STATUSES: dict[Ending, int] = {
+    "complete": 0,
+    "budget": 0,
+    "interrupt": 128 + signal.SIGINT,
+    "lost": 1,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
         if rank.index == 0:
             merge(path, parts_of(path))
             _report(path, todo, ending)
-    return INTERRUPTED if ending == "interrupt" else 0
+    return STATUSES[ending]
 
 
 def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...]:
@@ -214,7 +219,12 @@ def _report(path: Path, todo: list[Job], ending: Ending) -> None:
         print(line)
     missing = unfinished(todo, open_store(path, resume=True))
     if missing:
-        why = {"interrupt": "interrupted", "budget": "the budget is spent", "complete": "cut short"}
+        why = {
+            "interrupt": "interrupted",
+            "budget": "the budget is spent",
+            "lost": "the device is lost",
+            "complete": "cut short",
+        }
         rows = sum(len(job.providers) for job in todo)
         rest = sum(len(job.providers) for job in missing)
         print(

@@ -5,6 +5,7 @@ It shares no code with sknet_triton, so its float64 run is an oracle for ours.
 """
 
 import copy
+import functools
 from collections import OrderedDict
 
 import torch
@@ -93,23 +94,37 @@ class PlainSKConv(nn.Module):
         return (maps * torch.softmax(logits, dim=1)).sum(dim=1)
 
 
-def with_plain_convs(module: nn.Module) -> nn.Module:
-    """Returns a copy of ``module`` in which every SKConv is a PlainSKConv with its parameters."""
+class PortSKConv(PlainSKConv):
+    """PlainSKConv as the ports write it that do not stack: sums of maps, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
+        maps = [branch(x) for branch in self.branches]
+        pooled = functools.reduce(torch.add, maps).mean(dim=(2, 3), keepdim=True)
+        logits = self.fc2(self.fc1(pooled)).view(-1, self.M, self.out_channels, 1, 1)
+        attn = torch.softmax(logits, dim=1).unbind(dim=1)
+        weighted = [a * x for a, x in zip(attn, maps, strict=True)]
+        out: Tensor = functools.reduce(torch.add, weighted)
+        return out
+
+
+def with_plain_convs(module: nn.Module, plain: type[PlainSKConv] = PlainSKConv) -> nn.Module:
+    """Returns a copy of ``module`` in which every SKConv is a ``plain`` one of its parameters."""
     if isinstance(module, SKConv):
-        return _plain(module)
+        return _plain(module, plain)
     twin = copy.deepcopy(module)
     names = [name for name, child in twin.named_modules() if isinstance(child, SKConv)]
     for name in names:
         child = twin.get_submodule(name)
         assert isinstance(child, SKConv)
-        twin.set_submodule(name, _plain(child))
+        twin.set_submodule(name, _plain(child, plain))
     return twin
 
 
-def _plain(conv: SKConv) -> PlainSKConv:
+def _plain(conv: SKConv, plain: type[PlainSKConv]) -> PlainSKConv:
     groups = conv.branches[0].get_submodule("conv").groups
     assert isinstance(groups, int)
-    twin = PlainSKConv(conv.in_channels, conv.out_channels, conv.stride, conv.M, G=groups)
+    twin = plain(conv.in_channels, conv.out_channels, conv.stride, conv.M, G=groups)
     twin.load_state_dict(conv.state_dict())
     twin.to(conv.fc2.weight.device, conv.fc2.weight.dtype)
     return twin.train(conv.training)

@@ -33,7 +33,7 @@ _PAIR_COLUMNS = {
 def table(frame: pd.DataFrame, style: str = "simple") -> str:
     """Returns the measured rows of ``frame`` as a table in one of tabulate's styles.
 
-    ``x eager`` is the speed-up over the baseline in the same case.
+    ``x plain-eager`` is the speed-up over the baseline in the same case.
     """
     lines = [line for _, case in by_case(frame) for line in _lines(case)]
     return tabulate(

@@ -10,13 +10,6 @@ from matplotlib.patheffects import withStroke
 
 from perf.report.figures import look
 
-# The provider that carries a plan out, in whose colour it is drawn.
-_PROVIDER_OF = {
-    "eager": "eager",
-    "torch.compile": "compile",
-    "reference + torch.compile": "reference+compile",
-    "Triton": "triton",
-}
 # What the mathematics needs: passes in both modes, and the branches kept for the backward pass.
 _MEASURES: dict[str, tuple[str, Callable[[int], int]]] = {
     "training": ("passes in training", lambda M: 6 * M + 3),
@@ -24,7 +17,7 @@ _MEASURES: dict[str, tuple[str, Callable[[int], int]]] = {
     "saved": ("branch tensors saved", lambda M: M),
 }
 _GROUP = ["M", "layout", "dtype"]
-COLUMNS = (*_GROUP, "plan", *_MEASURES)
+COLUMNS = (*_GROUP, "provider", *_MEASURES)
 _SMALL = 8
 _WIDTH = 0.8
 _OUTLINE = withStroke(linewidth=3, foreground="white")
@@ -53,19 +46,19 @@ def traffic_figure(table: pd.DataFrame) -> Figure:
 
 def _draw(panel: Axes, table: pd.DataFrame, column: str) -> None:
     label, needed = _MEASURES[column]
-    plans = table.plan.unique()
-    width = _WIDTH / len(plans)
+    providers = table.provider.unique()
+    width = _WIDTH / len(providers)
     groups = list(table.groupby(_GROUP, sort=False))
-    for i, plan in enumerate(plans):
-        colour = look(_PROVIDER_OF[plan]).colour
+    for i, provider in enumerate(providers):
+        colour = look(provider).colour
         for x, (_, rows) in enumerate(groups):
-            value = rows.loc[rows.plan == plan, column].iloc[0]
+            value = rows.loc[rows.provider == provider, column].iloc[0]
             bars = panel.bar(
                 x - _WIDTH / 2 + (i + 0.5) * width,
                 value,
                 width,
                 color=colour,
-                label=plan if x == 0 else None,
+                label=provider if x == 0 else None,
             )
             panel.bar_label(bars, fmt="{:.0f}", fontsize=_SMALL - 2, padding=2)
     for x, (_, rows) in enumerate(groups):

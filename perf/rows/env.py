@@ -14,6 +14,11 @@ import torch
 
 import sknet_triton
 
+# A driver in trouble lets nvidia-smi wait for ever.
+ANSWER_SECONDS = 10.0
+# Says which commit a copy without .git is of.
+COMMIT_VARIABLE = "SKNET_TRITON_COMMIT"
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -22,8 +27,9 @@ class Environment:
     """Where, when and by which versions a row was measured; the last columns of the CSV.
 
     What a machine does not have is an empty string, or 0 for the clock. ``git_dirty`` tells
-    whether a Python file differed from the commit. ``ranks`` is how many processes shared the
-    sweep, possibly on one machine.
+    whether a Python file differed from the commit; a copy without ``.git`` takes the commit that
+    the environment variable ``SKNET_TRITON_COMMIT`` names, at its word. ``ranks`` is how many
+    processes shared the sweep, possibly on one machine.
     """
 
     gpu: str
@@ -45,12 +51,49 @@ class Environment:
     timestamp_utc: str
 
 
+@dataclass(frozen=True)
+class Switches:
+    """What PyTorch is set to, as columns of a row: read while its provider is timed.
+
+    Attributes:
+        cudnn: whether cuDNN may be used at all.
+        cudnn_benchmark: whether it chooses its algorithms by timing them.
+        cudnn_deterministic: whether it takes repeatable algorithms only.
+        cudnn_tf32: whether convolutions in float32 may compute in TF32.
+        matmul_tf32: whether products of matrices in float32 may.
+        deterministic: whether PyTorch is to use repeatable algorithms only.
+        timed_threads: of PyTorch.
+    """
+
+    cudnn: bool
+    cudnn_benchmark: bool
+    cudnn_deterministic: bool
+    cudnn_tf32: bool
+    matmul_tf32: bool
+    deterministic: bool
+    timed_threads: int
+
+
+def switches() -> Switches:
+    """Returns the switches as they are now."""
+    cudnn = torch.backends.cudnn
+    return Switches(
+        cudnn=cudnn.enabled,
+        cudnn_benchmark=cudnn.benchmark,
+        cudnn_deterministic=cudnn.deterministic,
+        cudnn_tf32=cudnn.allow_tf32,
+        matmul_tf32=torch.get_float32_matmul_precision() != "highest",
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        timed_threads=torch.get_num_threads(),
+    )
+
+
 def snapshot(device: torch.device, seed: int, ranks: int) -> Environment:
     """Returns the environment as it is now; the clock and the time are this moment's."""
     sha, dirty = _git_state()
     return Environment(
         gpu=gpu_name(device),
-        sm_clock_mhz=int(_nvidia_smi("clocks.sm", device) or 0),
+        sm_clock_mhz=_sm_clock_mhz(device),
         driver=_driver(device),
         cuda=(torch.version.cuda or torch.version.hip or "") if device.type == "cuda" else "",
         cpu=_cpu_model(),
@@ -81,6 +124,9 @@ def gpu_name(device: torch.device) -> str:
 
 @functools.cache
 def _git_state() -> tuple[str, bool]:
+    if not (CHECKOUT / ".git").exists():
+        # A repository around the copy is another one.
+        return os.environ.get(COMMIT_VARIABLE, ""), False
     sha = _output("git", "-C", str(CHECKOUT), "rev-parse", "HEAD")
     changes = _output("git", "-C", str(CHECKOUT), "status", "--porcelain", "--", "*.py")
     return sha, bool(changes)
@@ -98,16 +144,26 @@ def _cpu_model() -> str:
 
 @functools.cache
 def _driver(device: torch.device) -> str:
-    return _nvidia_smi("driver_version", device)
+    # All GPUs of a machine have one driver, and one may not be asked for by its id.
+    return _nvidia_smi("driver_version") if device.type == "cuda" else ""
 
 
-def _nvidia_smi(field: str, device: torch.device) -> str:
+def _sm_clock_mhz(device: torch.device) -> int:
+    """Returns the clock of the multiprocessors; 0 where none is told, as of a part of a GPU."""
     if device.type != "cuda":
-        return ""
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    return _output(
-        "nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={field}", "--format=csv,noheader,nounits"
+        return 0
+    uuid = torch.cuda.get_device_properties(device).uuid
+    clock = _nvidia_smi("clocks.sm", f"--id=GPU-{uuid}")
+    return int(clock) if clock.isdecimal() else 0
+
+
+def _nvidia_smi(field: str, *options: str) -> str:
+    """Returns the first answer of nvidia-smi; empty where it says in brackets that it has none."""
+    output = _output(
+        "nvidia-smi", *options, f"--query-gpu={field}", "--format=csv,noheader,nounits"
     )
+    answer = output.partition("\n")[0].strip()
+    return "" if answer.startswith("[") else answer
 
 
 @functools.cache
@@ -119,8 +175,13 @@ def _version(package: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """Returns what ``command`` prints; nothing where it is not installed or fails."""
+    """Returns what ``command`` prints; nothing where it is not installed, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -25,7 +25,7 @@ class Result:
             where the provider cannot carry the case out here, or cannot run the backward pass
             alone again; oom; error.
         reason: one line that says why the status is not ok.
-        ms_p50: median time of one call, in milliseconds.
+        ms_p50: median time of one call, in milliseconds; on a GPU the GPU's own, with a cold L2.
         ms_p20: its 20 % quantile.
         ms_p80: its 80 % quantile.
         n: samples that the quantiles are over.
@@ -39,7 +39,8 @@ class Result:
             pass counted as two forward passes.
         tflops_per_s: those over the median time.
         launches: kernels, copies and fills of one call, on a GPU.
-        peak_mb: most memory in MiB that one call holds, on a GPU.
+        peak_mb: most memory in MiB that one call allocates at a time, on a GPU; None in a graph,
+            whose memory is kept between calls.
         saved_mb: MiB that the forward pass keeps for the backward pass.
         saved_own_mb: those without the inputs, which the caller may hold anyway.
         accuracy: share of held-out images named rightly, for the workload.
@@ -47,6 +48,12 @@ class Result:
         out_err_bound: what it was allowed to be.
         grad_err: largest error of a gradient over its norm, against float64.
         grad_err_bound: what it was allowed to be.
+        judged_batch: images that float64 was run on; a network's batch repeats them.
+        call_ms_p50: median time from one call to the next on a GPU, by the clock, in milliseconds;
+            where batches are small, this is what a user waits for (ms_p50 is then the GPU's share).
+        call_ms_p20: its 20 % quantile.
+        call_ms_p80: its 80 % quantile.
+        cudnn: this and the rest are the `Switches`, as they were while it was timed.
     """
 
     status: Status
@@ -72,6 +79,17 @@ class Result:
     out_err_bound: float | None = None
     grad_err: float | None = None
     grad_err_bound: float | None = None
+    judged_batch: int | None = None
+    call_ms_p50: float | None = None
+    call_ms_p20: float | None = None
+    call_ms_p80: float | None = None
+    cudnn: bool | None = None
+    cudnn_benchmark: bool | None = None
+    cudnn_deterministic: bool | None = None
+    cudnn_tf32: bool | None = None
+    matmul_tf32: bool | None = None
+    deterministic: bool | None = None
+    timed_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,9 @@ COLUMNS = (
     *(f.name for f in fields(Result)),
     *(f.name for f in fields(Environment)),
 )
+
+# Columns that reports of an earlier version lack.
+YOUNGER = tuple(f.name for f in fields(Result)[list(Result.__match_args__).index("judged_batch") :])
 
 Key = tuple[str, ...]
 
@@ -125,8 +146,14 @@ def read(path: Path) -> pd.DataFrame:
         SchemaError: the columns differ from `COLUMNS`, named in the message.
     """
     text = complete_lines(path)
-    check_header(text, path)
-    return pd.read_csv(io.StringIO(text), dtype=_dtypes(), keep_default_na=False, na_values=_NA)
+    check_header(text, path, YOUNGER)
+    dtypes = _dtypes()
+    frame = pd.read_csv(io.StringIO(text), dtype=dtypes, keep_default_na=False, na_values=_NA)
+    absent = {
+        name: pd.Series(None, frame.index, dtypes[name]) if name not in frame else frame[name]
+        for name in COLUMNS
+    }
+    return pd.DataFrame(absent)
 
 
 def complete_lines(path: Path) -> str:
@@ -135,16 +162,16 @@ def complete_lines(path: Path) -> str:
     return text[: text.rfind("\n") + 1]
 
 
-def check_header(text: str, path: Path) -> None:
+def check_header(text: str, path: Path, optional: Collection[str] = ()) -> None:
     """Refuses a report of another schema.
 
     Raises:
-        SchemaError: the first line of ``text`` is not `header`.
+        SchemaError: the first line of ``text`` is not `header`, columns of ``optional`` aside.
     """
     found = next(csv.reader(io.StringIO(text)), [])
-    if tuple(found) == COLUMNS:
+    if found == [name for name in COLUMNS if name in found or name not in optional]:
         return
-    missing = [name for name in COLUMNS if name not in found]
+    missing = [name for name in COLUMNS if name not in found and name not in optional]
     unknown = [name for name in found if name not in COLUMNS]
     difference = [
         f"{what}: {', '.join(names)}"
@@ -192,7 +219,10 @@ def _dtypes() -> dict[str, Any]:
         **get_type_hints(Result),
         **get_type_hints(Environment),
     }
-    return {name: _PANDAS[_plain_type(hint)] for name, hint in hints.items()}
+    return {
+        name: "boolean" if hint == (bool | None) else _PANDAS[_plain_type(hint)]
+        for name, hint in hints.items()
+    }
 
 
 def _plain_type(hint: Any) -> type:
@@ -204,5 +234,5 @@ def _plain_type(hint: Any) -> type:
 
 # Empty means none in a column of numbers and nothing else in a column of text.
 _NA: dict[Any, list[str]] = {
-    name: [""] for name, dtype in _dtypes().items() if dtype in ("Int64", "float64")
+    name: [""] for name, dtype in _dtypes().items() if dtype in ("Int64", "float64", "boolean")
 }

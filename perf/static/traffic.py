@@ -32,7 +32,7 @@ class Traffic:
     M: int
     layout: str
     dtype: str
-    plan: str
+    provider: str
     training: float
     inference: float
     saved: float
@@ -80,10 +80,10 @@ class _Plan:
 
 def _plans(ours: SKFuseSelect) -> tuple[_Plan, ...]:
     return (
-        _Plan("eager", ours.plain(), "reference", False, _eager_bytes),
-        _Plan("torch.compile", ours.plain(), "reference", True, _compiled_bytes),
-        _Plan("reference + torch.compile", ours, "reference", True, _compiled_bytes),
-        _Plan("Triton", ours, "triton", False, _kernel_bytes),
+        _Plan("plain-eager", ours.plain(), "reference", False, _eager_bytes),
+        _Plan("plain-compile", ours.plain(), "reference", True, _compiled_bytes),
+        _Plan("ours-pytorch-compile", ours, "reference", True, _compiled_bytes),
+        _Plan("ours-triton-eager", ours, "triton", False, _kernel_bytes),
     )
 
 

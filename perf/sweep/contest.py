@@ -10,16 +10,17 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 
 from perf.peers import digits
+from perf.rows import env
 from perf.rows.cases import Case
 from perf.rows.schema import Result, one_line
 from perf.static.saved import saved
 from perf.sweep import gate, measure, workloads
 from perf.sweep.gate import Oracle, Verdict
 from perf.sweep.providers import Provider
-from perf.sweep.workloads import Call, Source
+from perf.sweep.steps import Results, Step, evaluate, settings
+from perf.sweep.workloads import Source
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,43 @@ class Conditions:
     rounds: int
 
 
+class DeviceLostError(Exception):
+    """An error after which the device answers nothing more in this process."""
+
+
+class UnjudgedError(Exception):
+    """The oracle failed, which is no provider's fault."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.reason)
+        self.result = result
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A provider that passed the gate, and what is known of it before it is timed."""
+    """A provider that passed the gate, and what is known of it before it is timed.
+
+    Attributes:
+        provider: who.
+        step: one call of it.
+        run: how the step is carried out: as it is, or in a graph.
+        result: its verdict.
+    """
 
     provider: Provider
-    module: nn.Module
-    call: Call
+    step: Step
+    run: Callable[[], Results]
     result: Result
 
 
 def measure_case(
     case: Case, providers: tuple[Provider, ...], conditions: Conditions
 ) -> dict[str, Result]:
-    """Carries ``case`` out by every provider; what goes wrong is a result like any other."""
+    """Carries ``case`` out by every provider; what goes wrong is a result like any other.
+
+    Raises:
+        DeviceLostError: the device does not answer any more; the case has no results.
+    """
     # Dynamo keeps what it compiled by code object: an old case would count as a recompilation.
     torch.compiler.reset()
     contest = Contest(case, conditions)
@@ -67,7 +91,7 @@ def measure_case(
         try:
             entry = contest.admit(provider)
         except Exception as error:
-            results[provider.name] = failure(error)
+            results[provider.name] = failure(error, conditions.device)
             continue
         results[provider.name] = entry.result
         if entry.result.status == "ok":
@@ -75,19 +99,41 @@ def measure_case(
     return results | contest.run(entries)
 
 
-def failure(error: Exception) -> Result:
-    """Returns the row of a provider that raised ``error``."""
+def failure(error: Exception, device: torch.device) -> Result:
+    """Returns the row of a provider that raised ``error``.
+
+    Raises:
+        DeviceLostError: the device is lost with it.
+    """
+    if isinstance(error, UnjudgedError):
+        return error.result
+    reason = one_line(f"{type(error).__name__}: {error}")
+    if isinstance(error, DeviceLostError) or is_lost(device):
+        raise DeviceLostError(reason) from error
     # Out of memory on a CPU is a plain RuntimeError from the allocator.
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
-    if out_of_memory and torch.cuda.is_available():
+    if out_of_memory and device.type == "cuda":
         torch.cuda.empty_cache()
-    reason = one_line(f"{type(error).__name__}: {error}")
     if out_of_memory:
         return Result("oom", reason)
     # PyTorch names it wherever a graph cannot run backward twice, which only mode bwd asks for.
     return Result("unsupported" if "retain_graph" in str(error) else "error", reason)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Tells whether ``device`` fails whatever it is asked, as after an illegal memory access."""
+    if device.type != "cuda":
+        return False
+    # The first call may report an error that is over with it.
+    for _ in range(2):
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            continue
+        return False
+    return True
 
 
 class Contest:
@@ -97,57 +143,53 @@ class Contest:
         self.case = case
         self.conditions = conditions
         self._masters: dict[Source, nn.Module] = {}
-        self._oracles: dict[tuple[Source, int], Oracle] = {}
+        self._oracles: dict[tuple[Source, int], Oracle | Result] = {}
         self._flops: dict[Source, int] = {}
 
     def admit(self, provider: Provider) -> Entry:
         """Builds ``provider`` and compares it with the oracle; a wrong one gets its verdict."""
+        self._oracle(provider.oracle, 0)
         module = self._module(provider.source, self.case)
-        inputs = self._inputs(0)
+        step = Step(self.case, module, provider.wrapped(module), self._inputs(0), self._seed(0))
         with self._context(provider), _cold_compilation():
-            call = provider.wrapped(module, gate.differentiated(module, self.case, inputs).inputs)
             start = time.perf_counter()
-            self._evaluate(call, module, draw=0)
+            run = provider.prepared(step)
+            run()
             self._synchronize()
             first_call = time.perf_counter() - start
-        verdict = self._judge(provider, call, module)
+        verdict = self._judge(provider, step, run)
         result = Result(
             "ok" if verdict.passed else "unverified",
             "" if verdict.passed else verdict.reason,
             compile_s=first_call if provider.compiles else None,
+            judged_batch=workloads.judged(self.case).B,
             **asdict(verdict),
         )
-        return Entry(provider, module, call, result)
+        return Entry(provider, step, run, result)
 
     def run(self, entries: dict[str, Entry]) -> dict[str, Result]:
         """Times the entries and returns their complete results."""
         if self.case.level == "workload":
             return {name: self._guarded(self._learn, entry) for name, entry in entries.items()}
         failed: dict[str, Result] = {}
-        times: dict[str, list[float]] = {}
-        steps: dict[str, measure.Step] = {}
-        for name, entry in entries.items():
+        times: dict[str, measure.Times] = {}
+        runs: dict[str, measure.Run] = {name: entry.run for name, entry in entries.items()}
+        while runs and not times:
             try:
-                steps[name] = self._step(entry)
-            except Exception as error:
-                failed[name] = failure(error)
-        while steps and not times:
-            try:
-                times = self._interleave(steps, entries)
-            except measure.StepError as error:
-                failed[error.name] = failure(error.cause)
-                del steps[error.name]
+                times = self._interleave(runs, entries)
+            except measure.RunError as error:
+                failed[error.name] = failure(error.cause, self.conditions.device)
+                del runs[error.name]
         counted = {
-            name: self._guarded(partial(self._timed, times[name], step), entries[name])
-            for name, step in steps.items()
+            name: self._guarded(partial(self._timed, times[name]), entries[name]) for name in runs
         }
         return failed | counted
 
     def _interleave(
-        self, steps: dict[str, measure.Step], entries: dict[str, Entry]
-    ) -> dict[str, list[float]]:
+        self, runs: dict[str, measure.Run], entries: dict[str, Entry]
+    ) -> dict[str, measure.Times]:
         return measure.interleaved(
-            steps,
+            runs,
             lambda name: self._context(entries[name].provider),
             self.conditions.device,
             self.conditions.seconds,
@@ -159,38 +201,49 @@ class Contest:
             with self._context(entry.provider):
                 return finish(entry)
         except Exception as error:
-            return failure(error)
+            return failure(error, self.conditions.device)
 
-    def _timed(self, times: list[float], step: measure.Step, entry: Entry) -> Result:
+    def _timed(self, times: measure.Times, entry: Entry) -> Result:
         """Returns the entry's result with its times and all that follows from them."""
         device = self.conditions.device
+        graphed = entry.provider.graphed
         return replace(
             self._with_saved(entry, self._with_times(entry, times)),
-            launches=measure.launches(step, device),
-            peak_mb=measure.peak_memory_mb(step, device),
+            launches=measure.launches(entry.run, device),
+            peak_mb=None if graphed else measure.peak_memory_mb(entry.run, device),
         )
 
     def _learn(self, entry: Entry) -> Result:
         """Trains on the digits from the start and returns the result with its accuracy."""
         training = digits.train(
-            entry.call,
-            entry.module,
+            entry.step.call,
+            entry.step.module,
             batch=self.case.B,
             seed=self.conditions.seed,
             device=self.conditions.device,
         )
+        times = measure.Times(env.switches(), training.step_ms)
         return replace(
-            self._with_saved(entry, self._with_times(entry, training.step_ms)),
+            self._with_saved(entry, self._with_times(entry, times)),
             accuracy=training.accuracy,
         )
 
-    def _with_times(self, entry: Entry, times: list[float]) -> Result:
-        p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    def _with_times(self, entry: Entry, times: measure.Times) -> Result:
+        p20, p50, p80 = measure.quantiles(times.ms)
         seconds = p50 / 1e3
         images = None if self.case.level == "op" else self.case.B / seconds
         result = replace(
-            entry.result, ms_p50=p50, ms_p20=p20, ms_p80=p80, n=len(times), images_per_s=images
+            entry.result,
+            ms_p50=p50,
+            ms_p20=p20,
+            ms_p80=p80,
+            n=len(times.ms),
+            images_per_s=images,
+            **asdict(times.switches),
         )
+        if times.call_ms:
+            p20, p50, p80 = measure.quantiles(times.call_ms)
+            result = replace(result, call_ms_p50=p50, call_ms_p20=p20, call_ms_p80=p80)
         needed = workloads.bytes_needed(self.case)
         if needed is not None:
             copy = measure.copy_gbps(self.conditions.device)
@@ -202,35 +255,24 @@ class Contest:
         flops = self._count_flops(entry.provider)
         return replace(result, gflops=flops / 1e9, tflops_per_s=flops / seconds / 1e12)
 
-    def _judge(self, provider: Provider, call: Call, module: nn.Module) -> Verdict:
+    def _judge(self, provider: Provider, step: Step, run: Callable[[], Results]) -> Verdict:
         """Compares with the oracle; a gradient may be judged on several draws (see `gate`)."""
         for draw in range(gate.DRAWS):
+            oracle = self._oracle(provider.oracle, draw)
             with self._context(provider):
-                evaluation = self._evaluate(call, module, draw)
-            verdict = self._oracle(provider.oracle, draw).judge(evaluation)
+                if draw:
+                    step.load(self._inputs(draw), self._seed(draw))
+                verdict = oracle.judge(evaluate(step, run))
             if verdict.passed or not verdict.out_passed:
                 break
         return verdict
-
-    def _step(self, entry: Entry) -> measure.Step:
-        """Returns what is timed: the forward pass, the backward pass or both, as the mode says."""
-        wanted = gate.differentiated(entry.module, self.case, self._inputs(0))
-        if not self.case.differentiates:
-            return lambda: entry.call(*wanted.inputs)
-        tensors = list(wanted.tensors.values())
-        with self._context(entry.provider):
-            out = entry.call(*wanted.inputs)
-        dout = gate.arriving_gradient(out, self.case, self._seed(0))
-        if self.case.mode == "bwd":
-            return lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True)
-        return lambda: torch.autograd.grad(entry.call(*wanted.inputs), tensors, dout)
 
     def _with_saved(self, entry: Entry, result: Result) -> Result:
         """Returns ``result`` with what is kept for the backward pass, where there is one."""
         if not self.case.differentiates:
             return result
-        inputs = gate.differentiated(entry.module, self.case, self._inputs(0)).inputs
-        kept = saved(lambda: entry.call(*inputs), entry.module, inputs)
+        step = entry.step
+        kept = saved(step.forward, step.module, step.inputs)
         return replace(result, saved_mb=kept.mb, saved_own_mb=kept.own_mb)
 
     def _count_flops(self, provider: Provider) -> int:
@@ -239,18 +281,29 @@ class Contest:
             self._flops[provider.oracle] = measure.flops(module, self._inputs(0), self.case.mode)
         return self._flops[provider.oracle]
 
-    def _evaluate(self, call: Call, module: nn.Module, draw: int) -> gate.Evaluation:
-        return gate.evaluate(call, module, self.case, self._inputs(draw), self._seed(draw))
-
     def _oracle(self, source: Source, draw: int) -> Oracle:
+        """Returns the oracle, asked once; what it failed with is kept like an answer.
+
+        Raises:
+            UnjudgedError: it failed.
+        """
         if (source, draw) not in self._oracles:
-            self._oracles[source, draw] = gate.consult(
-                lambda case: self._module(source, case),
-                self.case,
-                self._inputs(draw),
-                self._seed(draw),
+            self._oracles[source, draw] = self._consult(source, draw)
+        known = self._oracles[source, draw]
+        if isinstance(known, Result):
+            raise UnjudgedError(known)
+        return known
+
+    def _consult(self, source: Source, draw: int) -> Oracle | Result:
+        judged = workloads.judged(self.case)
+        inputs = workloads.inputs(judged, self._seed(draw), self.conditions.device)
+        try:
+            return gate.consult(
+                lambda case: self._module(source, case), judged, inputs, self._seed(draw)
             )
-        return self._oracles[source, draw]
+        except Exception as error:
+            result = failure(error, self.conditions.device)
+            return replace(result, reason=f"the check of {judged.B} images: {result.reason}")
 
     def _module(self, source: Source, case: Case) -> nn.Module:
         if source not in self._masters:
@@ -267,11 +320,7 @@ class Contest:
     def _context(self, provider: Provider) -> ExitStack:
         stack = ExitStack()
         stack.enter_context(provider.active())
-        stack.enter_context(workloads.precision(self.case, self.conditions.device))
-        stack.enter_context(torch.set_grad_enabled(self.case.differentiates))
-        if self.case.mode == "bwd":
-            # torch.compile would let the backward pass overwrite what the forward pass saved.
-            stack.enter_context(functorch_config.patch(donated_buffer=False))
+        stack.enter_context(settings(self.case))
         return stack
 
     def _synchronize(self) -> None:

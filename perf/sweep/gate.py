@@ -20,12 +20,13 @@ what plain PyTorch achieves in the case's dtype on the same data, in the worse o
 
 Through a whole network, in 16 bits or with few positions for a batch norm to average over, plain's
 own gradients are mostly rounding. The bound in the row then shows how little was proved; the rows
-of ops and layers prove the gradients.
+of ops and layers prove the gradients. Float64 goes through a network with a part of the batch,
+which the batch repeats (`workloads.judged`); an error that repeats with it goes unseen there, and
+the rows of ops and layers are judged on the whole of theirs.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from perf.rows.cases import LAYOUTS, Case
 from perf.sweep import workloads
+from perf.sweep.steps import Evaluation, Step, evaluate, settings
 
 ROUNDINGS = 8
 CONDITION_STEP = 4
@@ -40,14 +42,6 @@ DRAWS = 3
 # As a share of the largest gradient. Terms that cancel, as of a bias before a batch norm, leave
 # 1e-16 of themselves each in float64 and 1e-7 in float32.
 NO_GRADIENT = 1e-11
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The output of one run and, where the case has a backward pass, its gradients by name."""
-
-    out: Tensor
-    grads: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,10 +86,16 @@ class Oracle:
     condition: float
 
     def judge(self, evaluation: Evaluation) -> Verdict:
-        """Compares a provider's run with the oracle; of the gradients the worst one counts."""
-        out_err = output_error(evaluation.out, self.exact.out)
+        """Compares a provider's run with the oracle; of the gradients the worst one counts.
+
+        The batch of the run repeats that of the oracle: so do its outputs, and its gradients are
+        sums over the repetitions.
+        """
+        out = evaluation.out.view(-1, *self.exact.out.shape)
+        out_err = output_error(out, self.exact.out)
         out_bound = 2 * self.plain_out_err + self.floor
-        errors = gradient_errors(evaluation.grads, self.exact.grads)
+        grads = {name: grad.double() / len(out) for name, grad in evaluation.grads.items()}
+        errors = gradient_errors(grads, self.exact.grads)
         bounds = {
             name: 2 * err + self.floor + self.condition for name, err in self.plain_grad_err.items()
         }
@@ -108,55 +108,6 @@ class Oracle:
         return Verdict(out_err, out_bound, errors[worst], bounds[worst])
 
 
-def evaluate(
-    call: workloads.Call,
-    module: nn.Module,
-    case: Case,
-    inputs: tuple[Tensor, ...],
-    seed: int,
-) -> Evaluation:
-    """Runs ``call``, which computes with the parameters of ``module``, once."""
-    if not case.differentiates:
-        with torch.no_grad():
-            return Evaluation(call(*inputs), {})
-    wanted = differentiated(module, case, inputs)
-    out = call(*wanted.inputs)
-    tensors = list(wanted.tensors.values())
-    dout = arriving_gradient(out, case, seed)
-    if case.mode == "bwd":
-        # What is timed comes after other backward passes over the same graph, so the judged one
-        # does, too.
-        torch.autograd.grad(out, tensors, dout, retain_graph=True)
-    grads = torch.autograd.grad(out, tensors, dout)
-    return Evaluation(out.detach(), dict(zip(wanted.tensors, grads, strict=True)))
-
-
-def arriving_gradient(out: Tensor, case: Case, seed: int) -> Tensor:
-    """Draws the gradient of ``out``, in the case's layout as from a layer of the same network.
-
-    The same numbers in every dtype, rounded to the case's.
-    """
-    drawn = torch.randn(out.shape, generator=_generator(out.device, seed), device=out.device)
-    return workloads.laid_out(drawn.to(workloads.DTYPE_OF[case.dtype]).to(out.dtype), case)
-
-
-@dataclass(frozen=True)
-class Differentiated:
-    """The inputs of a training step and every tensor whose gradient it computes, by name."""
-
-    inputs: tuple[Tensor, ...]
-    tensors: Mapping[str, Tensor]
-
-
-def differentiated(module: nn.Module, case: Case, inputs: tuple[Tensor, ...]) -> Differentiated:
-    """Returns the inputs as leaves of the graph, and what is differentiated."""
-    tensors: dict[str, Tensor] = dict(module.named_parameters())
-    if workloads.WORKLOADS[case.workload].input_grads:
-        inputs = tuple(x.detach().requires_grad_() for x in inputs)
-        tensors |= {f"input {i}": x for i, x in enumerate(inputs)}
-    return Differentiated(inputs, tensors)
-
-
 def consult(
     make_module: Callable[[Case], nn.Module], case: Case, inputs: tuple[Tensor, ...], seed: int
 ) -> Oracle:
@@ -164,7 +115,7 @@ def consult(
 
     Args:
         make_module: builds plain PyTorch's module, placed as a case says, afresh every time.
-        case: the case.
+        case: the `judged` case.
         inputs: its inputs.
         seed: draws the gradient that arrives, and the direction in which the inputs move.
     """
@@ -213,10 +164,9 @@ def gradient_errors(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) ->
 def _evaluate_plain(
     module: nn.Module, case: Case, inputs: tuple[Tensor, ...], seed: int
 ) -> Evaluation:
-    exact = inputs[0].dtype == torch.float64
-    xs = tuple(workloads.laid_out(x, case) for x in inputs)
-    with nullcontext() if exact else workloads.precision(case, inputs[0].device):
-        return evaluate(module, module, case, xs, seed)
+    step = Step(case, module, module, tuple(workloads.laid_out(x, case) for x in inputs), seed)
+    with settings(case):
+        return evaluate(step, step)
 
 
 def _moved(inputs: tuple[Tensor, ...], step: float, seed: int) -> tuple[Tensor, ...]:

@@ -1,8 +1,10 @@
 """Clocks and counters: time per call, memory, launches, FLOPs, copy bandwidth."""
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +12,25 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from perf.rows import env
 from perf.rows.cases import Mode
+from perf.rows.env import Switches
 from perf.static.saved import MEBI
 
-Step = Callable[[], object]
+Run = Callable[[], object]
 
 WARMUP_MS = 25.0
+# A block of calls outlasts what the wait at its end costs by far.
+BLOCK_SECONDS = 0.01
+MIN_BLOCKS = 3
 # Larger than the last-level cache of the CPUs and GPUs at hand, so that a copy goes to memory.
 COPY_BYTES = {"cpu": 256 * MEBI, "cuda": 1024 * MEBI}
 COPY_SECONDS = 0.5
 FORWARD_PASSES: dict[Mode, int] = {"infer": 1, "train": 3, "bwd": 2}
 
 
-class StepError(Exception):
-    """A step that failed while it was timed, by name, and why."""
+class RunError(Exception):
+    """A run that failed while it was timed, by name, and why."""
 
     def __init__(self, name: str, cause: Exception) -> None:
         super().__init__(f"{name}: {cause}")
@@ -31,49 +38,89 @@ class StepError(Exception):
         self.cause = cause
 
 
-def sample(step: Step, device: torch.device, seconds: float) -> list[float]:
-    """Calls ``step`` for about ``seconds`` and returns milliseconds per call, one per block.
+@dataclass
+class Times:
+    """Milliseconds per call, and what PyTorch was set to while they were taken.
 
-    On a GPU every call is a block, timed by events with a cold L2. On a CPU a block is as many
-    calls as the clock needs, with the caches as the calls themselves leave them.
+    Attributes:
+        ms: on a GPU by events, every call with a cold L2, however late the host starts it; on a
+            CPU by the clock, a sample a block of calls.
+        call_ms: from call to call on a GPU, by the clock: a sample a block of calls that the host
+            starts one after the other. Where calls are small this is the host's time.
+        switches: the settings.
     """
-    if device.type == "cuda":
-        from triton.testing import do_bench
 
-        times: list[float] = do_bench(step, warmup=WARMUP_MS, rep=1e3 * seconds, return_mode="all")
-        return times
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    return [1e3 * t for t in timer.blocked_autorange(min_run_time=seconds).times]
+    switches: Switches
+    ms: list[float] = field(default_factory=list)
+    call_ms: list[float] = field(default_factory=list)
 
 
 def interleaved(
-    steps: Mapping[str, Step],
+    runs: Mapping[str, Run],
     context: Callable[[str], AbstractContextManager[object]],
     device: torch.device,
     seconds: float,
     rounds: int,
-) -> dict[str, list[float]]:
-    """Samples every step in turn, ``rounds`` times, so that a drifting clock favours none.
+) -> dict[str, Times]:
+    """Samples every run in turn, ``rounds`` times, so that a drifting clock favours none.
 
     Args:
-        steps: what to call, by name.
+        runs: what to call, by name.
         context: what to call it in, by name.
-        device: where the steps run.
-        seconds: time for each step, over all rounds.
+        device: where the runs compute.
+        seconds: time for each run, over all rounds; on a GPU for each of both clocks.
         rounds: how often the turn goes round; every other round runs backwards.
 
     Raises:
-        StepError: a step failed.
+        RunError: a run failed.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, Times] = {}
     for i in range(rounds):
-        for name in list(steps)[:: 1 if i % 2 == 0 else -1]:
+        for name in list(runs)[:: 1 if i % 2 == 0 else -1]:
             try:
                 with context(name):
-                    times[name] += sample(steps[name], device, seconds / rounds)
+                    taken = times.setdefault(name, Times(env.switches()))
+                    taken.ms += sample(runs[name], device, seconds / rounds)
+                    if device.type == "cuda":
+                        taken.call_ms += call_to_call(runs[name], device, seconds / rounds)
             except Exception as error:
-                raise StepError(name, error) from error
+                raise RunError(name, error) from error
     return times
+
+
+def sample(run: Run, device: torch.device, seconds: float) -> list[float]:
+    """Calls ``run`` for about ``seconds`` and returns milliseconds per call, as `Times.ms`."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        times: list[float] = do_bench(run, warmup=WARMUP_MS, rep=1e3 * seconds, return_mode="all")
+        return times
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return [1e3 * t for t in timer.blocked_autorange(min_run_time=seconds).times]
+
+
+def call_to_call(run: Run, device: torch.device, seconds: float) -> list[float]:
+    """Calls ``run`` for about ``seconds`` and returns milliseconds per call, as `Times.call_ms`."""
+    calls = 1
+    while (elapsed := _block(run, calls, device)) < BLOCK_SECONDS:
+        calls *= 2
+    blocks = max(MIN_BLOCKS, round(seconds / elapsed))
+    return [1e3 * _block(run, calls, device) / calls for _ in range(blocks)]
+
+
+def _block(run: Run, calls: int, device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """Returns the 20 %, 50 % and 80 % quantiles."""
+    p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return p20, p50, p80
 
 
 @functools.cache
@@ -81,28 +128,28 @@ def copy_gbps(device: torch.device) -> float:
     """Returns the bandwidth of a large copy on ``device``, reading and writing counted."""
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    times = sample(lambda: target.copy_(source), device, COPY_SECONDS)
-    median = torch.tensor(times).median().item()
+    _, median, _ = quantiles(sample(lambda: target.copy_(source), device, COPY_SECONDS))
     return 2 * source.numel() / median / 1e6
 
 
-def peak_memory_mb(step: Step, device: torch.device) -> float | None:
-    """Returns the most memory that one call holds on a GPU, its arguments included."""
+def peak_memory_mb(run: Run, device: torch.device) -> float | None:
+    """Returns the most memory that one call allocates on a GPU at a time."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step()
+    run()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / MEBI
+    return (torch.cuda.max_memory_allocated(device) - before) / MEBI
 
 
-def launches(step: Step, device: torch.device) -> int | None:
+def launches(run: Run, device: torch.device) -> int | None:
     """Returns how many kernels, copies and fills one call starts on a GPU."""
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
+        run()
         torch.cuda.synchronize(device)
     return len([event for event in profiler.events() if event.device_type.name == "CUDA"])
 

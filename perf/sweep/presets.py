@@ -7,11 +7,24 @@ from dataclasses import dataclass, replace
 
 from perf.rows.cases import LAYOUTS, LEVEL_OF, Case, DType, Layout, Level, Mode, make_case
 
-CORE = ("eager", "compile", "reference", "reference+compile", "triton", "triton+compile")
-UNCOMPILED = ("eager", "reference", "triton")
-ON_GPU = ("eager", "compile", "compile-max-autotune", "triton", "triton+compile")
-GRAPHED = (*ON_GPU, "triton+cudagraph")
-YARDSTICKS = (*GRAPHED, "timm-sk", "timm-se")
+CORE = (
+    "plain-eager",
+    "plain-compile",
+    "ours-pytorch-eager",
+    "ours-pytorch-compile",
+    "ours-triton-eager",
+    "ours-triton-compile",
+)
+UNCOMPILED = ("plain-eager", "ours-pytorch-eager", "ours-triton-eager")
+ON_GPU = (
+    "plain-eager",
+    "plain-compile",
+    "plain-max-autotune",
+    "ours-triton-eager",
+    "ours-triton-compile",
+)
+GRAPHED = (*ON_GPU, "ours-triton-cudagraph")
+YARDSTICKS = (*GRAPHED, "timm-sk-eager", "timm-se-eager")
 
 
 @dataclass(frozen=True)
@@ -132,7 +145,7 @@ PRESETS = {
         rounds=4,
         budget=170,
     ),
-    # The modules that `accelerate` knows, before (eager, compile) and after it (the rest), in the
+    # The modules that `accelerate` knows, before (plain) and after it (ours), in the
     # batches that two cores take. Compiling takes most of the time: it is left to flags in
     # channels_last, and where the compiled graph is that of timm's module.
     "family": Preset(
@@ -172,7 +185,7 @@ PRESETS = {
                 dtypes=("autocast",),
                 layouts=("channels_last",),
                 batches=(64,),
-                providers=(*CORE, "timm-sk", "timm-se"),
+                providers=(*CORE, "timm-sk-eager", "timm-se-eager"),
             ),
             Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
             Grid(
@@ -181,7 +194,12 @@ PRESETS = {
                 dtypes=("bf16",),
                 layouts=("channels_last",),
                 batches=(32,),
-                providers=("eager", "compile", "triton", "triton+compile"),
+                providers=(
+                    "plain-eager",
+                    "plain-compile",
+                    "ours-triton-eager",
+                    "ours-triton-compile",
+                ),
             ),
             Grid(
                 ("sk_conv",),
@@ -189,7 +207,12 @@ PRESETS = {
                 dtypes=("bf16",),
                 layouts=("channels_last",),
                 batches=(32,),
-                providers=("eager", "compile", "triton", "triton+compile"),
+                providers=(
+                    "plain-eager",
+                    "plain-compile",
+                    "ours-triton-eager",
+                    "ours-triton-compile",
+                ),
             ),
             Grid(
                 ("sk_fuse_select", "sk_fuse", "sk_select"),
@@ -197,7 +220,7 @@ PRESETS = {
                 layouts=("channels_last", "nchw"),
                 batches=(32,),
                 stages=(2, 3, 4),
-                providers=("eager", "compile", "triton"),
+                providers=("plain-eager", "plain-compile", "ours-triton-eager"),
             ),
             Grid(
                 ("sk_fuse_select", "sk_fuse", "sk_select"),
@@ -205,7 +228,7 @@ PRESETS = {
                 layouts=("nchw",),
                 Ms=(2, 3),
                 batches=(32,),
-                providers=("eager", "compile", "triton"),
+                providers=("plain-eager", "plain-compile", "ours-triton-eager"),
             ),
             Grid(
                 ("sk_fuse_select", "sk_fuse", "sk_select"),
@@ -213,7 +236,7 @@ PRESETS = {
                 layouts=("channels_last",),
                 batches=(1, 8, 256),
                 resolutions=(160, 224, 320),
-                providers=("eager", "compile", "triton"),
+                providers=("plain-eager", "plain-compile", "ours-triton-eager"),
             ),
             Grid(
                 ("sk_unit",),
@@ -229,14 +252,20 @@ PRESETS = {
                 layouts=("channels_last",),
                 batches=(1, 8, 128),
                 resolutions=(224, 320),
-                providers=("eager", "triton", "triton+cudagraph", "timm-sk", "timm-se"),
+                providers=(
+                    "plain-eager",
+                    "ours-triton-eager",
+                    "ours-triton-cudagraph",
+                    "timm-sk-eager",
+                    "timm-se-eager",
+                ),
             ),
             Grid(
                 ("sknet26", "sknet101"),
                 dtypes=("autocast",),
                 layouts=("channels_last",),
                 batches=(32,),
-                providers=("eager", "triton"),
+                providers=("plain-eager", "ours-triton-eager"),
             ),
         ),
         seconds=0.3,

@@ -1,20 +1,20 @@
 """Who carries a case out: whose code, on which backend, wrapped in what."""
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sknet_triton as skt
 from perf.peers import competitors
 from perf.rows.cases import Case
+from perf.sweep.steps import Captured, Recorded, Results, Step
 from perf.sweep.workloads import Call, Source
 
-Wrap = Literal["none", "compile", "max-autotune", "cudagraph"]
-
-BASELINE = "eager"
+Wrap = Literal["eager", "compile", "max-autotune", "max-autotune-no-cudagraphs", "cudagraph"]
 
 
 @dataclass(frozen=True)
@@ -22,56 +22,77 @@ class Provider:
     """One way to carry a case out.
 
     Attributes:
-        name: as the CSV and the command line call it.
         source: whose module it is.
+        wrap: how it is called; eager is as it is.
         backend: what carries out the stages of our modules.
-        wrap: what is done to the module before it is called.
     """
 
-    name: str
     source: Source
+    wrap: Wrap = "eager"
     backend: skt.Backend = "reference"
-    wrap: Wrap = "none"
+
+    @property
+    def code(self) -> str:
+        """Whose code runs: plain, port, ours-pytorch (no Triton), ours-triton, timm's."""
+        if self.source != "ours":
+            return self.source
+        return "ours-triton" if self.backend == "triton" else "ours-pytorch"
+
+    @property
+    def name(self) -> str:
+        """Whose code runs and how, as the CSV, the command line and the figures say it."""
+        return f"{self.code}-{self.wrap}"
 
     @property
     def oracle(self) -> Source:
-        """Whose module in float64 says what is right: plain PyTorch's for ours."""
-        return "plain" if self.source == "ours" else self.source
+        """Whose module in float64 says what is right: plain's where the parameters are ours."""
+        return "plain" if self.source in ("ours", "port") else self.source
 
     @property
     def compiles(self) -> bool:
         """Whether the first call is a compilation."""
-        return self.wrap in ("compile", "max-autotune")
+        return self.wrap in ("compile", "max-autotune", "max-autotune-no-cudagraphs")
 
     def unavailable(self, case: Case, device: torch.device) -> str | None:
         """Tells why this provider cannot carry out ``case`` on ``device``; None where it can."""
         if self.source == "timm-sk" or self.source == "timm-se":
             return competitors.unavailable(self.source, case)
+        if self.source == "port" and case.level in ("op", "family"):
+            return "a port is a layer or a whole network"
         if self.backend == "triton" and importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if (self.backend == "triton" or self.wrap not in ("none", "compile")) and (
+        if (self.backend == "triton" or self.wrap not in ("eager", "compile")) and (
             device.type != "cuda"
         ):
             return f"{self.name} needs a GPU, and there is none"
-        if self.wrap in ("max-autotune", "cudagraph") and case.mode == "bwd":
+        if self.graphed and case.mode == "bwd":
             # Replaying the backward pass alone would read memory that it has already reused.
             return "a CUDA graph replays one backward pass after each forward pass"
         if self.wrap == "cudagraph" and case.level == "workload":
             return "a graph replays one fixed batch and cannot learn the digits"
         return None
 
-    def wrapped(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Call:
+    @property
+    def graphed(self) -> bool:
+        """Whether calls replay a CUDA graph."""
+        return self.wrap in ("max-autotune", "cudagraph")
+
+    def wrapped(self, module: nn.Module) -> Call:
         """Returns ``module`` as this provider calls it."""
-        options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        if not self.compiles:
+            return module
+        mode = None if self.wrap == "compile" else self.wrap
+        return torch.compile(module, mode=mode, fullgraph=True, dynamic=False)
+
+    def prepared(self, step: Step) -> Callable[[], Results]:
+        """Returns ``step`` as this provider repeats it, on the very tensors of the step."""
         match self.wrap:
-            case "none":
-                return module
-            case "compile":
-                return torch.compile(module, **options)
-            case "max-autotune":
-                return torch.compile(module, mode="max-autotune", **options)
             case "cudagraph":
-                return cast(Call, torch.cuda.make_graphed_callables(module, inputs))
+                return Captured(step)
+            case "max-autotune":
+                return Recorded(step)
+            case _:
+                return step
 
     def active(self) -> skt.use_backend:
         """Returns a context in which our modules take this provider's backend."""
@@ -81,18 +102,24 @@ class Provider:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider(BASELINE, "plain"),
-        Provider("compile", "plain", wrap="compile"),
-        Provider("compile-max-autotune", "plain", wrap="max-autotune"),
-        Provider("reference", "ours"),
-        Provider("reference+compile", "ours", wrap="compile"),
-        Provider("triton", "ours", backend="triton"),
-        Provider("triton+compile", "ours", backend="triton", wrap="compile"),
-        Provider("triton+cudagraph", "ours", backend="triton", wrap="cudagraph"),
-        Provider("timm-sk", "timm-sk"),
-        Provider("timm-se", "timm-se"),
+        Provider("plain"),
+        Provider("plain", "compile"),
+        Provider("plain", "max-autotune"),
+        Provider("plain", "max-autotune-no-cudagraphs"),
+        Provider("port"),
+        Provider("port", "compile"),
+        Provider("ours"),
+        Provider("ours", "compile"),
+        Provider("ours", backend="triton"),
+        Provider("ours", "compile", backend="triton"),
+        Provider("ours", "cudagraph", backend="triton"),
+        Provider("timm-sk"),
+        Provider("timm-sk", "compile"),
+        Provider("timm-se"),
+        Provider("timm-se", "compile"),
     )
 }
+BASELINE = Provider("plain").name
 
 # The plain module that is called as a provider of ours calls ours.
 BEFORE = {

@@ -1,20 +1,23 @@
 """The sweep: goes through the jobs, keeps every row, and ends in time or by ^C with what it has."""
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
 
+import torch
+
 from perf.rows import env
 from perf.rows.schema import Row, key_of
 from perf.rows.store import Store
-from perf.sweep.contest import Conditions, measure_case
+from perf.sweep.contest import Conditions, DeviceLostError, measure_case
 from perf.sweep.presets import Job
 from perf.sweep.progress import Progress
 from perf.sweep.providers import PROVIDERS
 
-Ending = Literal["complete", "budget", "interrupt"]
+Ending = Literal["complete", "budget", "interrupt", "lost"]
 
 
 class BudgetSpentError(BaseException):
@@ -30,12 +33,22 @@ def sweep(
     budget: float | None,
     progress: Progress,
 ) -> Ending:
-    """Measures every job that ``store`` has no row of, appends its rows, and tells why it ended."""
+    """Measures every job that ``store`` has no row of, appends its rows, and tells why it ended.
+
+    A device that is lost in the middle of a case leaves no row of that case, so that the sweep can
+    be resumed in a process with a new hold on the device.
+    """
+    if conditions.device.type == "cuda":
+        # What times and synchronises takes the current device.
+        torch.cuda.set_device(conditions.device)
     try:
         with _deadline(budget):
             for job in unfinished(jobs, store):
                 with progress.working_on(job):
                     _measure(job, store, conditions, ranks)
+    except DeviceLostError as error:
+        print(f"{job.case.label}: the device is lost: {error}", file=sys.stderr)
+        return "lost"
     except KeyboardInterrupt:
         return "interrupt"
     except BudgetSpentError:

@@ -1,0 +1,468 @@
+"""What the harness does on a GPU, with CUDA's answers put in by stubs."""
+
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perf.__main__ import main
+from perf.peers import baseline
+from perf.rows import env, schema
+from perf.rows.cases import Case, make_case
+from perf.rows.schema import Result
+from perf.static.saved import MEBI
+from perf.sweep import contest, gate, measure, sweep, workloads
+from perf.sweep.contest import Conditions, DeviceLostError
+from perf.sweep.providers import PROVIDERS, Provider
+from perf.sweep.steps import Captured, Recorded, Step, evaluate, settings
+from perf.sweep.workloads import Source
+from tests.cuda_stubs import graphs  # noqa: F401  # a fixture
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
+PLAIN, OURS = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def small(workload: str, mode: str, **axes: object) -> Case:
+    return make_case(workload, mode, **{"batch": 4, "resolution": 32, **axes})  # type: ignore[arg-type]
+
+
+# Switches
+
+
+def test_cudnn_is_on_where_a_layer_is_timed() -> None:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        result = contest.measure_case(small("sk_conv", "infer"), (OURS,), CONDITIONS)[OURS.name]
+    finally:
+        torch.backends.cudnn.enabled = before
+    assert (result.cudnn, result.cudnn_benchmark, result.cudnn_deterministic) == (True, True, False)
+    assert (result.cudnn_tf32, result.matmul_tf32) == (False, False)
+    assert result.timed_threads == 1
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_tf32_is_what_the_dtype_says(dtype: str, tf32: bool) -> None:
+    with settings(small("sk_conv", "infer", dtype=dtype)):
+        now = env.switches()
+    assert (now.cudnn_tf32, now.matmul_tf32) == (tf32, tf32)
+
+
+def test_switches_are_read_while_timing_and_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def without_cudnn(case: Case) -> Iterator[None]:
+        with settings(case), torch.backends.cudnn.flags(enabled=False):
+            yield
+
+    monkeypatch.setattr(contest, "settings", without_cudnn)
+    result = contest.measure_case(small("sk_fuse", "infer"), (PLAIN,), CONDITIONS)[PLAIN.name]
+    assert (result.status, result.cudnn) == ("ok", False)
+
+
+# Networks are judged on a part of the batch
+
+
+@pytest.mark.parametrize(
+    ("workload", "mode", "batch", "judged"),
+    [
+        ("sknet50", "infer", 128, 8),
+        ("sknet50", "train", 12, 6),
+        ("sknet50", "train", 4, 4),
+        ("sknet50", "train", 11, 11),
+        ("sk_unit", "train", 128, 128),
+        ("digits", "train", 64, 64),
+    ],
+)
+def test_float64_sees_few_images_of_a_network(
+    workload: str, mode: str, batch: int, judged: int
+) -> None:
+    case = make_case(workload, mode, batch=batch)  # type: ignore[arg-type]
+    assert judged == workloads.judged(case).B
+    assert workloads.judged(workloads.judged(case)) == workloads.judged(case)
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_a_network_is_judged_on_eight_images_once(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    consulted: list[int] = []
+    consult = gate.consult
+
+    def spy(make: object, case: Case, inputs: tuple[Tensor, ...], seed: int) -> gate.Oracle:
+        consulted.append(case.B)
+        assert len(inputs[0]) == case.B
+        return consult(make, case, inputs, seed)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gate, "consult", spy)
+    case = small("sknet26", mode, batch=16)
+    results = contest.measure_case(case, (PLAIN, OURS), CONDITIONS)
+    assert consulted == [8]
+    for result in results.values():
+        assert (result.status, result.reason, result.judged_batch) == ("ok", "", 8)
+
+
+class _WrongInTheLastImage(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return torch.cat([out[:-1], 1.1 * out[-1:]])
+
+
+def test_a_fault_beyond_the_judged_images_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = workloads.WORKLOADS["sknet26"]
+    wrong = replace(workload, ours=lambda case: _WrongInTheLastImage(workload.ours(case)))
+    monkeypatch.setitem(workloads.WORKLOADS, "sknet26", wrong)
+    monkeypatch.setattr(workloads, "parameters", _plain_of_the_inside(workloads.parameters))
+    case = small("sknet26", "infer", batch=16)
+    result = contest.measure_case(case, (OURS,), CONDITIONS)[OURS.name]
+    assert result.status == "unverified"
+
+
+def _plain_of_the_inside(
+    parameters: Callable[[Case, Source, int], nn.Module],
+) -> Callable[[Case, Source, int], nn.Module]:
+    def wrapped(case: Case, source: Source, seed: int) -> nn.Module:
+        module = parameters(case, "ours", seed)
+        assert isinstance(module, _WrongInTheLastImage)
+        return baseline.with_plain_convs(module.net) if source == "plain" else module
+
+    return wrapped
+
+
+def test_an_oracle_that_fails_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    def out_of_memory(*_: object) -> gate.Oracle:
+        nonlocal asked
+        asked += 1
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(gate, "consult", out_of_memory)
+    results = contest.measure_case(small("sknet26", "infer", batch=16), (PLAIN, OURS), CONDITIONS)
+    assert asked == 1
+    for result in results.values():
+        assert result.status == "oom"
+        assert result.reason == "the check of 8 images: OutOfMemoryError: no room"
+
+
+# Graphs
+
+
+def step_of(case: Case) -> Step:
+    module = workloads.parameters(case, "plain", seed=0)
+    module = workloads.place_module(module, case, CPU)
+    return Step(case, module, module, workloads.inputs(case, 0, CPU), 0)
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("dtype", ["fp32", "autocast"])
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_a_graph_replays_on_the_tensors_that_it_captured(mode: str, dtype: str) -> None:
+    case = small("sk_conv", mode, dtype=dtype)
+    step, plain = step_of(case), step_of(case)
+    with settings(case):
+        run = Captured(step)
+        addresses = [x.data_ptr() for x in step.inputs]
+        for seed in (0, 1):
+            if seed:
+                step.load(workloads.inputs(case, seed, CPU), seed)
+                plain.load(workloads.inputs(case, seed, CPU), seed)
+            graphed, eager = evaluate(step, run), evaluate(plain, plain)
+            torch.testing.assert_close(graphed.out, eager.out)
+            for name, grad in eager.grads.items():
+                torch.testing.assert_close(graphed.grads[name], grad)
+    assert [x.data_ptr() for x in step.inputs] == addresses
+    assert mode == "infer" or len(graphed.grads) > 1
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_a_compiled_graph_is_told_that_inputs_stay(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    said: list[int] = []
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda x: said.append(x.data_ptr()))
+    seen: list[int] = []
+    case = small("sk_select", mode)
+    step = step_of(case)
+    call = step.call
+
+    def spy(*inputs: Tensor) -> Tensor:
+        seen.extend(x.data_ptr() for x in inputs)
+        return call(*inputs)
+
+    step.call = spy
+    with settings(case):
+        run = Recorded(step)
+        run()
+        run()
+    assert seen == 2 * said
+
+
+def test_max_autotune_has_a_provider_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options["mode"]))
+    with_graphs = PROVIDERS["plain-max-autotune"]
+    without = PROVIDERS["plain-max-autotune-no-cudagraphs"]
+    for provider in (with_graphs, without, PROVIDERS["plain-compile"]):
+        provider.wrapped(nn.ReLU())
+    assert asked == ["max-autotune", "max-autotune-no-cudagraphs", None]
+    assert (with_graphs.graphed, without.graphed) == (True, False)
+    assert without.unavailable(small("sk_select", "bwd"), GPU) is None
+
+
+def test_the_timed_step_runs_on_the_judged_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+
+    class Spy(nn.Module):
+        def forward(self, *branches: Tensor) -> Tensor:
+            seen.update(x.data_ptr() for x in branches)
+            out: Tensor = baseline.PlainFuse()(*branches)
+            return out
+
+    spying = replace(workloads.WORKLOADS["sk_fuse"], ours=lambda case: Spy())
+    monkeypatch.setitem(workloads.WORKLOADS, "sk_fuse", spying)
+    case = small("sk_fuse", "train")
+    assert contest.measure_case(case, (OURS,), CONDITIONS)[OURS.name].status == "ok"
+    assert len(seen) == case.M
+
+
+# Clocks and counters
+
+
+def test_two_times_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import testing
+
+    waits = 0
+
+    def synchronize(device: torch.device) -> None:
+        nonlocal waits
+        waits += 1
+
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(1e-3)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(testing, "do_bench", lambda *_, **__: [0.25, 0.25])
+    times = measure.interleaved({"a": run}, lambda name: nullcontext(), GPU, 0.1, 2)["a"]
+    assert times.ms == [0.25] * 4
+    assert len(times.call_ms) >= 2 * measure.MIN_BLOCKS
+    assert min(times.call_ms) > 1.0
+    # The host waits for the GPU at both ends of a block, and not between its calls.
+    assert waits < calls / 2
+
+
+def test_both_times_are_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_up(runs: dict[str, object], *_: object) -> dict[str, measure.Times]:
+        return {name: measure.Times(env.switches(), [1.0, 2.0, 3.0], [4.0]) for name in runs}
+
+    monkeypatch.setattr(measure, "interleaved", made_up)
+    result = contest.measure_case(small("sk_fuse", "infer"), (PLAIN,), CONDITIONS)[PLAIN.name]
+    assert (result.ms_p50, result.call_ms_p50, result.n) == (2.0, 4.0, 3)
+
+
+def test_launches_are_counted_once_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[object] = []
+
+    def launches(run: object, device: torch.device) -> int:
+        counted.append(run)
+        return 7
+
+    monkeypatch.setattr(measure, "launches", launches)
+    results = contest.measure_case(small("sk_fuse", "infer"), (PLAIN, OURS), CONDITIONS)
+    assert [result.launches for result in results.values()] == [7, 7]
+    assert len(counted) == 2
+
+
+def test_what_a_profile_counts_as_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(kind: str) -> SimpleNamespace:
+        return SimpleNamespace(device_type=SimpleNamespace(name=kind))
+
+    @contextmanager
+    def profiled(activities: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(events=lambda: [event("CUDA"), event("CPU"), event("CUDA")])
+
+    monkeypatch.setattr(measure, "profile", profiled)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert measure.launches(lambda: None, GPU) == 2
+    assert measure.launches(lambda: None, CPU) is None
+
+
+def test_peak_memory_is_the_steps_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated, peak = 5 * MEBI, 9 * MEBI
+
+    def reset(device: torch.device) -> None:
+        nonlocal peak
+        peak = allocated
+
+    def run() -> None:
+        nonlocal peak
+        peak = allocated + 3 * MEBI
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    assert measure.peak_memory_mb(run, GPU) == 3.0
+
+
+# A device that is lost
+
+
+def illegal_access(device: torch.device) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_an_error_that_stays_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "synchronize", illegal_access)
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        contest.failure(error, GPU)
+    assert contest.failure(error, CPU).status == "error"
+
+
+def test_an_error_that_is_over_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([RuntimeError("CUDA error: the error of before"), None])
+
+    def synchronize(device: torch.device) -> None:
+        answer = next(answers)
+        if answer:
+            raise answer
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert contest.failure(RuntimeError("out of resource: shared memory"), GPU).status == "error"
+
+
+def test_a_lost_device_ends_the_run_with_its_rows_safe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[Case] = []
+
+    def measure_case(
+        case: Case, providers: tuple[Provider, ...], conditions: Conditions
+    ) -> dict[str, Result]:
+        if len(measured) == 2 and lost:
+            raise DeviceLostError("an illegal memory access")
+        measured.append(case)
+        return {provider.name: Result("ok", ms_p50=1.0) for provider in providers}
+
+    monkeypatch.setattr(sweep, "measure_case", measure_case)
+    out = tmp_path / "rows.csv"
+    run = ["run", "--level", "op", "--batch", "1", "2", "--provider", PLAIN.name, "--out", str(out)]
+    lost = True
+    assert main(run) == 1
+    said = capsys.readouterr()
+    assert "the device is lost: an illegal memory access" in said.err
+    assert len(schema.read(out)) == 2
+    lost = False
+    assert main([*run, "--resume"]) == 0
+    assert len(schema.read(out)) == len(measured) == len(set(measured))
+
+
+def test_a_sweep_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    second = torch.device("cuda", 1)
+    sweep.sweep(
+        [],
+        None,  # type: ignore[arg-type]  # nothing is measured
+        replace(CONDITIONS, device=second),
+        ranks=2,
+        budget=None,
+        progress=None,  # type: ignore[arg-type]  # nothing is shown
+    )
+    assert taken == [second]
+
+
+# Peers
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_a_port_computes_what_the_plain_modules_compute(mode: str) -> None:
+    case = small("sknet26", mode)
+    results = contest.measure_case(case, (PROVIDERS["port-eager"],), CONDITIONS)
+    assert results["port-eager"].status == "ok"
+
+
+def test_peers_are_compiled_as_well() -> None:
+    for name in ("timm-sk-compile", "timm-se-compile", "port-compile"):
+        assert PROVIDERS[name].wrap == "compile"
+
+
+# The environment
+
+
+@pytest.fixture
+def smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Puts a program of ours in the place of nvidia-smi; the test writes what it does."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nexit 9\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    properties = SimpleNamespace(uuid="0123-45")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 MIG 1g.10gb")
+    env._driver.cache_clear()
+    yield program
+    env._driver.cache_clear()
+
+
+ANSWERS = """#!/bin/sh
+case "$*" in
+*--id=GPU-0123-45*clocks.sm*) {clock} ;;
+*--id=*) exit 6 ;;
+*driver_version*) {driver} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("clock", "driver", "expected"),
+    [
+        ("echo 1980", "echo 580.1", (1980, "580.1")),
+        ("echo '[N/A]'", "echo '[N/A]'", (0, "")),
+        ("echo '[Not Supported]'", "printf '580.1\\n580.1\\n'", (0, "580.1")),
+        ("echo 'No devices were found'; exit 6", "echo 580.1", (0, "580.1")),
+        ("echo No devices were found", "echo 580.1", (0, "580.1")),
+        ("exec sleep 60", "exec sleep 60", (0, "")),
+    ],
+    ids=["a GPU", "not available", "several GPUs", "MIG", "MIG without a status", "it hangs"],
+)
+def test_what_nvidia_smi_answers(
+    monkeypatch: pytest.MonkeyPatch, smi: Path, clock: str, driver: str, expected: tuple[int, str]
+) -> None:
+    monkeypatch.setattr(env, "ANSWER_SECONDS", 1.0)
+    smi.write_text(ANSWERS.format(clock=clock, driver=driver))
+    now = env.snapshot(GPU, seed=0, ranks=1)
+    assert (now.sm_clock_mhz, now.driver) == expected
+    assert now.gpu == "NVIDIA H100 MIG 1g.10gb"
+
+
+def test_a_copy_without_git_has_the_commit_of_its_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    env._git_state.cache_clear()
+    monkeypatch.setattr(env, "CHECKOUT", tmp_path)
+    monkeypatch.setenv(env.COMMIT_VARIABLE, "abc123")
+    try:
+        assert (env.snapshot(CPU, 0, 1).git_sha, env.snapshot(CPU, 0, 1).git_dirty) == (
+            "abc123",
+            False,
+        )
+    finally:
+        env._git_state.cache_clear()
