@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
-from sknet_triton import SKConv, SKNet, StageSpec, sknet50, use_backend
+from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, sknet50, use_backend
 from tests.helpers import needs_compiler
 from tests.plain_sknet import largest_error, scramble
 
@@ -99,6 +100,35 @@ def test_inductor_infers_like_eager_and_keeps_channels_last(backend: str) -> Non
         out = torch.compile(module, fullgraph=True, backend=backend)(x)
         assert out.is_contiguous(memory_format=torch.channels_last)
         assert largest_error(out, module(x)) < EXACT
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
+)
+def test_inductor_copies_nothing_between_convolutions_and_operators(
+    layout: torch.memory_format, training: bool
+) -> None:
+    # A unit: what reduce gives is the one tensor of the branches' size that Inductor writes itself.
+    unit = SKUnit(24, 16, G=4).train(training)
+    unit.to(memory_format=layout)  # type: ignore[call-overload]
+    x = torch.randn(2, 24, 7, 6).contiguous(memory_format=layout)
+
+    def run() -> None:
+        with torch.set_grad_enabled(training):
+            out = torch.compile(unit, fullgraph=True)(x)
+            if training:
+                torch.autograd.backward(out.sum())
+
+    with use_backend("triton"), torch._inductor.config.patch(force_disable_caches=True):
+        _, (code, *backward) = run_and_get_code(run)
+    assert "torch.ops.sknet_triton.sk_out" in code
+    written = "empty_strided_cpu((2, 16, 7, 6)"
+    assert code.count(written) <= 1
+    assert len(backward) == training
+    assert not any(written in each for each in backward)
 
 
 # On a GPU both record graphs and replay them; on a CPU the first compiles as the default does.

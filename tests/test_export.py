@@ -25,7 +25,8 @@ from sknet_triton import (
     functional,
     use_backend,
 )
-from tests.helpers import needs_compiler, source_environment
+from tests.helpers import BACKENDS, needs_compiler, outcome, source_environment
+from tests.helpers import assert_same as assert_same_step
 from tests.plain_sknet import largest_error, scramble
 
 # float64, so that another order of operations is all that may differ: see test_layers.py.
@@ -175,6 +176,24 @@ def test_a_program_holds_the_batch_norms_that_others_know_how_to_fold() -> None:
     names = [str(node.target) for node in program.graph.nodes]
     assert sum("batch_norm" in name for name in names) == 3
     assert not any("autocast" in name or "set_grad_enabled" in name for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_program_has_the_modules_gradients(
+    backend: Backend, strict: bool, training: bool
+) -> None:
+    module = scramble(SKNet(TINY if backend == "triton" else SMALL, num_classes=5)).double()
+    module.train(training)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with use_backend(backend):
+        exported = torch.export.export(copy.deepcopy(module), (x,), strict=strict).module()
+        expected, actual = outcome(module, module, x), outcome(exported, exported, x)
+    # A program may drop the buffers that it does not read.
+    expected = {k: t for k, t in expected.items() if k in actual or "num_batches" not in k}
+    assert_same_step(actual, expected, bound=EXACT)
 
 
 @pytest.mark.slow
