@@ -41,10 +41,9 @@ def check_section(
     """Checks what `functional.sk_fuse_select` takes beside the branches.
 
     Raises:
-        ValueError: a shape does not fit, the norms disagree, running statistics are missing, or a
-            batch has one value a channel where its statistics are taken.
+        ValueError: a shape does not fit, the norms disagree, or running statistics are missing.
     """
-    (B, C), M = xs[0].shape[:2], len(xs)
+    C, M = xs[0].shape[1], len(xs)
     if len(norms) != M:
         raise ValueError(f"norms: expected one a branch, {M}, got {len(norms)}")
     for i, n in enumerate(norms):
@@ -74,13 +73,23 @@ def check_section(
             f"fc2_weight: expected shape [M * C, d] = {(M * C, fc1_weight.shape[0])}, "
             f"got {tuple(fc2_weight.shape)}"
         )
-    if norms[0].batch_stats and not norms[0].group and B * math.prod(xs[0].shape[2:]) < 2:
+
+
+def check_counts(x: Tensor, batch_stats: bool, fc1_batch_stats: bool) -> None:
+    """Checks that a batch like ``x`` [B, C, *spatial] has the statistics that are asked of it.
+
+    Raises:
+        ValueError: there is one value a channel.
+    """
+    if batch_stats and x.shape[0] * math.prod(x.shape[2:]) < 2:
         raise ValueError(
             "branches: batch statistics need more than one value a channel, "
-            f"got shape {tuple(xs[0].shape)}"
+            f"got shape {tuple(x.shape)}"
         )
-    if fc1_norm.batch_stats and not fc1_norm.group and B < 2:
-        raise ValueError(f"branches: fc1's batch statistics need a batch of at least 2, got {B}")
+    if fc1_batch_stats and x.shape[0] < 2:
+        raise ValueError(
+            f"branches: fc1's batch statistics need a batch of at least 2, got {x.shape[0]}"
+        )
 
 
 def checked_branches(branches: Sequence[Tensor] | Tensor, branch_dim: int | None) -> list[Tensor]:

@@ -20,7 +20,7 @@ from sknet_kernels.layout import as_bcs
 from sknet_kernels.norms import Norms
 from sknet_triton import ops, reference
 from sknet_triton.backend import in_transform, needs_plain_backward, takes_triton
-from sknet_triton.checks import check_logits, check_section, checked_branches
+from sknet_triton.checks import check_counts, check_logits, check_section, checked_branches
 from sknet_triton.reference.collectives import sum_over
 from sknet_triton.reference.common import accumulation_dtype, no_autocast
 from sknet_triton.reference.passes import REFERENCE, Passes, positions
@@ -181,9 +181,8 @@ def sk_fuse_select(
     # The one group of the norms that take statistics, which the check has seen to.
     group = norm.group if norm.batch_stats else fc1_norm.group if fc1_norm.batch_stats else ""
     way = way_of(xs[0])
-    if way == "kernels":
-        check_limits(xs)
     if way == "composed" and not group:
+        check_counts(xs[0], norm.batch_stats, fc1_norm.batch_stats)
         out, means, variances, fc1_mean, fc1_var = reference.composed(
             xs, norms, fc1_weight, fc1_bias, fc1_norm, fc2_weight, fc2_bias
         )
@@ -253,16 +252,25 @@ def fused(
         fc1_batch_stats: whether fc1's norm does.
         group: names the process group that they are taken over; empty for this process.
 
+    Raises:
+        TypeError: ``way`` is "kernels" and they have none for the dtype.
+        ValueError: ``way`` is "kernels" and the branches outnumber what they take, or a batch has
+            one value a channel where its statistics are taken.
+
     Returns:
         V; mean and unbiased variance of the branches [2, M, C] and of fc1's output [2, d], None
         where they were not taken. The caller may write into the statistics.
     """
-    four = [x for vectors in norms[:4] for x in vectors]
-    fc1_four = [x for vectors in fc1_norm[:4] for x in vectors]
-    vectors = [*four, fc1_bias, *fc1_four, fc2_bias]
-    if not all(x is None or x.is_contiguous() for x in vectors):  # kernels read them as such
-        vectors = [x if x is None else x.contiguous() for x in vectors]
-    tensors = (*branches, fc1_weight, fc2_weight, *vectors)
+    if not group:
+        check_counts(branches[0], batch_stats, fc1_batch_stats)
+    if way == "kernels":
+        check_limits(branches)
+    vectors = [*sum(norms[:4], ()), fc1_bias, *sum(fc1_norm[:4], ()), fc2_bias]
+    if not all([x is None or x.is_contiguous() for x in vectors]):  # noqa: C419 - asked every call
+        vectors = [x if x is None else x.contiguous() for x in vectors]  # as kernels read them
+    tensors: Sequence[Tensor | None] = (*branches, fc1_weight, fc2_weight, *vectors)
+    if torch.compiler.is_dynamo_compiling():
+        tensors = _distinct(tensors)
     steps = "reference" if way != "kernels" else "operators" if _watched(tensors) else "launchers"
     settings = Settings(
         len(branches), norms.eps, fc1_norm.eps, batch_stats, fc1_batch_stats, group, steps
@@ -271,15 +279,25 @@ def fused(
         # torch leaves Function.apply untyped.
         results: Results = SKFuseSelect.apply(settings, *tensors)  # type: ignore[no-untyped-call]
         return results
-    with _planned(settings, tensors):
+    with no_autocast(branches[0]), _planned(settings, tensors):
         (out, kept, fc1_kept), _ = _forward(Arguments.of(settings, tensors), settings)
-    return _as_wanted(out, branches[0]), kept, fc1_kept
+    return _like(branches[0], out), kept, fc1_kept
 
 
 Results: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 
 _STEPS = {"reference": REFERENCE, "launchers": ops.LAUNCHERS, "operators": ops.OPERATORS}
 _PLAIN = (Tensor, nn.Parameter, type(None))
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns the tensors, those that come again as views: Dynamo takes no argument twice."""
+    found: list[Tensor | None] = []
+    for x in tensors:
+        if x is not None and any(x is other for other in found):
+            x = x.view_as(x)
+        found.append(x)
+    return found
 
 
 def _watched(tensors: Sequence[Tensor | None]) -> bool:
@@ -344,19 +362,13 @@ class Arguments(NamedTuple):
         """Takes them apart from the order in which `fused` lays them end to end."""
         M = settings.M
         branches, (fc1_weight, fc2_weight) = tuple(tensors[:M]), tensors[M : M + 2]
-        mean, var, weight, bias = (tuple(tensors[i * M + 2 : (i + 1) * M + 2]) for i in range(1, 5))
-        fc1_bias, *fc1, fc2_bias = tensors[5 * M + 2 :]
+        four, rest = tuple(tensors[M + 2 : 5 * M + 2]), tensors[5 * M + 2 :]
+        norms = Norms(four[:M], four[M : 2 * M], four[2 * M : 3 * M], four[3 * M :], settings.eps)
+        fc1_bias, mean, var, weight, bias, fc2_bias = rest
+        fc1_norm = Norms((mean,), (var,), (weight,), (bias,), settings.fc1_eps)
         if settings.steps == "launchers":  # one view each, rather than one a step
             branches = tuple([as_bcs(x) for x in branches])
-        return cls(
-            branches,
-            Norms(mean, var, weight, bias, settings.eps),
-            fc1_weight,
-            fc1_bias,
-            Norms((fc1[0],), (fc1[1],), (fc1[2],), (fc1[3],), settings.fc1_eps),
-            fc2_weight,
-            fc2_bias,
-        )
+        return cls(branches, norms, fc1_weight, fc1_bias, fc1_norm, fc2_weight, fc2_bias)
 
 
 class Saved(NamedTuple):
@@ -408,9 +420,15 @@ def _forward(a: Arguments, settings: Settings) -> tuple[Results, Saved]:
 
 def _backward(
     dout: Tensor, a: Arguments, saved: Saved, settings: Settings
-) -> tuple[Tensor | None, ...]:
-    """Carries out the backward in 3M + 2 passes; returns a gradient for every tensor of `fused`."""
+) -> tuple[Sequence[Tensor], tuple[Tensor | None, ...]]:
+    """Carries out the backward in 3M + 2 passes.
+
+    Returns:
+        The gradients of the branches, and one or None for every other tensor of `fused`.
+    """
     passes, S = settings.passes, positions(dout)
+    if settings.steps == "launchers":
+        dout = as_bcs(dout)
     norms, fc1_norm = _applied(a.norms, saved.stats), _applied(a.fc1_norm, saved.fc1_stats)
     sums, dlogits, dz = passes.hidden_bwd(dout, a.branches, saved.logits, norms, a.fc2_weight)
     arguments = (
@@ -441,7 +459,7 @@ def _backward(
     nothing = (None,) * (2 * settings.M)
     weights, norms_wb = (fc1_weight, fc2_weight), (*gamma.unbind(), *beta.unbind())
     fc1 = (fc1_bias, None, None, fc1_gamma, fc1_beta)
-    return (*dbranches, *weights, *nothing, *norms_wb, *fc1, fc2_bias)
+    return dbranches, (*weights, *nothing, *norms_wb, *fc1, fc2_bias)
 
 
 class SKFuseSelect(torch.autograd.Function):
@@ -456,7 +474,7 @@ class SKFuseSelect(torch.autograd.Function):
         """Returns V and the statistics."""
         with no_autocast(tensors[0]), _planned(settings, tensors):
             (out, kept, fc1_kept), saved = _forward(Arguments.of(settings, tensors), settings)
-        results = _as_wanted(out, tensors[0]), kept, fc1_kept
+        results = _like(tensors[0], out), kept, fc1_kept
         ctx.settings = settings
         ctx.save_for_backward(*tensors, *saved)
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
@@ -474,16 +492,15 @@ class SKFuseSelect(torch.autograd.Function):
             if needs_plain_backward(dout):
                 return None, *_differentiable_backward(dout, tensors, settings)
             with _planned(settings, tensors, dout):
-                gradients = _backward(dout, Arguments.of(settings, tensors), saved, settings)
-        return None, *(
-            _as_wanted(g, x) if g is not None and needed else None
-            for g, x, needed in zip(gradients, tensors, ctx.needs_input_grad[1:], strict=True)
-        )
+                dxs, small = _backward(dout, Arguments.of(settings, tensors), saved, settings)
+                gradients = *map(_like, tensors, dxs), *small
+        needed = zip(gradients, ctx.needs_input_grad[1:], strict=True)
+        return None, *[gradient if needs else None for gradient, needs in needed]
 
 
-def _as_wanted(gradient: Tensor, x: Tensor) -> Tensor:
-    # The branches' space was flattened.
-    return gradient if gradient.dim() == x.dim() else gradient.view(x.shape)
+def _like(x: Tensor, flat: Tensor) -> Tensor:
+    """Returns [B, C, S], as launchers write it, in the shape of the branch ``x``."""
+    return flat if flat.dim() == x.dim() else flat.view(x.shape)
 
 
 def _differentiable_backward(
@@ -502,7 +519,7 @@ def _differentiable_backward(
     create_graph = torch.is_grad_enabled()
     wanted = [x for x in tensors if x is not None and x.requires_grad]
     with torch.enable_grad():
-        a = Arguments.of(settings, tensors)
+        a = Arguments.of(settings._replace(steps="reference"), tensors)
         out = reference.composed(
             a.branches,
             _norm_args(a.norms, settings.batch_stats),

@@ -103,7 +103,7 @@ def tripwire(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise TogetherError
 
-    monkeypatch.setattr(functional, "sk_fuse_select", refuse)
+    monkeypatch.setattr(functional, "fused", refuse)
 
 
 @pytest.mark.usefixtures("tripwire")

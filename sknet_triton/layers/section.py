@@ -100,8 +100,6 @@ def run(section: Section, maps: Sequence[Tensor], way: functional.Way) -> Tensor
     """Runs `sk_fuse_select` on the convolutions' outputs and updates the running statistics."""
     norms, fc1_norm = [block.norm for block in section.branches], section.fc1.norm
     batch_stats, fc1_batch_stats = _takes_batch(norms[0]), _takes_batch(fc1_norm)
-    if way == "kernels":
-        functional.check_limits(maps)
     out, kept, fc1_kept = functional.fused(
         way,
         maps,
@@ -113,7 +111,7 @@ def run(section: Section, maps: Sequence[Tensor], way: functional.Way) -> Tensor
         _parameter(section.fc2, "bias"),
         batch_stats,
         fc1_batch_stats,
-        (batch_stats and _group(norms[0])) or (fc1_batch_stats and _group(fc1_norm)) or "",
+        (batch_stats and group_of(norms[0])) or (fc1_batch_stats and group_of(fc1_norm)) or "",
     )
     moved: list[tuple[Any, Tensor, Tensor]] = []
     if kept is not None:
@@ -140,18 +138,18 @@ def is_linear(conv: nn.Module) -> bool:
 def _agree(section: Section) -> bool:
     norms, fc1_norm = [branch.norm for branch in section.branches], section.fc1.norm
     first: Any = norms[0]
-    batch, group = _takes_batch(first), _group(first)
+    batch, group = _takes_batch(first), group_of(first)
     for n in norms[1:]:
-        if (first.eps, batch, group) != (n.eps, _takes_batch(n), _group(n)):
+        if (first.eps, batch, group) != (n.eps, _takes_batch(n), group_of(n)):
             return False
-    return not (batch and _takes_batch(fc1_norm)) or group == _group(fc1_norm)
+    return not (batch and _takes_batch(fc1_norm)) or group == group_of(fc1_norm)
 
 
 def _takes_batch(bn: Any) -> bool:
     return bool(bn.training or _buffer(bn, "running_mean") is None)
 
 
-def _group(bn: Any) -> str:
+def group_of(bn: Any) -> str:
     """Names the group that ``bn`` takes statistics over; empty for this process alone."""
     if type(bn) is not nn.SyncBatchNorm or not bn.training:
         return ""

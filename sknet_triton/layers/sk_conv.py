@@ -151,7 +151,8 @@ class SKConv(nn.Module):
         if is_symbolic(size):
             return
         bn = getattr(self.fc1, "bn", None)
-        if isinstance(bn, nn.BatchNorm2d) and bn.training and size == 1:
+        alone = isinstance(bn, section.NORMS) and bn.training and not section.group_of(bn)
+        if alone and size == 1:
             raise ValueError(
                 "x: SKConv in training needs a batch of at least 2, because fc1's batch norm sees "
                 "one value per channel and image, got 1; SKConv(..., fc_norm='layer') takes any "

@@ -91,7 +91,7 @@ def logits(
         fc1_norm = fc1_norm._replace(mean=(mean,), var=(var,))
     _, _, z = _fc1_norm(hidden, fc1_norm)
     wide = F.linear(z, _matrix(fc2_weight, z), _cast(fc2_bias, z.dtype))
-    return wide.view(len(hidden), M, -1), applied, kept
+    return wide.view(len(hidden), M, fc2_weight.shape[0] // M), applied, kept
 
 
 def out(
