@@ -156,50 +156,100 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+# Tiles of images and elements of the hidden layer, by the number of branches up to the limit: more
+# of either spill registers. Two images read a weight half as often.
+_IMAGES_AND_HIDDEN = (
+    (2, ((1, 32), (1, 16), (2, 32))),
+    (4, ((1, 32), (1, 16))),
+    (MAX_BRANCHES, ((1, 16),)),
+)
+
+
 @dataclass(frozen=True)
 class MLPProblem:
-    """Sizes of the MLP between fuse and select: B images, C channels, d hidden, M branches."""
+    """Sizes of the MLP between fuse and select: B images, C channels, d hidden, M branches.
+
+    ``splits`` is the number of parts that a sum over positions comes in.
+    """
 
     B: int
     C: int
     d: int
     M: int
+    splits: int = 1
 
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """Tile sizes (powers of two) of images, channels and hidden layer, and warps a program.
+    """Tile sizes (powers of two) of a small kernel and warps a program.
 
-    ``unroll`` partial sums of an element are loaded together.
+    Attributes:
+        block_b: images.
+        block_c: channels.
+        block_d: elements of the hidden layer.
+        block_n: rows of a weight.
+        block_r: images that statistics are taken of at once.
+        unroll: parts of a sum that are loaded together.
+        num_warps: warps a program.
     """
 
-    block_b: int
-    block_c: int
-    block_d: int
-    num_warps: int
+    block_b: int = 1
+    block_c: int = 1
+    block_d: int = 1
+    block_n: int = 1
+    block_r: int = 1
     unroll: int = 4
+    num_warps: int = 8
 
     @classmethod
     def hidden(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For fc1: one image and the whole hidden layer a program."""
-        block_c = min(128, next_power_of_two(problem.C))
-        block_d = min(next_power_of_two(problem.d), 4096 // block_c)
-        return cls(1, block_c, block_d, num_warps=4)
+        """For fc1, whose programs read the parts of a few images and a block of the weight."""
+        return cls._by_images(problem, device, parts=problem.splits, weights=1)
+
+    @classmethod
+    def hidden_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
+        """For the backward to z, whose programs read four sums' parts and a block of fc2."""
+        parts = problem.M * (4 * problem.splits + 1)
+        return cls._by_images(problem, device, parts=parts, weights=problem.M)
+
+    @classmethod
+    def _by_images(
+        cls, problem: MLPProblem, device: DeviceFacts, parts: int, weights: int
+    ) -> "MLPConfig":
+        """Returns the tile that lets the busiest multiprocessor read least for one channel."""
+
+        def read(tile: tuple[int, int]) -> int:
+            images, block_d = tile
+            programs = cdiv(problem.B, images) * cdiv(problem.d, block_d)
+            return cdiv(programs, device.multiprocessors) * (images * parts + weights * block_d)
+
+        tiles = next(tiles for limit, tiles in _IMAGES_AND_HIDDEN if limit >= problem.M)
+        images, block_d = min(tiles, key=read)
+        block_c = min(256, next_power_of_two(problem.C))
+        return cls(
+            block_b=images,
+            block_c=block_c,
+            block_d=min(block_d, next_power_of_two(problem.d)),
+            unroll=max(1, 8 // (images * problem.M)),
+            # Threads that share an element of a vector would each compute it, loads included.
+            num_warps=max(1, min(8, block_c // 32)),
+        )
 
     @classmethod
     def logits(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
         """For fc2: a matrix product, whose least tile has 16 rows and columns."""
-        return cls(16, 32, min(64, max(16, next_power_of_two(problem.d))), num_warps=4)
 
-    @classmethod
-    def hidden_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For the backward to z: one image a program."""
-        block_d = next_power_of_two(problem.d)
-        block_c = min(next_power_of_two(problem.C), max(4, 4096 // block_d))
-        return cls(1, block_c, block_d, num_warps=4)
+        def read(tile: tuple[int, int]) -> int:
+            programs = cdiv(problem.B, tile[0]) * cdiv(problem.M * problem.C, tile[1])
+            return cdiv(programs, device.multiprocessors) * (problem.B + sum(tile))
+
+        block_b, block_n = min(((16, 16), (32, 64)), key=read)
+        block_d = min(64, max(16, next_power_of_two(problem.d)))
+        return cls(block_b=block_b, block_n=block_n, block_d=block_d, block_r=128)
 
     @classmethod
     def channels_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For the gradients: a few channels of all images a program."""
-        block_d = max(16, next_power_of_two(problem.d))
-        return cls(16, 8, block_d, num_warps=4)
+        """For the gradients: a few channels, or rows of a weight, of all images a program."""
+        whole_d = max(16, next_power_of_two(problem.d))
+        block_b = max(16, min(64 if problem.M <= 4 else 32, 4096 // whole_d))
+        return cls(block_b=block_b, block_c=8, block_n=32, block_d=min(64, whole_d))
