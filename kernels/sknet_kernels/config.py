@@ -12,12 +12,33 @@ import torch
 
 MAX_BRANCHES = 8
 
-_ACCESS_BYTES = 16
-_MAX_WARPS = 4
-# Programs a multiprocessor that a row is split for.
-_PROGRAMS_PER_MULTIPROCESSOR = 8
+# Warps of a program, each thread of which holds one access of every tensor's tile: 4 programs and
+# more are resident by registers, and 3 reads of 2 KB by 4 programs by 2 tiles in flight are 48 KB,
+# where 21 KB keep an H200's memory busy.
+_NUM_WARPS = 4
+# A tile's side along the contiguous axis: one cache line; in NCHW four of them where tiles of that
+# size overshoot the row by little, which saves nothing but the addresses of rows.
+_LINE_BYTES = 128
+_WIDE_BYTES = 512
+_LEAST_FILL = 0.9
+# Tiles under way together, where accesses are wide enough for asynchronous copies. Three reach
+# 4.5 TB/s and more in every kernel at stage 1, one 2.3 and more.
+_NUM_STAGES = 3
+_LEAST_COPY_BYTES = 4
+# Registers of a thread: what a kernel keeps is counted, the rest is as measured, and from here on
+# the compiler spills.
+_OTHER_REGISTERS = 40
+_MOST_REGISTERS = 200
+# Warps a multiprocessor that rows are split for: eight programs.
+_WARPS_PER_MULTIPROCESSOR = 32
 # Partial sums live in the second-level cache, which holds 40 MB and more.
 _MOST_PARTIAL_BYTES = 8 << 20
+
+# What the kernels that join partial sums take at once: elements of fuse's result, channels of
+# select's logits, parts by channels of moments.
+COMBINE_SIZE = 256
+COMBINE_CHANNELS = 128
+FINISH_PARTS, FINISH_CHANNELS = 64, 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +62,10 @@ class DeviceFacts:
 class Problem:
     """Sizes of one call: ``num_branches`` tensors [B, C, S] of ``itemsize`` bytes an element.
 
-    ``align`` is the number of elements that can be read at once, as `common_alignment` finds it.
+    Attributes:
+        align: how many elements can be read at once.
+        shifted: whether that needs tiles whose rows begin before those of the tensor; see
+            `sknet_kernels.jit.tile_pointers`.
     """
 
     B: int
@@ -51,6 +75,17 @@ class Problem:
     itemsize: int
     channels_last: bool
     align: int
+    shifted: bool = False
+
+    @property
+    def layout(self) -> str:
+        """What `sknet_kernels.jit.tile_pointers` calls the way in which elements are read."""
+        return "channels_last" if self.channels_last else "shifted" if self.shifted else "rows"
+
+    @property
+    def row(self) -> int:
+        """Elements that the tiles of a row have to cover."""
+        return self.S + self.align - 1 if self.shifted else self.S
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +93,24 @@ class Stage:
     """A kind of streaming kernel, as far as its launches depend on it.
 
     Attributes:
-        sums: sums that a program keeps of every element of a branch's tile.
-        shared_sums: those that it keeps of a tile, whatever the number of branches.
+        name: what figures call it.
+        reads: tensors read a branch, and beside the branches.
+        writes: likewise.
+        sums: kept of every element of a tile, a branch and beside the branches.
+        vectors: kept of every channel of a tile, likewise.
         joins_images: whether a program walks images and positions alike.
     """
 
-    sums: int = 0
-    shared_sums: int = 0
+    name: str
+    reads: tuple[int, int]
+    writes: tuple[int, int]
+    sums: tuple[int, int]
+    vectors: tuple[int, int]
     joins_images: bool = False
+
+    def passes(self, num_branches: int) -> int:
+        """Returns how many tensors of a branch's size are moved."""
+        return _times(self.reads, num_branches) + _times(self.writes, num_branches)
 
     def rows(self, problem: Problem, config: "LaunchConfig") -> int:
         """Returns how many rows of tiles there are to split."""
@@ -75,24 +120,35 @@ class Stage:
     def tiles(self, problem: Problem, config: "LaunchConfig") -> int:
         """Returns the tiles of a row."""
         images = problem.B if self.joins_images else 1
-        return images * cdiv(problem.S, config.block_s)
-
-    def accumulators(self, problem: Problem) -> int:
-        """Returns the sums that a program keeps of every element of a tile."""
-        return self.sums * problem.num_branches + self.shared_sums
+        return images * cdiv(problem.row, config.block_s)
 
     def partial_bytes(self, problem: Problem) -> int:
         """Returns the bytes of partial sums that one split writes."""
         images = 1 if self.joins_images else problem.B
-        return self.accumulators(problem) * images * problem.C * max(4, problem.itemsize)
+        sums = _times(self.sums, problem.num_branches)
+        return sums * images * problem.C * max(4, problem.itemsize)
+
+    def registers(self, problem: Problem, access: int) -> int:
+        """Returns the registers of a thread that holds ``access`` elements of every tensor."""
+        M = problem.num_branches
+        elements = _times(self.sums, M) + _times(self.reads, M) + 1
+        channels = access if problem.channels_last else 1
+        held = elements * access + _times(self.vectors, M) * channels
+        return held * max(4, problem.itemsize) // 4 + _OTHER_REGISTERS
 
 
-MOMENTS = Stage(sums=2, joins_images=True)
-FUSE = Stage(shared_sums=1)
-SELECT = Stage()
-SELECT_BWD = Stage(sums=1)
-SUMS = Stage(sums=4)
-DX = Stage()
+def _times(counts: tuple[int, int], num_branches: int) -> int:
+    a_branch, beside = counts
+    return a_branch * num_branches + beside
+
+
+MOMENTS = Stage("sk_moments", (1, 0), (0, 0), sums=(2, 0), vectors=(1, 0), joins_images=True)
+FUSE = Stage("sk_fuse", (1, 0), (0, 0), sums=(0, 1), vectors=(3, 0))
+SELECT = Stage("sk_select_fwd", (1, 0), (0, 1), sums=(0, 0), vectors=(4, 0))
+SELECT_BWD = Stage("sk_select_bwd", (1, 1), (1, 0), sums=(1, 0), vectors=(1, 0))
+SUMS = Stage("sk_fuse_select_sums", (1, 1), (0, 0), sums=(4, 0), vectors=(3, 0))
+DX = Stage("sk_fuse_select_dx", (1, 1), (1, 0), sums=(0, 0), vectors=(6, 1))
+STAGES = (MOMENTS, FUSE, SELECT, SELECT_BWD, SUMS, DX)
 
 
 @dataclass(frozen=True)
@@ -125,25 +181,30 @@ class LaunchConfig:
 def _splits(stage: Stage, problem: Problem, device: DeviceFacts, tile: LaunchConfig) -> int:
     """Splits rows as far as the device needs to be full, and partial sums allow."""
     rows, tiles = max(1, stage.rows(problem, tile)), max(1, stage.tiles(problem, tile))
-    wanted = cdiv(device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, rows)
+    programs = device.multiprocessors * max(1, _WARPS_PER_MULTIPROCESSOR // tile.num_warps)
+    wanted = cdiv(programs, rows)
     affordable = _MOST_PARTIAL_BYTES // max(1, stage.partial_bytes(problem))
     most = max(1, min(wanted, affordable, tiles))
     return cdiv(tiles, cdiv(tiles, most))
 
 
 def _tile(stage: Stage, problem: Problem, device: DeviceFacts) -> LaunchConfig:
-    access = min(problem.align, _ACCESS_BYTES // problem.itemsize)
-    widest_c = next_power_of_two(max(1, problem.C))
-    widest_s = next_power_of_two(max(1, problem.S))
-    elements = 4 * device.warp_size * access
+    access = problem.align
+    while access > 1 and stage.registers(problem, access) > _MOST_REGISTERS:
+        access //= 2
+    elements = _NUM_WARPS * device.warp_size * access
+    line, wide = _LINE_BYTES // problem.itemsize, _WIDE_BYTES // problem.itemsize
+    widest_c, widest_s = next_power_of_two(max(1, problem.C)), next_power_of_two(problem.row)
     if problem.channels_last:
-        block_c = min(widest_c, 64)
-        block_s = min(widest_s, max(1, elements // block_c))
+        block_c = min(widest_c, line)
+        block_s = min(widest_s, elements // block_c)
     else:
-        block_s = min(widest_s, 256)
-        block_c = min(widest_c, max(1, elements // block_s))
-    warps = block_c * block_s // (access * device.warp_size)
-    return LaunchConfig(block_c, block_s, num_warps=max(1, min(_MAX_WARPS, warps)), num_stages=1)
+        fits = problem.row >= _LEAST_FILL * cdiv(problem.row, wide) * wide
+        block_s = min(widest_s, wide if fits else line, elements)
+        block_c = min(widest_c, elements // block_s)
+    warps = max(1, min(_NUM_WARPS, block_c * block_s // (device.warp_size * access)))
+    stages = _NUM_STAGES if access * problem.itemsize >= _LEAST_COPY_BYTES else 1
+    return LaunchConfig(block_c, block_s, 1, warps, stages, access)
 
 
 def cdiv(a: int, b: int) -> int:
