@@ -47,8 +47,8 @@ def _common_alignment(tensors: Sequence[Tensor], channels_last: bool, most: int)
     and S else, and every stride but that of this axis.
     """
     side, across = (1, 2) if channels_last else (2, 1)
-    sizes = (n for x in tensors for n in (x.shape[side], x.stride(0), x.stride(across)))
-    return math.gcd(most, *sizes)
+    strides = (x.stride(d) for x in tensors for d in (0, across) if x.shape[d] > 1)
+    return math.gcd(most, tensors[0].shape[side], *strides)
 
 
 def _image_alignment(tensors: Sequence[Tensor], most: int) -> int:
