@@ -4,15 +4,36 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
-from sknet_kernels.arguments import common_alignment
-from sknet_kernels.config import MAX_BRANCHES, DeviceFacts, LaunchConfig, Problem, cdiv
+from sknet_kernels.arguments import problem_of
+from sknet_kernels.config import (
+    FUSE,
+    MAX_BRANCHES,
+    MOMENTS,
+    SELECT,
+    STAGES,
+    SUMS,
+    DeviceFacts,
+    LaunchConfig,
+    Problem,
+    Stage,
+    cdiv,
+)
 
 H200 = DeviceFacts(multiprocessors=132, warp_size=32)
 MI300 = DeviceFacts(multiprocessors=304, warp_size=64)
 
+
+def branch(B: int, C: int, S: int, itemsize: int, channels_last: bool) -> Tensor:
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
+    if channels_last:
+        return torch.empty(B, S, C, dtype=dtype, device="meta").transpose(1, 2)
+    return torch.empty(B, C, S, dtype=dtype, device="meta")
+
+
 PROBLEMS = [
-    Problem(B, C, S, M, itemsize, channels_last)
+    problem_of([branch(B, C, S, itemsize, channels_last)] * M, M)
     for B, C, S, M, itemsize, channels_last in itertools.product(
         (0, 1, 128),
         (1, 24, 63, 128, 1024),
@@ -23,92 +44,101 @@ PROBLEMS = [
     )
 ]
 
+stages = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+
 
 def is_power_of_two(n: int) -> bool:
     return n >= 1 and n & (n - 1) == 0
 
 
+@stages
 @pytest.mark.parametrize("device", [H200, MI300], ids=["H200", "MI300"])
-def test_configurations_are_legal(device: DeviceFacts) -> None:
+def test_configurations_are_legal(device: DeviceFacts, stage: Stage) -> None:
     for problem in PROBLEMS:
-        for config in (
-            LaunchConfig.elementwise(problem, device),
-            LaunchConfig.reduction(problem, device, sums=problem.num_branches),
-        ):
-            assert is_power_of_two(config.block_c), problem
-            assert is_power_of_two(config.block_s), problem
-            assert is_power_of_two(config.num_warps), problem
-            assert config.num_warps <= 4, problem
-            tile_bytes = config.block_c * config.block_s * problem.itemsize
-            assert tile_bytes <= 8192, problem
-            assert config.splits >= 1, problem
-            assert config.span(problem.S) * config.splits >= problem.S, problem
-            assert config.span(problem.S) * (config.splits - 1) < problem.S, problem
+        config = LaunchConfig.from_heuristic(stage, problem, device)
+        for size in (config.block_c, config.block_s, config.num_warps, config.access):
+            assert is_power_of_two(size), problem
+        assert config.access <= problem.align, problem
+        assert config.num_warps <= 4, problem
+        assert config.block_c * config.block_s <= 4 * device.warp_size * config.access, problem
+        tiles = stage.tiles(problem, config)
+        each = cdiv(tiles, config.splits)
+        assert each * config.splits >= tiles, problem
+        # Every split has a tile, and none is left over.
+        assert config.splits == 1 or each * (config.splits - 1) < tiles, problem
 
 
-def test_elementwise_programs_fill_the_device_and_no_more() -> None:
-    enough = 2 * H200.multiprocessors * 8
+@stages
+def test_rows_are_split_until_the_device_is_full_and_no_further(stage: Stage) -> None:
     for problem in PROBLEMS:
-        config = LaunchConfig.elementwise(problem, H200)
-        rows = max(1, problem.B * cdiv(problem.C, config.block_c))
-        tiles = cdiv(problem.S, config.block_s)
+        config = LaunchConfig.from_heuristic(stage, problem, H200)
+        rows, tiles = max(1, stage.rows(problem, config)), max(1, stage.tiles(problem, config))
+        enough = 132 * 32 // config.num_warps
         assert config.splits <= max(1, cdiv(enough, rows)), problem
-        # Even spans can leave up to half of the programs that were wanted.
-        assert config.splits * rows >= min(tiles * rows, enough) / 2, problem
+        partial = stage.partial_bytes(problem)
+        if 2 * config.splits * partial <= 8 << 20:
+            # Even parts can leave up to half of the programs that were wanted.
+            assert config.splits * rows >= min(tiles * rows, enough) / 2, problem
 
 
-def test_moments_split_images_and_positions_into_parts() -> None:
+@stages
+def test_partial_sums_fit_into_the_second_level_cache(stage: Stage) -> None:
     for problem in PROBLEMS:
-        config = LaunchConfig.moments(problem, H200)
-        tiles = problem.B * cdiv(problem.S, config.block_s)
-        per_part = cdiv(tiles, config.splits)
-        assert per_part * config.splits >= tiles, problem
-        assert config.splits == 1 or per_part * (config.splits - 1) < tiles, problem
-
-
-def test_partial_sums_stay_under_a_hundredth_of_the_branches() -> None:
-    for problem in PROBLEMS:
-        config = LaunchConfig.reduction(problem, H200, sums=2)
-        if config.splits > 1:
-            written_and_read = 2 * 2 * config.splits * max(4, problem.itemsize)
-            assert written_and_read <= problem.num_branches * problem.S * problem.itemsize / 100
+        config = LaunchConfig.from_heuristic(stage, problem, H200)
+        assert config.splits == 1 or config.splits * stage.partial_bytes(problem) <= 8 << 20
 
 
 def test_a_small_batch_is_split_and_a_large_one_is_not() -> None:
-    small = LaunchConfig.reduction(Problem(1, 128, 3136, 2, 2, False), H200, sums=1)
-    large = LaunchConfig.reduction(Problem(1024, 128, 3136, 2, 2, False), H200, sums=1)
-    assert small.splits > 1
-    assert large.splits == 1
+    small = problem_of([branch(1, 128, 3136, 2, False)], 1)
+    large = problem_of([branch(1024, 128, 3136, 2, False)], 1)
+    assert LaunchConfig.from_heuristic(FUSE, small, H200).splits > 1
+    assert LaunchConfig.from_heuristic(FUSE, large, H200).splits == 1
 
 
 def test_rows_lie_along_the_contiguous_axis() -> None:
-    nchw = LaunchConfig.elementwise(Problem(8, 128, 3136, 2, 2, False), H200)
-    nhwc = LaunchConfig.elementwise(Problem(8, 128, 3136, 2, 2, True), H200)
+    nchw = LaunchConfig.from_heuristic(
+        SELECT, problem_of([branch(8, 128, 3136, 2, False)], 1), H200
+    )
+    nhwc = LaunchConfig.from_heuristic(SELECT, problem_of([branch(8, 128, 3136, 2, True)], 1), H200)
     assert nchw.block_s * 2 >= 128
     assert nhwc.block_c * 2 >= 128
 
 
+def test_a_thread_holds_less_where_a_kernel_keeps_more() -> None:
+    few, many = (problem_of([branch(8, 128, 3136, 2, True)] * M, M) for M in (2, MAX_BRANCHES))
+    assert LaunchConfig.from_heuristic(SUMS, few, H200).access == 8
+    assert LaunchConfig.from_heuristic(SUMS, many, H200).access < 8
+    assert LaunchConfig.from_heuristic(MOMENTS, many, H200).access >= 4
+
+
 @pytest.mark.parametrize(
-    ("shape", "channels_last", "alignment"),
+    ("shape", "channels_last", "align", "layout"),
     [
-        ((2, 8, 3136), False, 16),
-        ((2, 8, 196), False, 4),
-        ((2, 8, 49), False, 1),
-        ((2, 16, 3136), True, 1),
+        ((2, 8, 3136), False, 8, "rows"),
+        ((2, 8, 196), False, 4, "rows"),
+        ((2, 8, 49), False, 8, "shifted"),
+        ((2, 4, 49), False, 4, "shifted"),
+        ((2, 3, 49), False, 1, "rows"),
+        ((2, 16, 49), True, 8, "channels_last"),
+        ((2, 12, 49), True, 4, "channels_last"),
+        ((2, 16, 1), False, 8, "channels_last"),
     ],
 )
-def test_alignment_is_what_every_row_shares(
-    shape: tuple[int, int, int], channels_last: bool, alignment: int
+def test_how_many_elements_are_read_at_once_and_where(
+    shape: tuple[int, int, int], channels_last: bool, align: int, layout: str
 ) -> None:
-    x = torch.empty(shape, device="meta")
-    if channels_last:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert common_alignment([x]) == alignment
+    problem = problem_of([branch(*shape, 2, channels_last)], 1)
+    assert (problem.align, problem.layout) == (align, layout)
 
 
 def test_alignment_drops_with_the_least_aligned_tensor() -> None:
-    x = torch.empty(2, 8, 16, device="meta")
-    odd_rows = torch.empty(2, 8, 17, device="meta")[:, :, :16]
-    assert common_alignment([x]) == 16
-    assert common_alignment([x, odd_rows]) == 1
-    assert common_alignment([x, x.sum().expand(2, 8, 16)]) == 16
+    x = torch.empty(2, 8, 16, dtype=torch.bfloat16, device="meta")
+    odd_rows = torch.empty(2, 8, 17, dtype=torch.bfloat16, device="meta")[:, :, :16]
+    assert problem_of([x], 1).align == 8
+    assert problem_of([x, odd_rows], 2).align == 1
+    assert problem_of([x, x.sum().expand(2, 8, 16)], 2).align == 8
+
+
+def test_rows_with_gaps_between_them_are_not_read_across() -> None:
+    gaps = torch.empty(2, 8, 50, dtype=torch.bfloat16, device="meta")[:, :, :49]
+    assert problem_of([gaps], 1) == Problem(2, 8, 49, 1, 2, False, 1)

@@ -15,29 +15,48 @@ from sknet_kernels.layout import is_channels_last
 from sknet_kernels.norms import Norms
 
 _ACCESS_BYTES = 16
+# Rows whose own alignment allows less are read along with their neighbours' ends.
+_LEAST_ACCESS_BYTES = 8
 # Pointers to tensors [B, C, S], in the order in which kernels number their strides.
 _FULL_SIZE = ("x_ptrs", "out_ptr", "dout_ptr", "dx_ptrs")
 
 
-def problem_of(xs: Sequence[Tensor]) -> Problem:
-    """Returns the sizes that launch configurations depend on, for branches [B, C, S]."""
-    first = xs[0]
+def problem_of(tensors: Sequence[Tensor], num_branches: int) -> Problem:
+    """Returns what launch configurations depend on.
+
+    Args:
+        tensors: all tensors [B, C, S] of a launch. The first is a branch, whose layout decides.
+        num_branches: how many of them are branches.
+    """
+    first = tensors[0]
     B, C, S = first.shape
-    align = common_alignment(xs, is_channels_last(first))
-    return Problem(B, C, S, len(xs), first.element_size(), is_channels_last(first), align)
+    channels_last = is_channels_last(first)
+    most = max(1, _ACCESS_BYTES // first.element_size())
+    align = _common_alignment(tensors, channels_last, most)
+    shifted = False
+    if align * first.element_size() < _LEAST_ACCESS_BYTES and not channels_last:
+        image = _image_alignment(tensors, most)
+        align, shifted = max(align, image), image > align
+    return Problem(B, C, S, num_branches, first.element_size(), channels_last, align, shifted)
 
 
-def common_alignment(tensors: Sequence[Tensor], channels_last: bool) -> int:
-    """Returns the elements of [B, C, S] that can be read at once: a power of two, 16 bytes at most.
+def _common_alignment(tensors: Sequence[Tensor], channels_last: bool, most: int) -> int:
+    """Returns the elements at once in rows that are all aligned, a power of two up to ``most``.
 
     It divides the size of the axis along which elements lie side by side, C with ``channels_last``
     and S else, and every stride but that of this axis.
     """
     side, across = (1, 2) if channels_last else (2, 1)
-    divisor = _ACCESS_BYTES // tensors[0].element_size()
-    for x in tensors:
-        divisor = math.gcd(divisor, x.shape[side], x.stride(0), x.stride(across))
-    return divisor
+    strides = (x.stride(d) for x in tensors for d in (0, across) if x.shape[d] > 1)
+    return math.gcd(most, tensors[0].shape[side], *strides)
+
+
+def _image_alignment(tensors: Sequence[Tensor], most: int) -> int:
+    """Returns the elements at once in images [C, S] without gaps, 1 where there are any."""
+    _, C, S = tensors[0].shape
+    stride_b, stride_c, stride_s = tensors[0].stride()
+    alike = all(x.stride() == tensors[0].stride() for x in tensors)
+    return math.gcd(most, C * S, stride_b) if alike and (stride_c, stride_s) == (S, 1) else 1
 
 
 def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
@@ -68,7 +87,7 @@ def _configuration(
     device: torch.device,
 ) -> LaunchConfig:
     xs = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for stride in strides]
-    return LaunchConfig.from_heuristic(stage, problem_of(xs), DeviceFacts.of(device))
+    return LaunchConfig.from_heuristic(stage, problem_of(xs, len(xs)), DeviceFacts.of(device))
 
 
 def norm_pointers(norms: Norms | None) -> tuple[Pointer, Pointer, Pointer, Pointer]:
@@ -98,9 +117,8 @@ def streaming_launch(
     named = dict(zip(kernel.arg_names, pointers, strict=False))
     full_size = [x for name in _FULL_SIZE if name in named for x in _as_tuple(named[name])]
     xs = _as_tuple(named["x_ptrs"])
-    problem = problem_of(xs)
+    problem = problem_of(full_size, len(xs))
     config = configuration(stage, xs, config)
-    align = common_alignment(full_size, problem.channels_last)
     values: dict[str, Any] = {
         "strides": _strides(full_size),
         "B": problem.B,
@@ -115,8 +133,8 @@ def streaming_launch(
         "NUM_BRANCHES": problem.num_branches,
         "HAS_NORM": named.get("mean_ptrs") is not None,
         "ACC": accumulator(xs[0].dtype)[1],
-        "ALIGN": min(align, config.access),
-        "CHANNELS_LAST": problem.channels_last,
+        "ALIGN": min(problem.align, config.access),
+        "LAYOUT": problem.layout,
         "BLOCK_C": config.block_c,
         "BLOCK_S": config.block_s,
         "NUM_STAGES": config.num_stages,

@@ -12,12 +12,33 @@ import torch
 
 MAX_BRANCHES = 8
 
-_ACCESS_BYTES = 16
-_MAX_WARPS = 4
-# Programs a multiprocessor that a row is split for.
-_PROGRAMS_PER_MULTIPROCESSOR = 8
+# Warps of a program, each thread of which holds one access of every tensor's tile: 4 programs and
+# more are resident by registers, and 3 reads of 2 KB by 4 programs by 2 tiles in flight are 48 KB,
+# where 21 KB keep an H200's memory busy.
+_NUM_WARPS = 4
+# A tile's side along the contiguous axis: one cache line; in NCHW four of them where tiles of that
+# size overshoot the row by little, which saves nothing but the addresses of rows.
+_LINE_BYTES = 128
+_WIDE_BYTES = 512
+_LEAST_FILL = 0.9
+# Tiles under way together, where accesses are wide enough for asynchronous copies. Three reach
+# 4.5 TB/s and more in every kernel at stage 1, one 2.3 and more.
+_NUM_STAGES = 3
+_LEAST_COPY_BYTES = 4
+# Registers of a thread: what a kernel keeps is counted, the rest is as measured, and from here on
+# the compiler spills.
+_OTHER_REGISTERS = 40
+_MOST_REGISTERS = 200
+# Warps a multiprocessor that rows are split for: eight programs.
+_WARPS_PER_MULTIPROCESSOR = 32
 # Partial sums live in the second-level cache, which holds 40 MB and more.
 _MOST_PARTIAL_BYTES = 8 << 20
+
+# What the kernels that join partial sums take at once: elements of fuse's result, channels of
+# select's logits, parts by channels of moments.
+COMBINE_SIZE = 256
+COMBINE_CHANNELS = 128
+FINISH_PARTS, FINISH_CHANNELS = 64, 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +62,10 @@ class DeviceFacts:
 class Problem:
     """Sizes of one call: ``num_branches`` tensors [B, C, S] of ``itemsize`` bytes an element.
 
-    ``align`` is the number of elements that can be read at once, as `common_alignment` finds it.
+    Attributes:
+        align: how many elements can be read at once.
+        shifted: whether that needs tiles whose rows begin before those of the tensor; see
+            `sknet_kernels.jit.tile_pointers`.
     """
 
     B: int
@@ -51,6 +75,17 @@ class Problem:
     itemsize: int
     channels_last: bool
     align: int
+    shifted: bool = False
+
+    @property
+    def layout(self) -> str:
+        """What `sknet_kernels.jit.tile_pointers` calls the way in which elements are read."""
+        return "channels_last" if self.channels_last else "shifted" if self.shifted else "rows"
+
+    @property
+    def row(self) -> int:
+        """Elements that the tiles of a row have to cover."""
+        return self.S + self.align - 1 if self.shifted else self.S
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +93,24 @@ class Stage:
     """A kind of streaming kernel, as far as its launches depend on it.
 
     Attributes:
-        sums: sums that a program keeps of every element of a branch's tile.
-        shared_sums: those that it keeps of a tile, whatever the number of branches.
+        name: what figures call it.
+        reads: tensors read a branch, and beside the branches.
+        writes: likewise.
+        sums: kept of every element of a tile, a branch and beside the branches.
+        vectors: kept of every channel of a tile, likewise.
         joins_images: whether a program walks images and positions alike.
     """
 
-    sums: int = 0
-    shared_sums: int = 0
+    name: str
+    reads: tuple[int, int]
+    writes: tuple[int, int]
+    sums: tuple[int, int]
+    vectors: tuple[int, int]
     joins_images: bool = False
+
+    def passes(self, num_branches: int) -> int:
+        """Returns how many tensors of a branch's size are moved."""
+        return _times(self.reads, num_branches) + _times(self.writes, num_branches)
 
     def rows(self, problem: Problem, config: "LaunchConfig") -> int:
         """Returns how many rows of tiles there are to split."""
@@ -75,24 +120,35 @@ class Stage:
     def tiles(self, problem: Problem, config: "LaunchConfig") -> int:
         """Returns the tiles of a row."""
         images = problem.B if self.joins_images else 1
-        return images * cdiv(problem.S, config.block_s)
-
-    def accumulators(self, problem: Problem) -> int:
-        """Returns the sums that a program keeps of every element of a tile."""
-        return self.sums * problem.num_branches + self.shared_sums
+        return images * cdiv(problem.row, config.block_s)
 
     def partial_bytes(self, problem: Problem) -> int:
         """Returns the bytes of partial sums that one split writes."""
         images = 1 if self.joins_images else problem.B
-        return self.accumulators(problem) * images * problem.C * max(4, problem.itemsize)
+        sums = _times(self.sums, problem.num_branches)
+        return sums * images * problem.C * max(4, problem.itemsize)
+
+    def registers(self, problem: Problem, access: int) -> int:
+        """Returns the registers of a thread that holds ``access`` elements of every tensor."""
+        M = problem.num_branches
+        elements = _times(self.sums, M) + _times(self.reads, M) + 1
+        channels = access if problem.channels_last else 1
+        held = elements * access + _times(self.vectors, M) * channels
+        return held * max(4, problem.itemsize) // 4 + _OTHER_REGISTERS
 
 
-MOMENTS = Stage(sums=2, joins_images=True)
-FUSE = Stage(shared_sums=1)
-SELECT = Stage()
-SELECT_BWD = Stage(sums=1)
-SUMS = Stage(sums=4)
-DX = Stage()
+def _times(counts: tuple[int, int], num_branches: int) -> int:
+    a_branch, beside = counts
+    return a_branch * num_branches + beside
+
+
+MOMENTS = Stage("sk_moments", (1, 0), (0, 0), sums=(2, 0), vectors=(1, 0), joins_images=True)
+FUSE = Stage("sk_fuse", (1, 0), (0, 0), sums=(0, 1), vectors=(3, 0))
+SELECT = Stage("sk_select_fwd", (1, 0), (0, 1), sums=(0, 0), vectors=(4, 0))
+SELECT_BWD = Stage("sk_select_bwd", (1, 1), (1, 0), sums=(1, 0), vectors=(1, 0))
+SUMS = Stage("sk_fuse_select_sums", (1, 1), (0, 0), sums=(4, 0), vectors=(3, 0))
+DX = Stage("sk_fuse_select_dx", (1, 1), (1, 0), sums=(0, 0), vectors=(6, 1))
+STAGES = (MOMENTS, FUSE, SELECT, SELECT_BWD, SUMS, DX)
 
 
 @dataclass(frozen=True)
@@ -125,25 +181,30 @@ class LaunchConfig:
 def _splits(stage: Stage, problem: Problem, device: DeviceFacts, tile: LaunchConfig) -> int:
     """Splits rows as far as the device needs to be full, and partial sums allow."""
     rows, tiles = max(1, stage.rows(problem, tile)), max(1, stage.tiles(problem, tile))
-    wanted = cdiv(device.multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR, rows)
+    programs = device.multiprocessors * max(1, _WARPS_PER_MULTIPROCESSOR // tile.num_warps)
+    wanted = cdiv(programs, rows)
     affordable = _MOST_PARTIAL_BYTES // max(1, stage.partial_bytes(problem))
     most = max(1, min(wanted, affordable, tiles))
     return cdiv(tiles, cdiv(tiles, most))
 
 
 def _tile(stage: Stage, problem: Problem, device: DeviceFacts) -> LaunchConfig:
-    access = min(problem.align, _ACCESS_BYTES // problem.itemsize)
-    widest_c = next_power_of_two(max(1, problem.C))
-    widest_s = next_power_of_two(max(1, problem.S))
-    elements = 4 * device.warp_size * access
+    access = problem.align
+    while access > 1 and stage.registers(problem, access) > _MOST_REGISTERS:
+        access //= 2
+    elements = _NUM_WARPS * device.warp_size * access
+    line, wide = _LINE_BYTES // problem.itemsize, _WIDE_BYTES // problem.itemsize
+    widest_c, widest_s = next_power_of_two(max(1, problem.C)), next_power_of_two(problem.row)
     if problem.channels_last:
-        block_c = min(widest_c, 64)
-        block_s = min(widest_s, max(1, elements // block_c))
+        block_c = min(widest_c, line)
+        block_s = min(widest_s, elements // block_c)
     else:
-        block_s = min(widest_s, 256)
-        block_c = min(widest_c, max(1, elements // block_s))
-    warps = block_c * block_s // (access * device.warp_size)
-    return LaunchConfig(block_c, block_s, num_warps=max(1, min(_MAX_WARPS, warps)), num_stages=1)
+        fits = problem.row >= _LEAST_FILL * cdiv(problem.row, wide) * wide
+        block_s = min(widest_s, wide if fits else line, elements)
+        block_c = min(widest_c, elements // block_s)
+    warps = max(1, min(_NUM_WARPS, block_c * block_s // (device.warp_size * access)))
+    stages = _NUM_STAGES if access * problem.itemsize >= _LEAST_COPY_BYTES else 1
+    return LaunchConfig(block_c, block_s, 1, warps, stages, access)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -156,50 +217,100 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+# Tiles of images and elements of the hidden layer, by the number of branches up to the limit: more
+# of either spill registers. Two images read a weight half as often.
+_IMAGES_AND_HIDDEN = (
+    (2, ((1, 32), (1, 16), (2, 32))),
+    (4, ((1, 32), (1, 16))),
+    (MAX_BRANCHES, ((1, 16),)),
+)
+
+
 @dataclass(frozen=True)
 class MLPProblem:
-    """Sizes of the MLP between fuse and select: B images, C channels, d hidden, M branches."""
+    """Sizes of the MLP between fuse and select: B images, C channels, d hidden, M branches.
+
+    ``splits`` is the number of parts that a sum over positions comes in.
+    """
 
     B: int
     C: int
     d: int
     M: int
+    splits: int = 1
 
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """Tile sizes (powers of two) of images, channels and hidden layer, and warps a program.
+    """Tile sizes (powers of two) of a small kernel and warps a program.
 
-    ``unroll`` partial sums of an element are loaded together.
+    Attributes:
+        block_b: images.
+        block_c: channels.
+        block_d: elements of the hidden layer.
+        block_n: rows of a weight.
+        block_r: images that statistics are taken of at once.
+        unroll: parts of a sum that are loaded together.
+        num_warps: warps a program.
     """
 
-    block_b: int
-    block_c: int
-    block_d: int
-    num_warps: int
+    block_b: int = 1
+    block_c: int = 1
+    block_d: int = 1
+    block_n: int = 1
+    block_r: int = 1
     unroll: int = 4
+    num_warps: int = 8
 
     @classmethod
     def hidden(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For fc1: one image and the whole hidden layer a program."""
-        block_c = min(128, next_power_of_two(problem.C))
-        block_d = min(next_power_of_two(problem.d), 4096 // block_c)
-        return cls(1, block_c, block_d, num_warps=4)
+        """For fc1, whose programs read the parts of a few images and a block of the weight."""
+        return cls._by_images(problem, device, parts=problem.splits, weights=1)
+
+    @classmethod
+    def hidden_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
+        """For the backward to z, whose programs read four sums' parts and a block of fc2."""
+        parts = problem.M * (4 * problem.splits + 1)
+        return cls._by_images(problem, device, parts=parts, weights=problem.M)
+
+    @classmethod
+    def _by_images(
+        cls, problem: MLPProblem, device: DeviceFacts, parts: int, weights: int
+    ) -> "MLPConfig":
+        """Returns the tile that lets the busiest multiprocessor read least for one channel."""
+
+        def read(tile: tuple[int, int]) -> int:
+            images, block_d = tile
+            programs = cdiv(problem.B, images) * cdiv(problem.d, block_d)
+            return cdiv(programs, device.multiprocessors) * (images * parts + weights * block_d)
+
+        tiles = next(tiles for limit, tiles in _IMAGES_AND_HIDDEN if limit >= problem.M)
+        images, block_d = min(tiles, key=read)
+        block_c = min(256, next_power_of_two(problem.C))
+        return cls(
+            block_b=images,
+            block_c=block_c,
+            block_d=min(block_d, next_power_of_two(problem.d)),
+            unroll=max(1, 8 // (images * problem.M)),
+            # Threads that share an element of a vector would each compute it, loads included.
+            num_warps=max(1, min(8, block_c // 32)),
+        )
 
     @classmethod
     def logits(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
         """For fc2: a matrix product, whose least tile has 16 rows and columns."""
-        return cls(16, 32, min(64, max(16, next_power_of_two(problem.d))), num_warps=4)
 
-    @classmethod
-    def hidden_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For the backward to z: one image a program."""
-        block_d = next_power_of_two(problem.d)
-        block_c = min(next_power_of_two(problem.C), max(4, 4096 // block_d))
-        return cls(1, block_c, block_d, num_warps=4)
+        def read(tile: tuple[int, int]) -> int:
+            programs = cdiv(problem.B, tile[0]) * cdiv(problem.M * problem.C, tile[1])
+            return cdiv(programs, device.multiprocessors) * (problem.B + sum(tile))
+
+        block_b, block_n = min(((16, 16), (32, 64)), key=read)
+        block_d = min(64, max(16, next_power_of_two(problem.d)))
+        return cls(block_b=block_b, block_n=block_n, block_d=block_d, block_r=128)
 
     @classmethod
     def channels_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For the gradients: a few channels of all images a program."""
-        block_d = max(16, next_power_of_two(problem.d))
-        return cls(16, 8, block_d, num_warps=4)
+        """For the gradients: a few channels, or rows of a weight, of all images a program."""
+        whole_d = max(16, next_power_of_two(problem.d))
+        block_b = max(16, min(64 if problem.M <= 4 else 32, 4096 // whole_d))
+        return cls(block_b=block_b, block_c=8, block_n=32, block_d=min(64, whole_d))

@@ -26,15 +26,23 @@ def program_coordinates(C, splits, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def own_tiles(S, tiles, pid_s, BLOCK_S: tl.constexpr):
-    """Returns the first tile of a row that split pid_s owns, and the first that it does not."""
+def tiles_of_row(S, ALIGN: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Returns how many tiles cover the S positions of a row; LAYOUT as in `tile_pointers`."""
+    if LAYOUT == "shifted":
+        S += ALIGN - 1
+    return tl.cdiv(S, BLOCK_S)
+
+
+@triton.jit
+def own_tiles(tiles_per_row, tiles, pid_s):
+    """Returns the first of the tiles that split pid_s owns, and the first that it does not."""
     first = pid_s * tiles
-    return first, tl.minimum(first + tiles, tl.cdiv(S, BLOCK_S))
+    return first, tl.minimum(first + tiles, tiles_per_row)
 
 
 @triton.jit
 def known_multiple(n, MULTIPLE: tl.constexpr):
-    """Returns ``n``, a multiple of MULTIPLE, in a form that shows it to the compiler."""
+    """Returns ``n`` rounded down to a multiple of MULTIPLE, which the compiler then knows."""
     if MULTIPLE > 1:
         n = n // MULTIPLE * MULTIPLE
     return n
@@ -51,39 +59,59 @@ def within(first, size, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def known_strides(strides, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def known_strides(strides, ALIGN: tl.constexpr, LAYOUT: tl.constexpr):
     """Returns ``strides`` as int64, in a form that shows the compiler what they are multiples of.
 
-    ``strides`` holds (b, c, s) of every full-size tensor, or of one alone for all. ALIGN divides
-    them, but for the stride along which elements lie side by side: that of c with CHANNELS_LAST,
-    else that of s.
+    ``strides`` holds (b, c, s) of every full-size tensor, or of one alone for all.
     """
     known = ()
     for i in tl.static_range(len(strides)):
-        stride_b = tl.cast(known_multiple(strides[i][0], ALIGN), tl.int64)
-        stride_c = tl.cast(known_multiple(strides[i][1], 1 if CHANNELS_LAST else ALIGN), tl.int64)
-        stride_s = tl.cast(known_multiple(strides[i][2], ALIGN if CHANNELS_LAST else 1), tl.int64)
-        known = known + ((stride_b, stride_c, stride_s),)
+        stride_b = known_multiple(strides[i][0], ALIGN)
+        stride_c = known_multiple(strides[i][1], ALIGN if LAYOUT == "rows" else 1)
+        stride_s = known_multiple(strides[i][2], ALIGN if LAYOUT == "channels_last" else 1)
+        triple = (
+            tl.cast(stride_b, tl.int64),
+            tl.cast(stride_c, tl.int64),
+            tl.cast(stride_s, tl.int64),
+        )
+        known = known + (triple,)
     return known
 
 
 @triton.jit
-def tile_mask(
+def row_starts(stride_c, first_c, BLOCK_C: tl.constexpr):
+    """Returns where in an image the rows of BLOCK_C channels start, [BLOCK_C]."""
+    return (first_c + tl.arange(0, BLOCK_C)) * stride_c
+
+
+@triton.jit
+def tile_masks(
     corner,
+    strides,
     C,
     S,
     ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Tells which elements [BLOCK_C, BLOCK_S] there are of the tile whose first is ``corner``.
+    """Tells which elements [BLOCK_C, BLOCK_S] of the tile at ``corner`` there are, and are read.
 
-    ``corner`` is (b, c, s), in int64.
+    Where the two differ, with LAYOUT "shifted", neighbouring rows are read along. The rest is as
+    in `tile_pointers`.
     """
-    mask_c = within(corner[1], C, ALIGN if CHANNELS_LAST else 1, BLOCK_C)
-    mask_s = within(corner[2], S, 1 if CHANNELS_LAST else ALIGN, BLOCK_S)
-    return mask_c[:, None] & mask_s[None, :]
+    mask_c = within(corner[1], C, ALIGN if LAYOUT == "channels_last" else 1, BLOCK_C)[:, None]
+    if LAYOUT == "shifted":
+        lead = (row_starts(strides[0][1], corner[1], BLOCK_C) % ALIGN).to(tl.int32)[:, None]
+        lanes = tl.arange(0, BLOCK_S)[None, :]
+        before = tl.minimum(corner[2], ALIGN).to(tl.int32)
+        left = tl.minimum(S - corner[2], BLOCK_S).to(tl.int32)
+        mask = mask_c & (lanes + before >= lead) & (lanes - lead < left)
+        reads = mask_c & (lanes // ALIGN * ALIGN - lead < left)
+    else:
+        mask = mask_c & within(corner[2], S, ALIGN if LAYOUT == "rows" else 1, BLOCK_S)[None, :]
+        reads = mask
+    return mask, reads
 
 
 @triton.jit
@@ -92,32 +120,67 @@ def tile_pointers(
     strides,
     TENSOR: tl.constexpr,
     corner,
+    ALIGN: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Returns the pointers [BLOCK_C, BLOCK_S] of the tile of ``ptr`` whose first is ``corner``.
 
-    TENSOR is its place in ``strides``, those of `known_strides`.
+    ``corner`` is (b, c, s) in int64, TENSOR the place of the tensor in ``strides``, those of
+    `known_strides`. ALIGN elements can be read at once. LAYOUT says where:
+    "channels_last": along C, where every stride but that of c is a multiple of ALIGN;
+    "rows": along S, where every stride but that of s is one;
+    "shifted": along S, in images of C times S elements without gaps that are multiples of ALIGN,
+    as their rows are not. A tile's row then begins up to ALIGN - 1 elements before the tensor's.
     """
     own = strides[TENSOR if len(strides) > 1 else 0]
-    start = corner[0] * own[0] + corner[1] * own[1] + corner[2] * own[2]
-    # The same for every tile, and for every tensor where one triple of strides is for all.
-    offs_c = tl.arange(0, BLOCK_C)[:, None] * own[1]
     offs_s = tl.arange(0, BLOCK_S)[None, :] * own[2]
-    return ptr + start + (offs_c + offs_s)
+    # What does not depend on the tile stays together: it is the same in every turn of a loop, and
+    # for every tensor where one triple of strides is for all.
+    if LAYOUT == "shifted":
+        starts = known_multiple(row_starts(own[1], corner[1], BLOCK_C), ALIGN)
+        ptrs = ptr + (corner[0] * own[0] + corner[2] * own[2]) + (starts[:, None] + offs_s)
+    else:
+        offs_c = tl.arange(0, BLOCK_C)[:, None] * own[1]
+        start = corner[0] * own[0] + corner[1] * own[1] + corner[2] * own[2]
+        ptrs = ptr + start + (offs_c + offs_s)
+    return ptrs
 
 
 @triton.jit
-def load_tile(ptr, strides, TENSOR: tl.constexpr, corner, mask, ACC: tl.constexpr):
-    """Returns the tile of `tile_pointers` in ACC, zero outside of ``mask`` [BLOCK_C, BLOCK_S]."""
-    ptrs = tile_pointers(ptr, strides, TENSOR, corner, mask.shape[0], mask.shape[1])
-    return tl.load(ptrs, mask=mask, other=0.0).to(ACC)
+def load_tile(
+    ptr,
+    strides,
+    TENSOR: tl.constexpr,
+    corner,
+    reads,
+    ALIGN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Returns the tile of `tile_pointers` in ACC, zero outside of ``reads`` [BLOCK_C, BLOCK_S]."""
+    BLOCK_C: tl.constexpr = reads.shape[0]
+    BLOCK_S: tl.constexpr = reads.shape[1]
+    ptrs = tile_pointers(ptr, strides, TENSOR, corner, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+    return tl.load(ptrs, mask=reads, other=0.0).to(ACC)
 
 
 @triton.jit
-def store_tile(ptr, strides, TENSOR: tl.constexpr, corner, mask, tile):
+def store_tile(
+    ptr,
+    strides,
+    TENSOR: tl.constexpr,
+    corner,
+    mask,
+    ALIGN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    tile,
+):
     """Writes ``tile`` [BLOCK_C, BLOCK_S] where ``mask`` is set, in the dtype of ``ptr``."""
-    ptrs = tile_pointers(ptr, strides, TENSOR, corner, mask.shape[0], mask.shape[1])
+    BLOCK_C: tl.constexpr = mask.shape[0]
+    BLOCK_S: tl.constexpr = mask.shape[1]
+    ptrs = tile_pointers(ptr, strides, TENSOR, corner, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 

@@ -36,4 +36,4 @@ def empty_like_branch(x: Tensor) -> Tensor:
 
 def is_channels_last(x: Tensor) -> bool:
     """Tells whether neighbours of ``x`` [B, C, S] in memory are channels rather than positions."""
-    return x.stride(1) == 1 and x.shape[1] > 1 and x.stride(2) != 1
+    return x.stride(1) == 1 and x.shape[1] > 1 and (x.stride(2) != 1 or x.shape[2] == 1)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sknet_kernels.arguments import accumulator, configuration, norm_pointers, streaming_launch
-from sknet_kernels.config import FUSE, LaunchConfig, cdiv
+from sknet_kernels.config import COMBINE_SIZE, FUSE, LaunchConfig, cdiv
 from sknet_kernels.jit import (
     known_strides,
     load_tile,
@@ -14,12 +14,11 @@ from sknet_kernels.jit import (
     own_tiles,
     program_coordinates,
     relu,
-    tile_mask,
+    tile_masks,
+    tiles_of_row,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
 from sknet_kernels.norms import Norms
-
-_COMBINE_BLOCK = 256
 
 
 @triton.jit(do_not_specialize=["B", "C", "S", "tiles", "splits"])
@@ -41,7 +40,7 @@ def _sk_fuse_kernel(
     EPS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -63,18 +62,18 @@ def _sk_fuse_kernel(
             mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
         )
     total = tl.zeros([BLOCK_C, BLOCK_S], ACC)
-    strides = known_strides(strides, ALIGN, CHANNELS_LAST)
-    first, last = own_tiles(S, tiles, pid_s, BLOCK_S)
+    strides = known_strides(strides, ALIGN, LAYOUT)
+    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
         corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask = tile_mask(corner, C, S, ALIGN, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, mask, ACC)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
             if HAS_NORM:
                 total += tl.where(mask, relu(normalised(x, means[i], scales[i], betas[i])), 0.0)
             else:
-                total += x
+                total += tl.where(mask, x, 0.0)
     row = pid_s * B + pid_b
     tl.store(partial_ptr + row * C + offs_c, tl.sum(total, axis=1), mask=mask_c)
 
@@ -146,9 +145,9 @@ def sk_fuse_combine_launch(out: Tensor, partial: Tensor, *, S: int, mean: bool) 
     """Returns the launch that fills ``out`` [B, C] from ``partial`` [SPLITS, B, C]."""
     return Launch(
         kernel=_sk_fuse_combine_kernel,
-        programs=cdiv(out.numel(), _COMBINE_BLOCK),
+        programs=cdiv(out.numel(), COMBINE_SIZE),
         pointers={"out_ptr": out, "partial_ptr": partial},
         scalars={"size": out.numel(), "S": S, "splits": partial.shape[0]},
-        constants={"MEAN": mean, "ACC": accumulator(partial.dtype)[1], "BLOCK": _COMBINE_BLOCK},
+        constants={"MEAN": mean, "ACC": accumulator(partial.dtype)[1], "BLOCK": COMBINE_SIZE},
         num_warps=1,
     )

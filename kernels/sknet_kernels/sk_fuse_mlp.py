@@ -11,8 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sknet_kernels.arguments import accumulator
-from sknet_kernels.config import DeviceFacts, MLPConfig, MLPProblem, cdiv
-from sknet_kernels.jit import branch_weights, branch_weights_bwd, relu, zero_tiles
+from sknet_kernels.config import DeviceFacts, MLPConfig, MLPProblem, cdiv, next_power_of_two
+from sknet_kernels.jit import (
+    branch_weights,
+    branch_weights_bwd,
+    channel_vector,
+    kept_by_relu,
+    relu,
+    zero_tiles,
+)
 from sknet_kernels.launch import Launch, launch
 from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
 
@@ -20,30 +27,41 @@ NUM_SUMS = 4
 
 
 @triton.jit
-def _vector(ptr, offs, mask, MISSING: tl.constexpr, ACC: tl.constexpr):
-    """Returns a parameter at ``offs``, or MISSING everywhere where there is no parameter."""
-    if ptr is None:
-        values = tl.full(offs.shape, MISSING, ACC)
-    else:
-        values = tl.load(ptr + offs, mask=mask, other=0.0).to(ACC)
-    return values
+def _joined(
+    ptr,
+    offs,
+    mask,
+    step,
+    splits,
+    outer,
+    inner,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Returns the sum over k < splits of ptr[k * step + row + offs] for each of ROWS rows.
 
-
-@triton.jit
-def _joined(ptr, offs, mask, step, splits, UNROLL: tl.constexpr, ACC: tl.constexpr):
-    """Returns the sum over k < splits of ptr[k * step + offs], added in the order of k.
-
-    UNROLL loads are under way together.
+    Row j lies at (j // INNER) * outer + (j % INNER) * inner; ``mask`` has a mask for each. Sums
+    are added in the order of k; the loads of UNROLL parts of all rows are under way together.
     """
-    total = tl.zeros(offs.shape, ACC)
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals = totals + (tl.zeros(offs.shape, ACC),)
     for first in range(0, splits, UNROLL):
         parts = ()
         for k in tl.static_range(UNROLL):
-            part_ptrs = ptr + (first + k) * step + offs
-            parts = parts + (tl.load(part_ptrs, mask=mask & (first + k < splits), other=0.0),)
+            for j in tl.static_range(ROWS):
+                row_ptrs = ptr + ((j // INNER) * outer + (j % INNER) * inner) + offs
+                there = mask[j] & (first + k < splits)
+                part = tl.load(row_ptrs + (first + k) * step, mask=there, other=0.0)
+                parts = parts + (part,)
         for k in tl.static_range(UNROLL):
-            total += parts[k]
-    return total
+            grown = ()
+            for j in tl.static_range(ROWS):
+                grown = grown + (totals[j] + parts[k * ROWS + j],)
+            totals = grown
+    return totals
 
 
 @triton.jit
@@ -62,6 +80,7 @@ def _sk_hidden_kernel(
     S,
     UNROLL: tl.constexpr,
     ACC: tl.constexpr,
+    IMAGES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -70,26 +89,38 @@ def _sk_hidden_kernel(
     Shapes: partial [SPLITS, B, C], pooled [B, C] and hidden [B, d] in ACC; weight [d, C] of any
     strides, bias [d] or None. Passes moved: none of full size. Source: Li et al. 2019, eqs. 2, 3.
     """
-    # One program owns BLOCK_D elements of one image's hidden layer.
+    # One program owns BLOCK_D elements of the hidden layer of IMAGES images.
     blocks_d = tl.cdiv(d, BLOCK_D)
     pid = tl.program_id(0)
-    pid_b = (pid // blocks_d).to(tl.int64)
+    first_b = (pid // blocks_d).to(tl.int64) * IMAGES
     offs_d = (pid % blocks_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < d
     step = tl.cast(B, tl.int64) * C
     # Summed over channels at the end alone: no thread waits for another in the loop.
-    products = tl.zeros([BLOCK_D, BLOCK_C], ACC)
+    products = zero_tiles(IMAGES, ACC, BLOCK_D, BLOCK_C)
     for first in range(0, C, BLOCK_C):
         offs_c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
-        offs = pid_b * C + offs_c
-        pooled = _joined(partial_ptr, offs, mask_c, step, splits, UNROLL, ACC) / tl.cast(S, ACC)
-        tl.store(pooled_ptr + offs, pooled, mask=mask_c & (pid % blocks_d == 0))
         weight_ptrs = weight_ptr + offs_d[:, None] * weight_stride_d + offs_c * weight_stride_c
         weight = tl.load(weight_ptrs, mask=mask_d[:, None] & mask_c[None, :], other=0.0)
-        products += weight.to(ACC) * pooled[None, :]
-    hidden = tl.sum(products, axis=1) + _vector(bias_ptr, offs_d, mask_d, 0.0, ACC)
-    tl.store(hidden_ptr + pid_b * d + offs_d, hidden, mask=mask_d)
+        masks = ()
+        for j in tl.static_range(IMAGES):
+            masks = masks + (mask_c & (first_b + j < B),)
+        totals = _joined(
+            partial_ptr + first_b * C, offs_c, masks, step, splits, tl.cast(C, tl.int64), 0,
+            IMAGES, 1, UNROLL, ACC,
+        )  # fmt: skip
+        grown = ()
+        for j in tl.static_range(IMAGES):
+            pooled = totals[j] / tl.cast(S, ACC)
+            pooled_ptrs = pooled_ptr + (first_b + j) * C + offs_c
+            tl.store(pooled_ptrs, pooled, mask=masks[j] & (pid % blocks_d == 0))
+            grown = grown + (products[j] + weight.to(ACC) * pooled[None, :],)
+        products = grown
+    bias = channel_vector(bias_ptr, offs_d, mask_d, ACC, 0.0)
+    for j in tl.static_range(IMAGES):
+        hidden = tl.sum(products[j], axis=1) + bias
+        tl.store(hidden_ptr + (first_b + j) * d + offs_d, hidden, mask=mask_d & (first_b + j < B))
 
 
 @triton.jit
@@ -118,14 +149,23 @@ def _batch_moments(
 
 
 @triton.jit
-def _fc1_norm(hidden, mean, var, gamma, beta, EPS: tl.constexpr):
-    """Returns rstd [BLOCK_D], the normalised hidden layer and its activation z [BLOCK_B, BLOCK_D].
+def _fc1_norm(norm_ptrs, offs_d, mask_d, EPS: tl.constexpr, ACC: tl.constexpr):
+    """Returns mean, rstd, gamma and beta of fc1's norm, vectors [BLOCK_D]."""
+    var = channel_vector(norm_ptrs[1], offs_d, mask_d, ACC, 1.0)
+    return (
+        channel_vector(norm_ptrs[0], offs_d, mask_d, ACC, 0.0),
+        1.0 / tl.sqrt(var + EPS),
+        channel_vector(norm_ptrs[2], offs_d, mask_d, ACC, 1.0),
+        channel_vector(norm_ptrs[3], offs_d, mask_d, ACC, 0.0),
+    )
 
-    Shapes: hidden [BLOCK_B, BLOCK_D], vectors [BLOCK_D].
-    """
-    rstd = 1.0 / tl.sqrt(var + EPS)
+
+@triton.jit
+def _activated(hidden, norm):
+    """Returns hidden [BLOCK_B, BLOCK_D] normalised, and its activation z; see `_fc1_norm`."""
+    mean, rstd, gamma, beta = norm
     hhat = (hidden - mean[None, :]) * rstd[None, :]
-    return rstd, hhat, relu(hhat * gamma[None, :] + beta[None, :])
+    return hhat, relu(hhat * gamma[None, :] + beta[None, :])
 
 
 @triton.jit
@@ -174,6 +214,8 @@ def _sk_logits_kernel(
         hidden = tl.load(hidden_ptrs, mask=mask_b[:, None] & mask_d[None, :], other=0.0)
         weight_ptrs = weight_ptr + offs_d[:, None] * weight_stride_d + offs_n * weight_stride_n
         weight = tl.load(weight_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0).to(ACC)
+        norm_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
+        norm = _fc1_norm(norm_ptrs, offs_d, mask_d, EPS, ACC)
         if mean_ptr is None:
             mean, m2 = _batch_moments(hidden_ptr, B, d, offs_d, mask_d, ACC, BLOCK_R, BLOCK_D)
             var = m2 / tl.cast(tl.maximum(B, 1), ACC)
@@ -182,16 +224,12 @@ def _sk_logits_kernel(
             tl.store(stats_ptr + d + offs_d, var, mask=mask_stats)
             tl.store(kept_ptr + offs_d, mean, mask=mask_stats)
             tl.store(kept_ptr + d + offs_d, m2 / tl.cast(B - 1, ACC), mask=mask_stats)
-        else:
-            mean = _vector(mean_ptr, offs_d, mask_d, 0.0, ACC)
-            var = _vector(var_ptr, offs_d, mask_d, 1.0, ACC)
-        gamma = _vector(gamma_ptr, offs_d, mask_d, 1.0, ACC)
-        beta = _vector(beta_ptr, offs_d, mask_d, 0.0, ACC)
-        _, _, z = _fc1_norm(hidden, mean, var, gamma, beta, EPS)
+            norm = (mean, 1.0 / tl.sqrt(var + EPS), norm[2], norm[3])
+        _, z = _activated(hidden, norm)
         # weight is 0 past d, but 0 * inf is NaN.
         z = tl.where(mask_d[None, :], z, 0.0)
         logits += tl.dot(z, weight, input_precision="ieee", out_dtype=ACC)
-    logits += _vector(bias_ptr, offs_n, mask_n, 0.0, ACC)[None, :]
+    logits += channel_vector(bias_ptr, offs_n, mask_n, ACC, 0.0)[None, :]
     tl.store(
         logits_ptr + offs_b[:, None] * N + offs_n[None, :],
         logits,
@@ -200,10 +238,18 @@ def _sk_logits_kernel(
 
 
 @triton.jit
+def _store_sums(ptr, offs_c, sums, masks, is_first, row, C, VECTORS: tl.constexpr):
+    """Stores two of P1 to P4, two rows apart, as `_joined` returns them."""
+    for j in tl.static_range(2 * VECTORS):
+        offs = (j // VECTORS) * 2 * row + tl.cast(C, tl.int64) * (j % VECTORS) + offs_c
+        tl.store(ptr + offs, sums[j], mask=masks[j] & is_first)
+
+
+@triton.jit
 def _sk_hidden_bwd_kernel(
-    sums_ptr,
     dlogits_ptr,
     dz_ptr,
+    sums_ptr,
     partial_ptr,
     logits_ptr,
     gamma_ptrs,
@@ -218,75 +264,306 @@ def _sk_hidden_bwd_kernel(
     NUM_BRANCHES: tl.constexpr,
     UNROLL: tl.constexpr,
     ACC: tl.constexpr,
+    IMAGES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """sums[n] = sum over k of partial[k, n];  dlogits: softmax's backward;  dz = dlogits weight.
 
     da_i = gamma_i P3_i + beta_i P1_i, with the rows P1 to P4 of sums; a = softmax of logits.
-    Shapes: partial [SPLITS, 4, B, M, C], sums [4, B, M, C], logits and dlogits [B, M, C] and
-    dz [B, d] contiguous, in ACC; gamma_i and beta_i [C] or None; weight [M * C, d] of any strides.
+    Shapes: partial [SPLITS, 4, B, M, C], sums [4, B, M, C], None where that is partial itself,
+    logits and dlogits [B, M, C] and dz [B, d] contiguous, in ACC; gamma_i and beta_i [C] or None;
+    weight [M * C, d] of any strides.
     Passes moved: none of full size. Source: the derivative of Li et al. 2019, eqs. 3 to 6.
     """
-    # One program owns one image.
-    pid_b = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    # One program owns BLOCK_D elements of dz of IMAGES images, the first of an image the rest too.
+    blocks_d = tl.cdiv(d, BLOCK_D)
+    pid = tl.program_id(0)
+    first_b = (pid // blocks_d).to(tl.int64) * IMAGES
+    offs_d = (pid % blocks_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < d
     row = tl.cast(C, tl.int64) * NUM_BRANCHES * B
-    products = tl.zeros([BLOCK_C, BLOCK_D], ACC)
+    VECTORS: tl.constexpr = IMAGES * NUM_BRANCHES
+    products = zero_tiles(IMAGES, ACC, BLOCK_C, BLOCK_D)
     for first in range(0, C, BLOCK_C):
         offs_c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
-        dattn = ()
+        masks = ()
+        for j in tl.static_range(2 * VECTORS):
+            masks = masks + (mask_c & (first_b + j % VECTORS // NUM_BRANCHES < B),)
+        image = first_b * NUM_BRANCHES * C
+        if sums_ptr is not None:
+            p2_p4 = _joined(
+                partial_ptr + row + image, offs_c, masks, 4 * row, splits, 2 * row,
+                tl.cast(C, tl.int64), 2 * VECTORS, VECTORS, UNROLL, ACC,
+            )  # fmt: skip
+            _store_sums(
+                sums_ptr + row + image, offs_c, p2_p4, masks, pid % blocks_d == 0, row, C, VECTORS
+            )
+        p1_p3 = _joined(
+            partial_ptr + image, offs_c, masks, 4 * row, splits, 2 * row,
+            tl.cast(C, tl.int64), 2 * VECTORS, VECTORS, UNROLL, ACC,
+        )  # fmt: skip
+        if sums_ptr is not None:
+            _store_sums(
+                sums_ptr + image, offs_c, p1_p3, masks, pid % blocks_d == 0, row, C, VECTORS
+            )
+        gammas, betas, dlogits = (), (), ()
         for i in tl.static_range(NUM_BRANCHES):
-            offs = (pid_b * NUM_BRANCHES + i) * C + offs_c
-            sums = ()
-            for j in tl.static_range(4):
-                total = _joined(partial_ptr + j * row, offs, mask_c, 4 * row, splits, UNROLL, ACC)
-                tl.store(sums_ptr + j * row + offs, total, mask=mask_c)
-                sums = sums + (total,)
-            gamma = _vector(gamma_ptrs[i], offs_c, mask_c, 1.0, ACC)
-            beta = _vector(beta_ptrs[i], offs_c, mask_c, 0.0, ACC)
-            dattn = dattn + (gamma * sums[2] + beta * sums[0],)
-        image_ptr = logits_ptr + pid_b * NUM_BRANCHES * C
-        attn = branch_weights(image_ptr, C, 1, offs_c, mask_c, NUM_BRANCHES, "softmax", ACC)
-        dlogits = branch_weights_bwd(attn, dattn, NUM_BRANCHES, "softmax")
+            gammas = gammas + (channel_vector(gamma_ptrs[i], offs_c, mask_c, ACC, 1.0),)
+            betas = betas + (channel_vector(beta_ptrs[i], offs_c, mask_c, ACC, 0.0),)
+        for b in tl.static_range(IMAGES):
+            dattn = ()
+            for i in tl.static_range(NUM_BRANCHES):
+                p1, p3 = p1_p3[b * NUM_BRANCHES + i], p1_p3[VECTORS + b * NUM_BRANCHES + i]
+                dattn = dattn + (gammas[i] * p3 + betas[i] * p1,)
+            image_ptr = logits_ptr + (first_b + b) * NUM_BRANCHES * C
+            attn = branch_weights(
+                image_ptr, C, 1, offs_c, masks[b * NUM_BRANCHES], NUM_BRANCHES, "softmax", ACC
+            )
+            dlogits = dlogits + branch_weights_bwd(attn, dattn, NUM_BRANCHES, "softmax")
         for i in tl.static_range(NUM_BRANCHES):
-            offs = (pid_b * NUM_BRANCHES + i) * C + offs_c
-            tl.store(dlogits_ptr + offs, dlogits[i], mask=mask_c)
             offs_n = tl.cast(C, tl.int64) * i + offs_c
             weight_ptrs = weight_ptr + offs_n[:, None] * weight_stride_n + offs_d * weight_stride_d
             weight = tl.load(weight_ptrs, mask=mask_c[:, None] & mask_d[None, :], other=0.0)
-            products += weight.to(ACC) * tl.where(mask_c, dlogits[i], 0.0)[:, None]
-    tl.store(dz_ptr + pid_b * d + offs_d, tl.sum(products, axis=0), mask=mask_d)
+            grown = ()
+            for b in tl.static_range(IMAGES):
+                dlogit = tl.where(mask_c, dlogits[b * NUM_BRANCHES + i], 0.0)
+                grown = grown + (products[b] + weight.to(ACC) * dlogit[:, None],)
+                offs = (first_b + b) * NUM_BRANCHES * C + offs_n
+                mask_first = masks[b * NUM_BRANCHES + i] & (pid % blocks_d == 0)
+                tl.store(dlogits_ptr + offs, dlogit, mask=mask_first)
+            products = grown
+    for b in tl.static_range(IMAGES):
+        dz_ptrs = dz_ptr + (first_b + b) * d + offs_d
+        tl.store(dz_ptrs, tl.sum(products[b], axis=0), mask=mask_d & (first_b + b < B))
 
 
 @triton.jit
-def _fc1_norm_bwd_block(
-    dz_ptr,
-    hidden_ptr,
-    first,
-    B,
-    d,
-    offs_d,
-    mask_d,
-    mean,
-    var,
-    gamma,
-    beta,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Returns dy, hhat and z of BLOCK_B images from ``first`` on, 0 past the last one."""
+def _hidden_block(hidden_ptr, dz_ptr, first, B, d, offs_d, mask_d, norm, BLOCK_B: tl.constexpr):
+    """Returns dy, hhat and z [BLOCK_B, BLOCK_D] of the images from ``first`` on, 0 past the last.
+
+    dy is the gradient of what the ReLU takes: dz where z > 0, else 0.
+    """
     offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
     mask = (offs_b < B)[:, None] & mask_d[None, :]
     offs = offs_b[:, None] * d + offs_d[None, :]
     hidden = tl.load(hidden_ptr + offs, mask=mask, other=0.0)
     dz = tl.load(dz_ptr + offs, mask=mask, other=0.0)
-    _, hhat, z = _fc1_norm(hidden, mean, var, gamma, beta, EPS)
-    dy = tl.where(z <= 0.0, 0.0, dz)
+    hhat, z = _activated(hidden, norm)
+    dy = tl.where(kept_by_relu(z), dz, 0.0)
     return dy, tl.where(mask, hhat, 0.0), tl.where(mask, z, 0.0)
+
+
+@triton.jit
+def _fc1_norm_bwd(
+    hidden_ptr,
+    dz_ptr,
+    B,
+    d,
+    offs_d,
+    mask_d,
+    norm,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Returns dbeta and dgamma of fc1's norm, the sums over images of dy and of dy hhat."""
+    dbeta = tl.zeros([BLOCK_B, BLOCK_D], ACC)
+    dgamma = tl.zeros([BLOCK_B, BLOCK_D], ACC)
+    for first in range(0, B, BLOCK_B):
+        dy, hhat, _ = _hidden_block(hidden_ptr, dz_ptr, first, B, d, offs_d, mask_d, norm, BLOCK_B)
+        dbeta += dy
+        dgamma += dy * hhat
+    return tl.sum(dbeta, axis=0), tl.sum(dgamma, axis=0)
+
+
+@triton.jit
+def _dhidden_block(
+    hidden_ptr,
+    dz_ptr,
+    first,
+    B,
+    d,
+    offs_d,
+    mask_d,
+    norm,
+    sums,
+    BATCH_STATS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Returns the gradient [BLOCK_B, BLOCK_D] of fc1's output; sums as of `_fc1_norm_bwd`."""
+    dy, hhat, _ = _hidden_block(hidden_ptr, dz_ptr, first, B, d, offs_d, mask_d, norm, BLOCK_B)
+    if BATCH_STATS:
+        dbeta, dgamma = sums
+        images = tl.cast(B, dy.dtype)
+        dy = dy - (dbeta / images)[None, :] - hhat * (dgamma / images)[None, :]
+    there = (first + tl.arange(0, BLOCK_B) < B)[:, None] & mask_d[None, :]
+    return tl.where(there, dy * (norm[2] * norm[1])[None, :], 0.0)
+
+
+@triton.jit
+def _norms_bwd(
+    share_ptr,
+    drift_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    sums_ptr,
+    dz_ptr,
+    logits_ptr,
+    hidden_ptr,
+    fc1_norm_ptrs,
+    weight_ptr,
+    weight_stride_d,
+    weight_stride_c,
+    pid,
+    B,
+    C,
+    d,
+    S,
+    NUM_BRANCHES: tl.constexpr,
+    BATCH_STATS: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Fills share, drift, dgamma and dbeta of block ``pid`` of the channels."""
+    offs_c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_c, mask_d = offs_c < C, offs_d < d
+    weight_ptrs = weight_ptr + offs_d[:, None] * weight_stride_d + offs_c * weight_stride_c
+    weight = tl.load(weight_ptrs, mask=mask_d[:, None] & mask_c[None, :], other=0.0).to(ACC)
+    norm = _fc1_norm(fc1_norm_ptrs, offs_d, mask_d, EPS, ACC)
+    sums = _fc1_norm_bwd(hidden_ptr, dz_ptr, B, d, offs_d, mask_d, norm, ACC, BLOCK_B, BLOCK_D)
+    positions = tl.cast(S, ACC)
+    for first in range(0, B, BLOCK_B):
+        offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
+        dhidden = _dhidden_block(
+            hidden_ptr, dz_ptr, first, B, d, offs_d, mask_d, norm, sums, BATCH_STATS, BLOCK_B
+        )
+        share = tl.dot(dhidden, weight, input_precision="ieee", out_dtype=ACC) / positions
+        share_ptrs = share_ptr + offs_b[:, None] * C + offs_c[None, :]
+        tl.store(share_ptrs, share, mask=(offs_b < B)[:, None] & mask_c[None, :])
+    # Now share is read by other threads of this program than have written it. Kept in registers it
+    # would impose a product's layout on all that is read below: a wait and two barriers a tile.
+    tl.debug_barrier()
+    dbetas = zero_tiles(NUM_BRANCHES, ACC, BLOCK_B, BLOCK_C)
+    dgammas = zero_tiles(NUM_BRANCHES, ACC, BLOCK_B, BLOCK_C)
+    row = tl.cast(B, tl.int64) * NUM_BRANCHES * C
+    for first in range(0, B, BLOCK_B):
+        offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
+        mask = (offs_b < B)[:, None] & mask_c[None, :]
+        offs = offs_b[:, None] * NUM_BRANCHES * C + offs_c[None, :]
+        share_ptrs = share_ptr + offs_b[:, None] * C + offs_c[None, :]
+        share = tl.load(share_ptrs, mask=mask, other=0.0)
+        attn = branch_weights(logits_ptr, C, 1, offs, mask, NUM_BRANCHES, "softmax", ACC)
+        grown_betas, grown_gammas = (), ()
+        for i in tl.static_range(NUM_BRANCHES):
+            ptrs = sums_ptr + tl.cast(C, tl.int64) * i + offs
+            p1 = tl.load(ptrs, mask=mask, other=0.0)
+            p2 = tl.load(ptrs + row, mask=mask, other=0.0)
+            p3 = tl.load(ptrs + 2 * row, mask=mask, other=0.0)
+            p4 = tl.load(ptrs + 3 * row, mask=mask, other=0.0)
+            grown_betas = grown_betas + (dbetas[i] + attn[i] * p1 + share * p2,)
+            grown_gammas = grown_gammas + (dgammas[i] + attn[i] * p3 + share * p4,)
+        dbetas, dgammas = grown_betas, grown_gammas
+    m = tl.maximum(tl.cast(B, ACC), 1.0) * positions
+    for i in tl.static_range(NUM_BRANCHES):
+        offs_n = tl.cast(C, tl.int64) * i + offs_c
+        dbeta, dgamma = tl.sum(dbetas[i], axis=0), tl.sum(dgammas[i], axis=0)
+        _store(dbeta_ptr, offs_n, dbeta, mask_c)
+        _store(dgamma_ptr, offs_n, dgamma, mask_c)
+        _store(drift_ptr, offs_n, dbeta / m, mask_c)
+        _store(drift_ptr, tl.cast(C, tl.int64) * NUM_BRANCHES + offs_n, dgamma / m, mask_c)
+
+
+@triton.jit
+def _fc1_bwd(
+    dweight_ptr,
+    dbias_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    dz_ptr,
+    pooled_ptr,
+    hidden_ptr,
+    norm_ptrs,
+    pid,
+    B,
+    C,
+    d,
+    BATCH_STATS: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Fills block ``pid`` of fc1's dweight; the first of its channels fills the vectors [d]."""
+    blocks_d = tl.cdiv(d, BLOCK_D)
+    offs_c = (pid // blocks_d).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_d = (pid % blocks_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_c, mask_d = offs_c < C, offs_d < d
+    norm = _fc1_norm(norm_ptrs, offs_d, mask_d, EPS, ACC)
+    sums = _fc1_norm_bwd(hidden_ptr, dz_ptr, B, d, offs_d, mask_d, norm, ACC, BLOCK_B, BLOCK_D)
+    dbias = tl.zeros([BLOCK_D], ACC)
+    dweight = tl.zeros([BLOCK_D, BLOCK_C], ACC)
+    for first in range(0, B, BLOCK_B):
+        offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
+        mask = (offs_b < B)[:, None] & mask_c[None, :]
+        pooled_ptrs = pooled_ptr + offs_b[:, None] * C + offs_c[None, :]
+        pooled = tl.load(pooled_ptrs, mask=mask, other=0.0)
+        dhidden = _dhidden_block(
+            hidden_ptr, dz_ptr, first, B, d, offs_d, mask_d, norm, sums, BATCH_STATS, BLOCK_B
+        )
+        dbias += tl.sum(dhidden, axis=0)
+        dweight += tl.dot(tl.trans(dhidden), pooled, input_precision="ieee", out_dtype=ACC)
+    offs = offs_d[:, None] * C + offs_c[None, :]
+    _store(dweight_ptr, offs, dweight, mask_d[:, None] & mask_c[None, :])
+    mask_first = mask_d & (pid < blocks_d)
+    _store(dbias_ptr, offs_d, dbias, mask_first)
+    _store(dbeta_ptr, offs_d, sums[0], mask_first)
+    _store(dgamma_ptr, offs_d, sums[1], mask_first)
+
+
+@triton.jit
+def _fc2_bwd(
+    dweight_ptr,
+    dbias_ptr,
+    dlogits_ptr,
+    hidden_ptr,
+    norm_ptrs,
+    pid,
+    B,
+    N,
+    d,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Fills block ``pid`` of fc2's dweight [N, d], and dbias [N]; dlogits is read as [B, N]."""
+    blocks_d = tl.cdiv(d, BLOCK_D)
+    offs_n = (pid // blocks_d).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = (pid % blocks_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n, mask_d = offs_n < N, offs_d < d
+    norm = _fc1_norm(norm_ptrs, offs_d, mask_d, EPS, ACC)
+    dbias = tl.zeros([BLOCK_N], ACC)
+    dweight = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    for first in range(0, B, BLOCK_B):
+        offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
+        mask = (offs_b < B)[:, None] & mask_n[None, :]
+        dlogits_ptrs = dlogits_ptr + offs_b[:, None] * N + offs_n[None, :]
+        dlogits = tl.load(dlogits_ptrs, mask=mask, other=0.0)
+        # Only z is used; what else the block would load is never loaded.
+        _, _, z = _hidden_block(hidden_ptr, hidden_ptr, first, B, d, offs_d, mask_d, norm, BLOCK_B)
+        dbias += tl.sum(dlogits, axis=0)
+        dweight += tl.dot(tl.trans(dlogits), z, input_precision="ieee", out_dtype=ACC)
+    offs = offs_n[:, None] * d + offs_d[None, :]
+    _store(dweight_ptr, offs, dweight, mask_n[:, None] & mask_d[None, :])
+    _store(dbias_ptr, offs_n, dbias, mask_n & (pid % blocks_d == 0))
 
 
 @triton.jit
@@ -324,7 +601,9 @@ def _sk_channels_bwd_kernel(
     ACC: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WHOLE_D: tl.constexpr,
 ):
     """share[b, c] = dhidden fc1_weight / S;  gradients of the parameters of norms, fc1 and fc2.
 
@@ -338,99 +617,36 @@ def _sk_channels_bwd_kernel(
     [d, C], fc2's [M * C, d]. Sums are kept in ACC, over images in their order. Passes moved: none
     of full size. Source: the derivative of Li et al. 2019, eqs. 2 to 6, through batch norm.
     """
-    # One program owns BLOCK_C channels of all images and branches; the first one fc1's vectors.
+    # One program owns BLOCK_C channels of the branches' norms, or a block of fc1's or fc2's weight,
+    # and all images.
     pid = tl.program_id(0)
-    offs_c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_c, mask_d = offs_c < C, offs_d < d
-    mean = _vector(fc1_mean_ptr, offs_d, mask_d, 0.0, ACC)
-    var = _vector(fc1_var_ptr, offs_d, mask_d, 1.0, ACC)
-    gamma = _vector(fc1_gamma_ptr, offs_d, mask_d, 1.0, ACC)
-    beta = _vector(fc1_beta_ptr, offs_d, mask_d, 0.0, ACC)
-    fc1_dbeta = tl.zeros([BLOCK_D], ACC)
-    fc1_dgamma = tl.zeros([BLOCK_D], ACC)
-    for first in range(0, B, BLOCK_B):
-        dy, hhat, _ = _fc1_norm_bwd_block(
-            dz_ptr, hidden_ptr, first, B, d, offs_d, mask_d, mean, var, gamma, beta,
-            FC1_EPS, ACC, BLOCK_B,
+    norm_ptrs = (fc1_mean_ptr, fc1_var_ptr, fc1_gamma_ptr, fc1_beta_ptr)
+    first_fc1 = tl.cdiv(C, BLOCK_C)
+    first_fc2 = first_fc1 + tl.cdiv(C, BLOCK_N) * tl.cdiv(d, BLOCK_D)
+    if pid < first_fc1:
+        _norms_bwd(
+            share_ptr, drift_ptr, dgamma_ptr, dbeta_ptr, sums_ptr, dz_ptr, logits_ptr, hidden_ptr,
+            norm_ptrs, fc1_weight_ptr, fc1_weight_stride_d, fc1_weight_stride_c, pid, B, C, d, S,
+            NUM_BRANCHES, FC1_BATCH_STATS, FC1_EPS, ACC, BLOCK_B, BLOCK_C, WHOLE_D,
         )  # fmt: skip
-        fc1_dbeta += tl.sum(dy, axis=0)
-        fc1_dgamma += tl.sum(dy * hhat, axis=0)
-    weight_ptrs = (
-        fc1_weight_ptr + offs_d[:, None] * fc1_weight_stride_d + offs_c * fc1_weight_stride_c
-    )
-    mask_weight = mask_d[:, None] & mask_c[None, :]
-    weight = tl.load(weight_ptrs, mask=mask_weight, other=0.0).to(ACC)
-    slope = gamma / tl.sqrt(var + FC1_EPS)
-    fc1_dbias = tl.zeros([BLOCK_D], ACC)
-    fc1_dweight = tl.zeros([BLOCK_D, BLOCK_C], ACC)
-    fc2_dweights = zero_tiles(NUM_BRANCHES, ACC, BLOCK_D, BLOCK_C)
-    fc2_dbiases, dgammas, dbetas = (), (), ()
-    for _ in tl.static_range(NUM_BRANCHES):
-        fc2_dbiases = fc2_dbiases + (tl.zeros([BLOCK_C], ACC),)
-        dgammas = dgammas + (tl.zeros([BLOCK_C], ACC),)
-        dbetas = dbetas + (tl.zeros([BLOCK_C], ACC),)
-    row = tl.cast(B, tl.int64) * NUM_BRANCHES * C
-    images = tl.cast(tl.maximum(B, 1), ACC)
-    for first in range(0, B, BLOCK_B):
-        offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
-        mask_b = offs_b < B
-        mask = mask_b[:, None] & mask_c[None, :]
-        dy, hhat, z = _fc1_norm_bwd_block(
-            dz_ptr, hidden_ptr, first, B, d, offs_d, mask_d, mean, var, gamma, beta,
-            FC1_EPS, ACC, BLOCK_B,
+    elif pid < first_fc2:
+        _fc1_bwd(
+            fc1_dweight_ptr, fc1_dbias_ptr, fc1_dgamma_ptr, fc1_dbeta_ptr, dz_ptr, pooled_ptr,
+            hidden_ptr, norm_ptrs, pid - first_fc1, B, C, d,
+            FC1_BATCH_STATS, FC1_EPS, ACC, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        if FC1_BATCH_STATS:
-            dy = dy - (fc1_dbeta / images)[None, :] - hhat * (fc1_dgamma / images)[None, :]
-        dhidden = tl.where(mask_b[:, None] & mask_d[None, :], dy * slope[None, :], 0.0)
-        fc1_dbias += tl.sum(dhidden, axis=0)
-        offs = offs_b[:, None] * C + offs_c[None, :]
-        share = tl.dot(dhidden, weight, input_precision="ieee", out_dtype=ACC) / tl.cast(S, ACC)
-        tl.store(share_ptr + offs, share, mask=mask)
-        pooled = tl.load(pooled_ptr + offs, mask=mask, other=0.0)
-        fc1_dweight += tl.dot(tl.trans(dhidden), pooled, input_precision="ieee", out_dtype=ACC)
-        offs = offs_b[:, None] * NUM_BRANCHES * C + offs_c[None, :]
-        attn = branch_weights(logits_ptr, C, 1, offs, mask, NUM_BRANCHES, "softmax", ACC)
-        grown, grown_biases, grown_gammas, grown_betas = (), (), (), ()
-        for i in tl.static_range(NUM_BRANCHES):
-            offs_i = tl.cast(C, tl.int64) * i + offs
-            p1 = tl.load(sums_ptr + offs_i, mask=mask, other=0.0)
-            p2 = tl.load(sums_ptr + row + offs_i, mask=mask, other=0.0)
-            p3 = tl.load(sums_ptr + 2 * row + offs_i, mask=mask, other=0.0)
-            p4 = tl.load(sums_ptr + 3 * row + offs_i, mask=mask, other=0.0)
-            dlogits = tl.load(dlogits_ptr + offs_i, mask=mask, other=0.0)
-            product = tl.dot(tl.trans(z), dlogits, input_precision="ieee", out_dtype=ACC)
-            grown = grown + (fc2_dweights[i] + product,)
-            grown_biases = grown_biases + (fc2_dbiases[i] + tl.sum(dlogits, axis=0),)
-            grown_betas = grown_betas + (dbetas[i] + tl.sum(attn[i] * p1 + share * p2, axis=0),)
-            grown_gammas = grown_gammas + (dgammas[i] + tl.sum(attn[i] * p3 + share * p4, axis=0),)
-        fc2_dweights, fc2_dbiases, dgammas, dbetas = grown, grown_biases, grown_gammas, grown_betas
-    _store(fc1_dweight_ptr + offs_d[:, None] * C + offs_c[None, :], fc1_dweight, mask_weight)
-    for i in tl.static_range(NUM_BRANCHES):
-        offs_n = tl.cast(C, tl.int64) * i + offs_c
-        _store(dgamma_ptr + offs_n, dgammas[i], mask_c)
-        _store(dbeta_ptr + offs_n, dbetas[i], mask_c)
-        if drift_ptr is not None:
-            m = images * tl.cast(S, ACC)
-            _store(drift_ptr + offs_n, dbetas[i] / m, mask_c)
-            _store(drift_ptr + tl.cast(C, tl.int64) * NUM_BRANCHES + offs_n, dgammas[i] / m, mask_c)
-        fc2_dweight_ptrs = fc2_dweight_ptr + offs_n[None, :] * d + offs_d[:, None]
-        _store(fc2_dweight_ptrs, fc2_dweights[i], mask_weight)
-        if fc2_dbias_ptr is not None:
-            _store(fc2_dbias_ptr + offs_n, fc2_dbiases[i], mask_c)
-    mask_first = mask_d & (pid == 0)
-    if fc1_dbias_ptr is not None:
-        _store(fc1_dbias_ptr + offs_d, fc1_dbias, mask_first)
-    if fc1_dgamma_ptr is not None:
-        _store(fc1_dgamma_ptr + offs_d, fc1_dgamma, mask_first)
-    if fc1_dbeta_ptr is not None:
-        _store(fc1_dbeta_ptr + offs_d, fc1_dbeta, mask_first)
+    else:
+        _fc2_bwd(
+            fc2_dweight_ptr, fc2_dbias_ptr, dlogits_ptr, hidden_ptr, norm_ptrs, pid - first_fc2,
+            B, C * NUM_BRANCHES, d, FC1_EPS, ACC, BLOCK_B, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit
-def _store(ptrs, values, mask):
-    """Stores ``values`` in the dtype of the memory."""
-    tl.store(ptrs, values.to(ptrs.dtype.element_ty), mask=mask)
+def _store(ptr, offs, values, mask):
+    """Stores ``values`` in the dtype of the memory, unless there is none."""
+    if ptr is not None:
+        tl.store(ptr + offs, values.to(ptr.dtype.element_ty), mask=mask)
 
 
 def sk_hidden(
@@ -484,14 +700,15 @@ def sk_hidden_bwd(
     config: MLPConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward to z: [SPLITS, 4, B, M, C] -> sums [4, B, M, C], dlogits, dz [B, d]."""
-    sums, dlogits = partials.new_empty(partials.shape[1:]), torch.empty_like(logits)
+    sums = None if partials.shape[0] == 1 else partials.new_empty(partials.shape[1:])
+    dlogits = torch.empty_like(logits)
     dz = logits.new_empty((logits.shape[0], fc2_weight.shape[1]))
     launch(
         sk_hidden_bwd_launch,
-        sums, dlogits, dz, partials, logits, norms.weight, norms.bias, fc2_weight,
+        dlogits, dz, sums, partials, logits, norms.weight, norms.bias, fc2_weight,
         config=config,
     )  # fmt: skip
-    return sums, dlogits, dz
+    return partials[0] if sums is None else sums, dlogits, dz
 
 
 def sk_channels_bwd(
@@ -557,10 +774,12 @@ def sk_hidden_launch(
     """Returns the launch that fills ``pooled`` [B, C] and ``hidden`` [B, d]."""
     splits, B, C = partials.shape
     d = fc1_weight.shape[0]
-    config = config or MLPConfig.hidden(MLPProblem(B, C, d, 1), DeviceFacts.of(hidden.device))
+    config = config or MLPConfig.hidden(
+        MLPProblem(B, C, d, 1, splits), DeviceFacts.of(hidden.device)
+    )
     return Launch(
         kernel=_sk_hidden_kernel,
-        programs=B * cdiv(d, config.block_d),
+        programs=cdiv(B, config.block_b) * cdiv(d, config.block_d),
         pointers={
             "pooled_ptr": pooled,
             "hidden_ptr": hidden,
@@ -580,6 +799,7 @@ def sk_hidden_launch(
         constants={
             "UNROLL": config.unroll,
             "ACC": accumulator(partials.dtype)[1],
+            "IMAGES": config.block_b,
             "BLOCK_C": config.block_c,
             "BLOCK_D": config.block_d,
         },
@@ -609,7 +829,7 @@ def sk_logits_launch(
     return Launch(
         kernel=_sk_logits_kernel,
         # An empty batch has statistics, of nothing, to be written.
-        programs=max(1, cdiv(B, config.block_b)) * cdiv(M * C, config.block_c),
+        programs=max(1, cdiv(B, config.block_b)) * cdiv(M * C, config.block_n),
         pointers={
             "logits_ptr": logits,
             "stats_ptr": stats,
@@ -633,18 +853,18 @@ def sk_logits_launch(
             "EPS": eps,
             "ACC": accumulator(hidden.dtype)[1],
             "BLOCK_B": config.block_b,
-            "BLOCK_N": config.block_c,
+            "BLOCK_N": config.block_n,
             "BLOCK_D": config.block_d,
-            "BLOCK_R": config.block_b,
+            "BLOCK_R": config.block_r,
         },
         num_warps=config.num_warps,
     )
 
 
 def sk_hidden_bwd_launch(
-    sums: Tensor,
     dlogits: Tensor,
     dz: Tensor,
+    sums: Tensor | None,
     partials: Tensor,
     logits: Tensor,
     gammas: tuple[Tensor | None, ...],
@@ -653,17 +873,19 @@ def sk_hidden_bwd_launch(
     *,
     config: MLPConfig | None = None,
 ) -> Launch:
-    """Returns the launch that fills ``sums`` [4, B, M, C], ``dlogits`` and ``dz`` [B, d]."""
+    """Returns the launch that fills ``dlogits``, ``dz`` [B, d] and, unless None, ``sums``."""
     B, M, C = logits.shape
     d = dz.shape[1]
-    config = config or MLPConfig.hidden_bwd(MLPProblem(B, C, d, M), DeviceFacts.of(dz.device))
+    config = config or MLPConfig.hidden_bwd(
+        MLPProblem(B, C, d, M, partials.shape[0]), DeviceFacts.of(dz.device)
+    )
     return Launch(
         kernel=_sk_hidden_bwd_kernel,
-        programs=B,
+        programs=cdiv(B, config.block_b) * cdiv(d, config.block_d),
         pointers={
-            "sums_ptr": sums,
             "dlogits_ptr": dlogits,
             "dz_ptr": dz,
+            "sums_ptr": sums,
             "partial_ptr": partials,
             "logits_ptr": logits,
             "gamma_ptrs": gammas,
@@ -682,6 +904,7 @@ def sk_hidden_bwd_launch(
             "NUM_BRANCHES": M,
             "UNROLL": config.unroll,
             "ACC": accumulator(partials.dtype)[1],
+            "IMAGES": config.block_b,
             "BLOCK_C": config.block_c,
             "BLOCK_D": config.block_d,
         },
@@ -723,7 +946,8 @@ def sk_channels_bwd_launch(
     config = config or MLPConfig.channels_bwd(MLPProblem(B, C, d, M), DeviceFacts.of(share.device))
     return Launch(
         kernel=_sk_channels_bwd_kernel,
-        programs=cdiv(C, config.block_c),
+        programs=cdiv(C, config.block_c)
+        + (cdiv(C, config.block_n) + cdiv(M * C, config.block_n)) * cdiv(d, config.block_d),
         pointers={
             "share_ptr": share,
             "drift_ptr": drift,
@@ -762,7 +986,9 @@ def sk_channels_bwd_launch(
             "ACC": accumulator(hidden.dtype)[1],
             "BLOCK_B": config.block_b,
             "BLOCK_C": config.block_c,
+            "BLOCK_N": config.block_n,
             "BLOCK_D": config.block_d,
+            "WHOLE_D": max(16, next_power_of_two(d)),
         },
         num_warps=config.num_warps,
     )

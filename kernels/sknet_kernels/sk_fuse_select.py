@@ -23,7 +23,8 @@ from sknet_kernels.jit import (
     own_tiles,
     program_coordinates,
     store_tile,
-    tile_mask,
+    tile_masks,
+    tiles_of_row,
     zero_tiles,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
@@ -60,7 +61,7 @@ def _sk_fuse_select_sums_kernel(
     EPS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -82,16 +83,16 @@ def _sk_fuse_select_sums_kernel(
         mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
     )
     sums = zero_tiles(NUM_SUMS * NUM_BRANCHES, ACC, BLOCK_C, BLOCK_S)
-    strides = known_strides(strides, ALIGN, CHANNELS_LAST)
-    first, last = own_tiles(S, tiles, pid_s, BLOCK_S)
+    strides = known_strides(strides, ALIGN, LAYOUT)
+    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
         corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask = tile_mask(corner, C, S, ALIGN, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, mask, ACC)
+        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, reads, ALIGN, LAYOUT, ACC)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, mask, ACC)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
             keep = kept_by_relu(normalised(x, means[i], scales[i], betas[i])) & mask
             kept = tl.where(keep, dout, 0.0)
             centred = tl.where(keep, x - means[i][:, None], 0.0)
@@ -135,7 +136,7 @@ def _sk_fuse_select_dx_kernel(
     EPS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -170,21 +171,21 @@ def _sk_fuse_select_dx_kernel(
             dbetas = dbetas + (channel_vector(dbeta_ptr, offs_c, mask_c, ACC, 0.0),)
             dgamma = channel_vector(dgamma_ptr, offs_c, mask_c, ACC, 0.0)
             slopes = slopes + (rstds[i] * dgamma,)
-    strides = known_strides(strides, ALIGN, CHANNELS_LAST)
-    first, last = own_tiles(S, tiles, pid_s, BLOCK_S)
+    strides = known_strides(strides, ALIGN, LAYOUT)
+    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
         corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask = tile_mask(corner, C, S, ALIGN, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, mask, ACC)
+        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, reads, ALIGN, LAYOUT, ACC)
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, mask, ACC)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
             keep = kept_by_relu(normalised(x, means[i], scales[i], betas[i]))
             dy = tl.where(keep, attn[i][:, None] * dout + share[:, None], 0.0)
             if drift_ptr is not None:
                 dy = dy - dbetas[i][:, None] - (x - means[i][:, None]) * slopes[i][:, None]
             dx = scales[i][:, None] * dy
-            store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, dx)
+            store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, ALIGN, LAYOUT, dx)
 
 
 def sk_fuse_select_sums(

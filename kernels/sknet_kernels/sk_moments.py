@@ -5,29 +5,34 @@ import triton.language as tl
 from torch import Tensor
 
 from sknet_kernels.arguments import accumulator, configuration, streaming_launch
-from sknet_kernels.config import MOMENTS, LaunchConfig, cdiv
-from sknet_kernels.jit import known_strides, load_tile, tile_mask, zero_tiles
+from sknet_kernels.config import (
+    FINISH_CHANNELS,
+    FINISH_PARTS,
+    MOMENTS,
+    LaunchConfig,
+    cdiv,
+)
+from sknet_kernels.jit import (
+    known_strides,
+    load_tile,
+    own_tiles,
+    row_starts,
+    tile_masks,
+    tiles_of_row,
+    zero_tiles,
+)
 from sknet_kernels.launch import Launch, Pointer, launch
 
-# A tile of parts by channels that one program of the second kernel joins at a time.
-_FINISH_PARTS, _FINISH_CHANNELS = 64, 8
-
 
 @triton.jit
-def _positions_before(tile, S, BLOCK_S):
-    """Returns how many positions lie in the tiles before ``tile``, images laid end to end."""
-    tiles_per_image = tl.cdiv(S, BLOCK_S)
+def _positions_before(tile, tiles_per_image, lead, S, BLOCK_S: tl.constexpr):
+    """Returns how many positions [BLOCK_C] of all images lie before ``tile``.
+
+    The tiles of an image begin ``lead`` elements before its row does.
+    """
+    before = (tile % tiles_per_image).to(tl.int64) * BLOCK_S - lead
     images = (tile // tiles_per_image).to(tl.int64)
-    return images * S + tl.minimum((tile % tiles_per_image) * BLOCK_S, S)
-
-
-@triton.jit
-def _part_size(part, tiles, B, S, BLOCK_S):
-    """Returns how many positions of all images lie in part ``part`` of ``tiles`` tiles."""
-    most = B * tl.cdiv(S, BLOCK_S)
-    first = tl.minimum(part * tiles, most)
-    last = tl.minimum(first + tiles, most)
-    return _positions_before(last, S, BLOCK_S) - _positions_before(first, S, BLOCK_S)
+    return images * S + tl.minimum(tl.maximum(before, 0), S)
 
 
 @triton.jit(do_not_specialize=["B", "C", "S", "tiles", "splits"])
@@ -43,17 +48,17 @@ def _sk_moments_kernel(
     NUM_BRANCHES: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of each part of a channel, for every branch.
+    """Size n, mean and sum of squared deviations of each part of a channel, for every branch.
 
-    With K the part's first element and n its size: mean = K + sum(x - K) / n and
+    With K an element of the part: mean = K + sum(x - K) / n and
     M2 = sum((x - K)^2) - (sum(x - K))^2 / n, so that a large mean costs no digits.
-    Shapes: x_i [B, C, S] of any strides; partial [splits, 2, M, C] of mean and M2. Sums are kept
-    in ACC. Passes moved: M read. Source: Chan, Golub and LeVeque 1983.
+    Shapes: x_i [B, C, S] of any strides; partial [splits, 3, M, C] of n, mean and M2. Sums are
+    kept in ACC. Passes moved: M read. Source: Chan, Golub and LeVeque 1983.
     """
     # One program owns BLOCK_C channels over `tiles` tiles of images and positions.
     pid = tl.program_id(0)
@@ -61,93 +66,95 @@ def _sk_moments_kernel(
     pid_c = (pid // splits).to(tl.int64)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    tiles_per_image = tl.cdiv(S, BLOCK_S)
-    first = part * tiles
-    last = tl.minimum(first + tiles, B * tiles_per_image)
-    strides = known_strides(strides, ALIGN, CHANNELS_LAST)
-    first_b = (first // tiles_per_image).to(tl.int64)
-    start = (first_b, pid_c * BLOCK_C, (first % tiles_per_image).to(tl.int64) * BLOCK_S)
+    tiles_per_image = tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S)
+    first, last = own_tiles(B * tiles_per_image, tiles, part)
+    strides = known_strides(strides, ALIGN, LAYOUT)
+    pid_b = (first // tiles_per_image).to(tl.int64)
+    first_s = tl.minimum((first % tiles_per_image).to(tl.int64) * BLOCK_S, S - 1)
+    corner = (pid_b, pid_c * BLOCK_C, first_s)
     exists = (mask_c & (first < last))[:, None]
     shifts = ()
     for i in tl.static_range(NUM_BRANCHES):
         # Each is [BLOCK_C, 1].
-        shifts = shifts + (load_tile(x_ptrs[i], strides, i, start, exists, ACC),)
+        shifts = shifts + (load_tile(x_ptrs[i], strides, i, corner, exists, 1, "rows", ACC),)
     sums = zero_tiles(2 * NUM_BRANCHES, ACC, BLOCK_C, BLOCK_S)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
         pid_b = (tile // tiles_per_image).to(tl.int64)
         first_s = (tile % tiles_per_image).to(tl.int64) * BLOCK_S
         corner = (pid_b, pid_c * BLOCK_C, first_s)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask = tile_mask(corner, C, S, ALIGN, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, mask, ACC)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
             deviation = tl.where(mask, x - shifts[i], 0.0)
             grown = grown + (sums[2 * i] + deviation, sums[2 * i + 1] + deviation * deviation)
         sums = grown
-    n = _part_size(part, tiles, B, S, BLOCK_S).to(ACC)
+    lead = tl.zeros([BLOCK_C], tl.int64)
+    if LAYOUT == "shifted":
+        lead = row_starts(strides[0][1], pid_c * BLOCK_C, BLOCK_C) % ALIGN
+    before = _positions_before(tl.minimum(first, last), tiles_per_image, lead, S, BLOCK_S)
+    n = (_positions_before(last, tiles_per_image, lead, S, BLOCK_S) - before).to(ACC)
     for i in tl.static_range(NUM_BRANCHES):
         mean = tl.sum(sums[2 * i], axis=1) / tl.maximum(n, 1.0)
         m2 = tl.sum(sums[2 * i + 1], axis=1) - mean * mean * n
-        row = part.to(tl.int64) * 2 * NUM_BRANCHES + i
-        shift = tl.reshape(shifts[i], [BLOCK_C])
-        tl.store(partial_ptr + row * C + offs_c, shift + mean, mask=mask_c)
-        row += NUM_BRANCHES
-        tl.store(partial_ptr + row * C + offs_c, tl.maximum(m2, 0.0), mask=mask_c)
+        row = part.to(tl.int64) * 3 * NUM_BRANCHES + i
+        ptrs = partial_ptr + row * C + offs_c
+        step = tl.cast(C, tl.int64) * NUM_BRANCHES
+        tl.store(ptrs, n, mask=mask_c)
+        tl.store(ptrs + step, tl.reshape(shifts[i], [BLOCK_C]) + mean, mask=mask_c)
+        tl.store(ptrs + 2 * step, tl.maximum(m2, 0.0), mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["B", "S", "size", "tiles", "splits", "block_s"])
+@triton.jit(do_not_specialize=["size", "splits"])
 def _sk_moments_finish_kernel(
     applied_ptr,
     kept_ptr,
     partial_ptr,
-    B,
-    S,
     size,
-    tiles,
     splits,
-    block_s,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Mean, biased and unbiased variance from the parts' mean_p and M2_p, joined in their order.
+    """Mean, biased and unbiased variance from n_p, mean_p and M2_p of the parts, in their order.
 
-    With n_p the size of part p and n = B S: mean = sum(n_p mean_p) / n, taken from mean_0 on;
+    n = sum(n_p); mean = sum(n_p mean_p) / n, taken from mean_0 on;
     M2 = sum(M2_p + n_p (mean_p - mean)^2); the variances are M2 / n and M2 / (n - 1).
-    Shapes: partial [splits, 2, size]; applied, mean and biased variance, and kept, mean and
+    Shapes: partial [splits, 3, size]; applied, mean and biased variance, and kept, mean and
     unbiased variance, both [2, size], with size = M * C. Arithmetic in ACC.
     Passes moved: none of full size. Source: Chan, Golub and LeVeque 1983.
     """
     # One program owns BLOCK_C channels of the branches laid end to end.
     offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < size
-    pivot = tl.load(partial_ptr + offs_c, mask=mask_c, other=0.0)  # [BLOCK_C]
-    apart = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    step = tl.cast(size, tl.int64)
+    pivot = tl.load(partial_ptr + step + offs_c, mask=mask_c, other=0.0)  # [BLOCK_C]
+    sizes, apart = tl.zeros([BLOCK_P, BLOCK_C], ACC), tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for first in range(0, splits, BLOCK_P):
-        parts = first + tl.arange(0, BLOCK_P)
-        n = _part_size(parts, tiles, B, S, block_s).to(ACC)
-        ptrs = partial_ptr + (parts.to(tl.int64) * 2)[:, None] * size + offs_c[None, :]
+        parts = first + tl.arange(0, BLOCK_P).to(tl.int64)
+        ptrs = partial_ptr + (parts * 3)[:, None] * step + offs_c[None, :]
         mask = (parts < splits)[:, None] & mask_c[None, :]
-        mean = tl.load(ptrs, mask=mask, other=0.0)  # [BLOCK_P, BLOCK_C]
-        apart += tl.where(mask, n[:, None] * (mean - pivot[None, :]), 0.0)
-    count = (tl.cast(B, tl.int64) * S).to(ACC)
-    mean = pivot + tl.sum(apart, axis=0) / tl.maximum(count, 1.0)
+        # Tiles are [BLOCK_P, BLOCK_C].
+        n = tl.load(ptrs, mask=mask, other=0.0)
+        mean = tl.load(ptrs + step, mask=mask, other=0.0)
+        sizes += n
+        apart += tl.where(mask, n * (mean - pivot[None, :]), 0.0)
+    n = tl.sum(sizes, axis=0)
+    mean = pivot + tl.sum(apart, axis=0) / tl.maximum(n, 1.0)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for first in range(0, splits, BLOCK_P):
-        parts = first + tl.arange(0, BLOCK_P)
-        n = _part_size(parts, tiles, B, S, block_s).to(ACC)
-        ptrs = partial_ptr + (parts.to(tl.int64) * 2)[:, None] * size + offs_c[None, :]
+        parts = first + tl.arange(0, BLOCK_P).to(tl.int64)
+        ptrs = partial_ptr + (parts * 3)[:, None] * step + offs_c[None, :]
         mask = (parts < splits)[:, None] & mask_c[None, :]
-        own = tl.load(ptrs + size, mask=mask, other=0.0)  # [BLOCK_P, BLOCK_C]
-        distance = tl.load(ptrs, mask=mask, other=0.0) - mean[None, :]  # [BLOCK_P, BLOCK_C]
-        m2 += tl.where(mask, own + n[:, None] * distance * distance, 0.0)
+        distance = tl.load(ptrs + step, mask=mask, other=0.0) - mean[None, :]
+        grown = tl.load(ptrs, mask=mask, other=0.0) * distance * distance
+        m2 += tl.where(mask, tl.load(ptrs + 2 * step, mask=mask, other=0.0) + grown, 0.0)
     total = tl.sum(m2, axis=0)
     tl.store(applied_ptr + offs_c, mean, mask=mask_c)
     tl.store(kept_ptr + offs_c, mean, mask=mask_c)
-    offs_c += size
-    tl.store(applied_ptr + offs_c, total / tl.maximum(count, 1.0), mask=mask_c)
-    tl.store(kept_ptr + offs_c, total / tl.maximum(count - 1.0, 1.0), mask=mask_c)
+    tl.store(applied_ptr + step + offs_c, total / tl.maximum(n, 1.0), mask=mask_c)
+    tl.store(kept_ptr + step + offs_c, total / tl.maximum(n - 1.0, 1.0), mask=mask_c)
 
 
 def sk_moments(
@@ -159,13 +166,13 @@ def sk_moments(
     keeps is not.
     """
     x = xs[0]
-    M, (B, C, S) = len(xs), x.shape
+    M, C = len(xs), x.shape[1]
     config = configuration(MOMENTS, xs, config)
     acc, _ = accumulator(x.dtype)
-    partial = x.new_empty((config.splits, 2, M, C), dtype=acc)
+    partial = x.new_empty((config.splits, 3, M, C), dtype=acc)
     applied, kept = x.new_empty((2, M, C), dtype=acc), x.new_empty((2, M, C), dtype=acc)
     launch(sk_moments_launch, partial, xs, config=config)
-    launch(sk_moments_finish_launch, applied, kept, partial, B=B, S=S, config=config)
+    launch(sk_moments_finish_launch, applied, kept, partial)
     return applied, kept
 
 
@@ -174,30 +181,18 @@ def sk_moments_launch(*pointers: Pointer, config: LaunchConfig | None = None) ->
     return streaming_launch(_sk_moments_kernel, pointers, stage=MOMENTS, config=config)
 
 
-def sk_moments_finish_launch(
-    applied: Tensor, kept: Tensor, partial: Tensor, *, B: int, S: int, config: LaunchConfig
-) -> Launch:
-    """Returns the launch that fills statistics [2, M, C] from ``partial`` of `sk_moments_launch`.
-
-    ``config`` is the one of that launch.
-    """
+def sk_moments_finish_launch(applied: Tensor, kept: Tensor, partial: Tensor) -> Launch:
+    """Returns the launch that fills statistics [2, M, C] from ``partial`` [SPLITS, 3, M, C]."""
     size = applied[0].numel()
     return Launch(
         kernel=_sk_moments_finish_kernel,
-        programs=cdiv(size, _FINISH_CHANNELS),
+        programs=cdiv(size, FINISH_CHANNELS),
         pointers={"applied_ptr": applied, "kept_ptr": kept, "partial_ptr": partial},
-        scalars={
-            "B": B,
-            "S": S,
-            "size": size,
-            "tiles": cdiv(B * cdiv(S, config.block_s), config.splits),
-            "splits": config.splits,
-            "block_s": config.block_s,
-        },
+        scalars={"size": size, "splits": partial.shape[0]},
         constants={
             "ACC": accumulator(applied.dtype)[1],
-            "BLOCK_P": _FINISH_PARTS,
-            "BLOCK_C": _FINISH_CHANNELS,
+            "BLOCK_P": FINISH_PARTS,
+            "BLOCK_C": FINISH_CHANNELS,
         },
-        num_warps=2,
+        num_warps=4,
     )

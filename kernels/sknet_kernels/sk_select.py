@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sknet_kernels.arguments import accumulator, configuration, norm_pointers, streaming_launch
-from sknet_kernels.config import SELECT, SELECT_BWD, LaunchConfig, cdiv
+from sknet_kernels.config import COMBINE_CHANNELS, SELECT, SELECT_BWD, LaunchConfig, cdiv
 from sknet_kernels.jit import (
     branch_weights_bwd,
     image_weights,
@@ -18,13 +18,12 @@ from sknet_kernels.jit import (
     program_coordinates,
     relu,
     store_tile,
-    tile_mask,
+    tile_masks,
+    tiles_of_row,
     zero_tiles,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
 from sknet_kernels.norms import Norms
-
-_COMBINE_BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["C", "S", "tiles", "splits"])
@@ -48,7 +47,7 @@ def _sk_select_fwd_kernel(
     EPS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -72,19 +71,19 @@ def _sk_select_fwd_kernel(
         means, scales, betas = norm_vectors(
             mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
         )
-    strides = known_strides(strides, ALIGN, CHANNELS_LAST)
-    first, last = own_tiles(S, tiles, pid_s, BLOCK_S)
+    strides = known_strides(strides, ALIGN, LAYOUT)
+    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
         corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask = tile_mask(corner, C, S, ALIGN, CHANNELS_LAST, BLOCK_C, BLOCK_S)
+        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
         out = tl.zeros([BLOCK_C, BLOCK_S], ACC)
         for i in tl.static_range(NUM_BRANCHES):
-            u = load_tile(x_ptrs[i], strides, i, corner, mask, ACC)
+            u = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
             if HAS_NORM:
                 u = relu(normalised(u, means[i], scales[i], betas[i]))
             out += attn[i][:, None] * u
-        store_tile(out_ptr, strides, NUM_BRANCHES, corner, mask, out)
+        store_tile(out_ptr, strides, NUM_BRANCHES, corner, mask, ALIGN, LAYOUT, out)
 
 
 @triton.jit(do_not_specialize=["B", "C", "S", "tiles", "splits"])
@@ -105,7 +104,7 @@ def _sk_select_bwd_kernel(
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -125,19 +124,19 @@ def _sk_select_bwd_kernel(
         logits_ptr, logits_strides, pid_b, offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
     )
     products = zero_tiles(NUM_BRANCHES, ACC, BLOCK_C, BLOCK_S)
-    strides = known_strides(strides, ALIGN, CHANNELS_LAST)
-    first, last = own_tiles(S, tiles, pid_s, BLOCK_S)
+    strides = known_strides(strides, ALIGN, LAYOUT)
+    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
         corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask = tile_mask(corner, C, S, ALIGN, CHANNELS_LAST, BLOCK_C, BLOCK_S)
-        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, mask, ACC)
+        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, reads, ALIGN, LAYOUT, ACC)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, mask, ACC)
-            grown = grown + (products[i] + dout * x,)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
+            grown = grown + (products[i] + tl.where(mask, dout * x, 0.0),)
             dx = attn[i][:, None] * dout
-            store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, dx)
+            store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, ALIGN, LAYOUT, dx)
         products = grown
     for i in tl.static_range(NUM_BRANCHES):
         row = (pid_s * B + pid_b) * NUM_BRANCHES + i
@@ -260,14 +259,14 @@ def sk_select_bwd_combine_launch(
     B, M, C = logits.shape
     return Launch(
         kernel=_sk_select_bwd_combine_kernel,
-        programs=B * cdiv(C, _COMBINE_BLOCK),
+        programs=B * cdiv(C, COMBINE_CHANNELS),
         pointers={"dlogits_ptr": dlogits, "partial_ptr": partial, "logits_ptr": logits},
         scalars={"logits_strides": logits.stride(), "B": B, "C": C, "splits": partial.shape[0]},
         constants={
             "NUM_BRANCHES": M,
             "ACTIVATION": activation,
             "ACC": accumulator(partial.dtype)[1],
-            "BLOCK_C": _COMBINE_BLOCK,
+            "BLOCK_C": COMBINE_CHANNELS,
         },
         num_warps=1,
     )
