@@ -314,6 +314,7 @@ def test_a_module_that_computes_something_else_is_refused_with_the_reason() -> N
 # Wrappers
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_recorded_and_keeps_its_graph() -> None:
     net, x = small_net().eval(), images_of(3)
     expected = analysis.record_attention(net, [x])
@@ -746,6 +747,7 @@ def test_without_matplotlib_a_figure_names_the_extra(
         analysis.plot_units(sizes)
 
 
+@pytest.mark.slow
 def test_importing_brings_no_plots_and_no_data_sets() -> None:
     code = (
         "import sys, sknet_triton; assert 'pandas' not in sys.modules\n"
@@ -759,6 +761,7 @@ def test_importing_brings_no_plots_and_no_data_sets() -> None:
 # The examples
 
 
+@pytest.mark.slow
 def test_the_digits_are_whole_at_twice_their_size() -> None:
     pytest.importorskip("sklearn")
     learn, held_out = digits.load()
@@ -773,6 +776,7 @@ def test_the_digits_are_whole_at_twice_their_size() -> None:
     assert twice[..., -1, :].any()
 
 
+@pytest.mark.slow
 def test_the_digits_example_writes_its_table_and_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem
 from sknet_triton import Backend, SKConv, functional, use_backend
-from tests.helpers import laid_out, source_environment
+from tests.helpers import BACKENDS, laid_out, source_environment
 from tests.plain_sknet import scramble
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels" / "sknet_kernels"
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sknet_triton import SKConv, SKNet, SKNetFeatures, SKUnit, StageSpec, fuse_bn, use_backend
-from tests.helpers import is_plain, laid_out
+from tests.helpers import EXACT, is_plain, laid_out
 from tests.plain_sknet import largest_error, scramble
 
 # Relative to the largest value, in float64: see test_layers.py and, for networks, test_models.py.
-EXACT = 1e-10
 
 TABLE = (StageSpec(32, 2, 1), StageSpec(64, 1))
 

@@ -41,6 +41,7 @@ def report(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_figure_is_a_png_and_an_svg(
     report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_report_that_names_what_there_is_not_is_refused(
     assert list(tmp_path.rglob("*")) == [folder, path]
 
 
+@pytest.mark.slow
 def test_traffic_is_drawn_for_every_plan_beside_the_minimum(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

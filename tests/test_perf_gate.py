@@ -285,6 +285,7 @@ def test_bwd_times_the_backward_pass_alone(plant: Plant) -> None:
     assert forwards == 2 * 2
 
 
+@pytest.mark.slow
 def test_bwd_of_torch_compile_runs_again() -> None:
     results = contest.measure_case(
         small("sk_select", "bwd", batch=2), (PROVIDERS["plain-compile"],), CONDITIONS

@@ -20,11 +20,10 @@ from sknet_kernels.sk_select import sk_select_bwd_launches, sk_select_fwd_launch
 from sknet_triton import Backend, SKConv, functional, use_backend
 from sknet_triton.reference import sk_fuse, sk_select, sk_select_bwd, stages
 from tests.address_arithmetic import narrow_offsets
-from tests.helpers import source_environment
+from tests.helpers import BACKENDS, source_environment
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 
 both = pytest.mark.parametrize("backend", BACKENDS)
 
