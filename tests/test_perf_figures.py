@@ -14,8 +14,8 @@ from perf.report.traffic_figure import traffic_figure
 from perf.rows import env
 from perf.rows.cases import make_case
 from perf.rows.schema import Result, Row
-from perf.rows.store import open_store
 from perf.sweep.providers import PROVIDERS
+from tests.sweeps import write_report
 
 ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")
 REPORTS = Path(__file__).parent.parent / "perf/reports"
@@ -28,7 +28,7 @@ PNG = b"\x89PNG\r\n"
 def report(tmp_path: Path) -> Path:
     """A report of two batches and two resolutions, with a provider that is not supported."""
     path = tmp_path / "report.csv"
-    store = open_store(path, resume=False)
+    rows: list[Row] = []
     for batch in (1, 8):
         for resolution in (64, 224):
             case = make_case("sk_fuse", "infer", batch=batch, resolution=resolution)
@@ -36,8 +36,9 @@ def report(tmp_path: Path) -> Path:
                 ms = batch * resolution / 1e3 / i
                 times = {"ms_p50": ms, "ms_p20": 0.9 * ms, "ms_p80": 1.1 * ms}
                 bytes_ = {"bytes_needed": 10**6, "copy_gbps": 10.0, "pct_copy": 40.0 * i}
-                store.append([Row(case, name, Result("ok", **times, **bytes_), ENV)])  # type: ignore[arg-type]
-            store.append([Row(case, "ours-triton-eager", Result("unsupported", "no GPU"), ENV)])
+                rows.append(Row(case, name, Result("ok", **times, **bytes_), ENV))  # type: ignore[arg-type]
+            rows.append(Row(case, "ours-triton-eager", Result("unsupported", "no GPU"), ENV))
+    write_report(path, rows)
     return path
 
 
@@ -67,9 +68,7 @@ def test_every_figure_is_a_png_and_an_svg(
 def test_report_without_a_measured_row_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     case = make_case("sk_fuse", "infer")
-    open_store(path, resume=False).append(
-        [Row(case, "ours-triton-eager", Result("unsupported", "no"), ENV)]
-    )
+    write_report(path, [Row(case, "ours-triton-eager", Result("unsupported", "no"), ENV)])
     with pytest.raises(SystemExit) as stopped:
         main(["plot", str(path)])
     assert stopped.value.code == 2

@@ -1,7 +1,6 @@
 """The figure of a traffic report: passes that each plan moves and saves, from the CSV alone."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,18 +16,9 @@ _MEASURES: dict[str, tuple[str, Callable[[int], int]]] = {
     "saved": ("branch tensors saved", lambda M: M),
 }
 _GROUP = ["M", "layout", "dtype"]
-COLUMNS = (*_GROUP, "provider", *_MEASURES)
 _SMALL = 8
 _WIDTH = 0.8
 _OUTLINE = withStroke(linewidth=3, foreground="white")
-
-
-def is_traffic(path: Path) -> bool:
-    """Tells whether ``path`` is what ``python -m perf traffic`` writes."""
-    if not path.is_file():
-        return False
-    with path.open() as file:
-        return tuple(file.readline().strip().split(","))[: len(COLUMNS)] == COLUMNS
 
 
 def traffic_figure(table: pd.DataFrame) -> Figure:
@@ -51,16 +41,10 @@ def _draw(panel: Axes, table: pd.DataFrame, column: str) -> None:
     groups = list(table.groupby(_GROUP, sort=False))
     for i, provider in enumerate(providers):
         colour = look(provider).colour
-        for x, (_, rows) in enumerate(groups):
-            value = rows.loc[rows.provider == provider, column].iloc[0]
-            bars = panel.bar(
-                x - _WIDTH / 2 + (i + 0.5) * width,
-                value,
-                width,
-                color=colour,
-                label=provider if x == 0 else None,
-            )
-            panel.bar_label(bars, fmt="{:.0f}", fontsize=_SMALL - 2, padding=2)
+        values = [rows.loc[rows.provider == provider, column].sum() for _, rows in groups]
+        places = [x - _WIDTH / 2 + (i + 0.5) * width for x in range(len(groups))]
+        bars = panel.bar(places, values, width, color=colour, label=provider)
+        panel.bar_label(bars, fmt="{:.0f}", fontsize=_SMALL - 2, padding=2)
     for x, (_, rows) in enumerate(groups):
         panel.hlines(
             needed(int(rows.M.iloc[0])),

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from perf.peers import digits
 from perf.rows import env
 from perf.rows.cases import Case
-from perf.rows.schema import Result, one_line
+from perf.rows.errors import one_line
+from perf.rows.schema import Result
 from perf.static.saved import saved
 from perf.sweep import gate, measure, workloads
 from perf.sweep.gate import Oracle, Verdict

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from perf.rows.cases import LAYOUTS, LEVEL_OF, Case, DType, Layout, Level, Mode, make_case
 
@@ -46,9 +47,10 @@ class Grid:
         """The level of the grid's workloads."""
         return LEVEL_OF[self.workloads[0]]
 
-    def cases(self) -> Iterator[Case]:
-        """Yields the cases, each once: axes that a workload does not have are left out."""
-        axes = itertools.product(
+    @property
+    def axes(self) -> tuple[tuple[Any, ...], ...]:
+        """What the cases are all combinations of."""
+        return (
             self.workloads,
             self.modes,
             self.dtypes,
@@ -58,8 +60,13 @@ class Grid:
             self.resolutions,
             self.stages,
         )
+
+    def cases(self) -> Iterator[Case]:
+        """Yields the cases, each once: axes that a workload does not have are left out."""
         seen = set()
-        for workload, mode, dtype, layout, M, batch, resolution, stage in axes:
+        for workload, mode, dtype, layout, M, batch, resolution, stage in itertools.product(
+            *self.axes
+        ):
             case = make_case(
                 workload,
                 mode,
