@@ -70,8 +70,3 @@ def test_ci_finds_the_test_command_between_its_markers() -> None:
     assert between is not None
     assert "pytest" in between[1]
     assert "test-command: begin" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_the_table_has_its_markers() -> None:
-    assert README.count("<!-- table: begin -->") == README.count("<!-- table: end -->") == 1
-    assert README.index("<!-- table: begin -->") < README.index("<!-- table: end -->")

@@ -3,7 +3,7 @@
 import argparse
 from typing import Protocol
 
-from perf.commands import compare, env, kernels, plot, run, summary, traffic
+from perf.commands import compare, env, kernels, plot, publish, run, summary, traffic
 
 
 class Command(Protocol):
@@ -23,4 +23,4 @@ class Command(Protocol):
         """
 
 
-COMMANDS: tuple[Command, ...] = (run, compare, plot, summary, traffic, kernels, env)
+COMMANDS: tuple[Command, ...] = (run, compare, plot, publish, summary, traffic, kernels, env)
