@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -486,3 +487,22 @@ def test_a_graphed_callable(name: str, chosen: Backend) -> None:
             twin.zero_grad()
             other = path.x(DEVICE, seed=seed)
             assert_same(outcome(graphed, module, other), outcome(twin, twin, other))
+
+
+def test_a_launch_is_made_under_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, seen = [0], list[tuple[int, dict[str, Any]]]()
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda **arguments: seen.append((current[-1], arguments))
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(device=device))
+    Launch(Kernel(), 3, {"x_ptr": 1}, {"BLOCK": 8}, num_warps=2).run(torch.device("cuda", 1))
+    assert seen == [(1, {"x_ptr": 1, "BLOCK": 8, "num_warps": 2})]
+    assert current == [0]
