@@ -167,7 +167,8 @@ def _undisturbed() -> Iterator[None]:
         stack.enter_context(use_backend("reference"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         state = torch.default_generator.get_state()
         stack.callback(torch.default_generator.set_state, state)
         stack.callback(random.setstate, random.getstate())
@@ -203,7 +204,9 @@ def _outcome(
     twin: nn.Module, compute: Callable[..., Any], inputs: tuple[Any, ...], gradients: bool
 ) -> _Outcome | None:
     """Runs ``compute`` on a copy of ``twin``; None where it returns None."""
-    module = copy.deepcopy(twin)
+    parameters = list(twin.parameters())
+    versions = [p._version for p in parameters]
+    module = copy.deepcopy(twin, {id(p): p for p in parameters})
     called: set[str] = set()
     for path, child in module.named_modules():
         if child is not module:
@@ -221,6 +224,8 @@ def _outcome(
         tensors: dict[str, Tensor | None] = {"output": out}
         if out.requires_grad:
             tensors |= _gradients(out, tree_leaves(leaves), module)
+    if [p._version for p in parameters] != versions:
+        raise _UnfitError("it writes to its parameters")
     tensors["next random number"] = torch.rand((), dtype=torch.float64)
     tensors |= {f"input {i} afterwards": x for i, x in enumerate(tree_leaves(given))}
     tensors |= module.named_buffers()
@@ -249,7 +254,8 @@ def _compare_besides(own: _Outcome, ours: _Outcome) -> None:
         kept, held = _kept(child), _kept(others[path])
         for name in kept | held:
             if not _alike(kept.get(name), held.get(name), set()):
-                raise _UnfitError(f"it does more than return: it keeps {path}.{name}".lstrip("."))
+                where = f"{path}.{name}" if path else name
+                raise _UnfitError(f"it does more than return: it keeps {where}")
 
 
 def _compare_tensors(name: str, expected: Tensor | None, actual: Tensor | None) -> None:

@@ -85,23 +85,24 @@ class _Watch:
         self._held: dict[int, tuple[str, Any, Any]] = {}
 
     def __call__(self, frame: FrameType, event: str, function: Any) -> None:
-        if event == "call":
-            self._enter(frame)
-        elif event == "c_call" and _is_own(frame):
+        if event == "call" and frame.f_back is not None:
+            self._enter(frame, frame.f_back)
+        elif event == "c_call" and frame.f_code in self._codes:
             name = _reaching_out(function)
             if name is not None:
                 self._calls.add(f"{_place(frame.f_code)} calls {name}")
 
-    def _enter(self, frame: FrameType) -> None:
-        if _is_own(frame):
-            if frame.f_code not in self._codes:
+    def _enter(self, frame: FrameType, caller: FrameType) -> None:
+        module, name = _module(frame), frame.f_code.co_name
+        if _is_own(module):
+            # What torch and the standard library call is theirs, a module's forward apart.
+            ours = caller.f_code in self._codes or _calls_forward(caller)
+            if ours and frame.f_code not in self._codes:
                 self._codes.add(frame.f_code)
-                for name, container in _nameable(frame):
-                    self._held.setdefault(id(container), (name, container, container.copy()))
-        elif frame.f_back is not None and _is_own(frame.f_back):
-            module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_name
-            if not _harmless(module, name):
-                self._calls.add(f"{_place(frame.f_back.f_code)} calls {module}.{name}")
+                for path, container in _nameable(frame):
+                    self._held.setdefault(id(container), (path, container, container.copy()))
+        elif caller.f_code in self._codes and not _harmless(module, name):
+            self._calls.add(f"{_place(caller.f_code)} calls {module}.{name}")
 
     def found(self) -> Iterator[str]:
         yield from self._calls
@@ -112,10 +113,22 @@ class _Watch:
                 yield f"changes {name}"
 
 
-def _is_own(frame: FrameType) -> bool:
-    """Tells whether the code of ``frame`` is not torch's, ours or the standard library's."""
-    root = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _is_own(module: str) -> bool:
+    """Tells whether a module is not torch's, ours or the standard library's."""
+    root = module.partition(".")[0]
     return root not in ("torch", "sknet_triton") and root not in sys.stdlib_module_names
+
+
+def _calls_forward(frame: FrameType) -> bool:
+    is_module = frame.f_code in (
+        nn.Module._call_impl.__code__,
+        nn.Module._wrapped_call_impl.__code__,
+    )
+    return is_module or _module(frame).startswith("sknet_triton.")
 
 
 def _harmless(module: str, name: str) -> bool:
@@ -168,7 +181,7 @@ def _nameable(frame: FrameType) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, _CONTAINERS):
             yield name, value
-        elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type(sys))):
+        elif hasattr(value, "__dict__") and _is_own(type(value).__module__):
             for key, held in list(vars(value).items()):
                 if isinstance(held, _CONTAINERS):
                     yield f"{name}.{key}", held

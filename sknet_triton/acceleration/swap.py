@@ -147,15 +147,6 @@ class _Part:
     children: tuple[nn.Module | None, ...]
     settings: tuple[tuple[str, Any], ...]
 
-    def holds(self) -> bool:
-        """Tells whether nothing has changed."""
-        module = self.module
-        return tuple(module._modules.values()) == self.children and self.is_set(module)
-
-    def is_set(self, module: nn.Module) -> bool:
-        """Tells whether ``module`` has the settings."""
-        return all(module.__dict__.get(name) == value for name, value in self.settings)
-
 
 class Accelerated(nn.Module):
     """What the swapped modules have in common.
@@ -179,12 +170,13 @@ class Accelerated(nn.Module):
         """Tells whether the family computes what the module is now; compares anew on a change."""
         if torch.compiler.is_dynamo_compiling():
             return self._skt_checked.reason is None and all(
-                type(module) is part.kind and part.is_set(module)
-                for part in self._skt_parts
-                for module in [_below(self, part.path)]
+                _is_as(_below(self, part.path), part) for part in self._skt_parts
             )
-        if not all(part.holds() for part in self._skt_parts):
-            _look_at(self, check(self, self._skt_family, self._skt_original))
+        for part in self._skt_parts:
+            same = tuple(part.module._modules.values()) == part.children
+            if not same or (part.settings and not _is_set(part)):
+                _look_at(self, check(self, self._skt_family, self._skt_original))
+                break
         return self._skt_checked.reason is None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -246,9 +238,26 @@ def _look_at(module: Any, checked: Checked) -> None:
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    plain = (bool, int, float, str, tuple, type(None))
     kept = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
-    return tuple((name, value) for name, value in kept.items() if isinstance(value, plain))
+    return tuple((name, value) for name, value in kept.items() if _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _is_set(part: _Part) -> bool:
+    state = part.module.__dict__
+    return all(state.get(name) == value for name, value in part.settings)
+
+
+def _is_as(module: nn.Module, part: _Part) -> bool:
+    """Compares in a way that torch.compile guards on: by class, since a child is no constant."""
+    return type(module) is part.kind and all(
+        getattr(module, name, None) == value for name, value in part.settings
+    )
 
 
 def _below(module: nn.Module, path: str) -> Any:
