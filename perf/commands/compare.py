@@ -10,11 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tabulate import tabulate
 
 from perf.commands.files import check_rows, read_report
 from perf.report import comparison, tables
+from perf.report.text import Align, text_table
 from perf.rows.errors import UsageError
+
+_COLUMNS: dict[str, Align] = {
+    "case": "left",
+    "provider": "left",
+    "old ms": "right",
+    "new ms": "right",
+    "ratio": "right",
+    "verdict": "right",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +47,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.old} and {args.new} have no measured row in common")
     for line in comparison.environment_changes(old, new):
         print(f"different environment: {line}")
-    headers = ("case", "provider", "old ms", "new ms", "ratio", "verdict")
     lines = [_line(row) for _, row in result.rows.iterrows()]
-    print(
-        tabulate(lines, headers, disable_numparse=True, colalign=("left", "left", *("right",) * 4))
-    )
+    print(text_table(lines, _COLUMNS))
     counts = result.rows.verdict.value_counts()
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if result.only_old or result.only_new:

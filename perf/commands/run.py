@@ -26,9 +26,10 @@ from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, Grid, Job, jobs
 from perf.sweep.progress import Progress
 from perf.sweep.providers import PROVIDERS
-from perf.sweep.ranks import Team, part_of, parts_of, this_rank, together
+from perf.sweep.ranks import Rank, Team, part_of, parts_of, this_rank, together
 from perf.sweep.sweep import Ending, sweep, unfinished
 
+DEVICES = ("cuda", "cpu")
 STATUSES: dict[Ending, int] = {
     "complete": 0,
     "budget": 0,
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="infer: forward; train: forward and backward; bwd: backward alone, not of models",
     )
     add("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
+    add("--device", choices=DEVICES, help="default: a GPU where there is one")
     add("--out", type=Path, metavar="FILE.csv", help="default: named after preset and machine")
     add("--resume", action="store_true", help="go on with --out and skip the rows it has")
     add(
@@ -86,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--budget",
-        type=positive_seconds,
+        type=duration("seconds"),
         metavar="SECONDS",
         help="end in time with what is done (default: the preset's)",
     )
@@ -95,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the sweep, prints the table and the path of the CSV."""
     rank = this_rank()
-    device = env.default_device(rank.local)
+    device = chosen_device(args.device, rank)
     if device.type == "cpu":
         # More threads wait for each other at every operation, and on a machine with anything else
         # to do they measure the scheduler: a digits step took 8 ms or 200 ms with two threads.
@@ -116,6 +118,17 @@ def main(args: argparse.Namespace) -> int:
             collect(report, parts_of(path))
             _show(report, todo, ending)
     return STATUSES[ending]
+
+
+def chosen_device(name: str | None, rank: Rank) -> torch.device:
+    """Returns the device that ``--device`` names, this rank's one where there are several.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: there is no GPU")
+    return torch.device("cpu") if name == "cpu" else env.default_device(rank.local)
 
 
 def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...]:
@@ -191,17 +204,21 @@ def sizes(text: str) -> range:
     return range(start, stop + 1, step)
 
 
-def positive_seconds(text: str) -> float:
-    """Parses a positive number of seconds."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = float("nan")
-    if not 0 < seconds <= _LONGEST_BUDGET:
-        raise argparse.ArgumentTypeError(
-            f"{_short(text)} is not a positive number of seconds up to {_LONGEST_BUDGET:,.0f}"
-        )
-    return seconds
+def duration(unit: str) -> Callable[[str], float]:
+    """Returns a parser of positive numbers of a unit of time."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not 0 < value <= _LONGEST_BUDGET:
+            raise argparse.ArgumentTypeError(
+                f"{_short(text)} is not a positive number of {unit} up to {_LONGEST_BUDGET:,.0f}"
+            )
+        return value
+
+    return parse
 
 
 def _flat(option: str, ranges: list[range] | None) -> list[int]:
