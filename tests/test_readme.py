@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sknet_triton import backend
-from sknet_triton.acceleration import registry
+from sknet_triton.acceleration import family
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,7 @@ def heading_of(code: str) -> str:
 @pytest.fixture(autouse=True)
 def _the_package_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_chosen", None)
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(family, "_known", dict(family._known))
 
 
 @pytest.mark.slow
