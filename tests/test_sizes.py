@@ -235,6 +235,7 @@ NARROW = """
 
 def test_a_32_bit_product_is_found_through_a_loop() -> None:
     assert narrow_offsets(NARROW) == ["%n = arith.muli %i, %stride : i32"]
+    assert narrow_offsets(NARROW.replace("%o", "%sum.0")) == narrow_offsets(NARROW)
     assert narrow_offsets(NARROW.replace("%stride : i32", "%stride : i64")) == []
     known_multiple = "    %i = arith.divsi %m, %stride : i32\n"
     assert narrow_offsets(known_multiple + NARROW) == []
