@@ -27,7 +27,7 @@ def heading_of(code: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _the_package_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_chosen", None)
+    monkeypatch.setattr(backend, "_process", None)
     monkeypatch.setattr(family, "_known", dict(family._known))
 
 
