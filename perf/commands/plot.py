@@ -1,4 +1,4 @@
-"""Draw a report: speed-up, bandwidth, passes, and latency over batch and resolution.
+"""Draw a report: speed-up, bandwidth, passes, and how time grows with batch and image size.
 
 A file that traffic wrote is drawn as passes moved and tensors saved by each plan, beside the
 minimum. Every figure is written as PNG and SVG, named after the report.
