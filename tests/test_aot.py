@@ -4,14 +4,14 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from tests.helpers import ROOT
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 
 # Specialisations in which a version's compiler keeps one pointer, 8 bytes, outside of the loop:
 # stored once before it and loaded once after it.

@@ -22,8 +22,8 @@ from perf.sweep.contest import BudgetSpentError, Conditions, measure_case
 from perf.sweep.presets import CHECKS, PRESETS, jobs
 from perf.sweep.providers import PROVIDERS, Provider
 from perf.sweep.steps import Step
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=1)
 

@@ -9,8 +9,8 @@ import pytest
 from perf.__main__ import main
 from perf.report.documents import REPORTS, TABLES, Table, published
 from perf.rows import env
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # Between markers, but not from a report.
 OTHERS = {"test-command", "versions"}
 

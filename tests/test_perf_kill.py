@@ -18,11 +18,11 @@ from perf.sweep import sweep
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import Provider
 from perf.sweep.ranks import Rank, part_of, parts_of
+from tests.helpers import ROOT
 from tests.sweeps import write_report
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
 SWEEP = [
     "run",
     "--level",

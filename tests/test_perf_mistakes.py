@@ -9,9 +9,9 @@ import pytest
 
 from perf.__main__ import SOFTWARE_ERROR, main
 from perf.sweep import ranks
+from tests.helpers import ROOT
 from tests.sweeps import make_up
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 REPORTS = ROOT / "perf" / "reports"
 REPORT = REPORTS / "perf-op-train-compiled-cpu-torch2.13.0.csv"

@@ -18,8 +18,8 @@ from perf.sweep import sweep, workloads
 from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS, Provider
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-eager"]
 

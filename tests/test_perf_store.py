@@ -24,9 +24,9 @@ from perf.rows.store import Store, collect, open_store
 from perf.sweep import workloads
 from perf.sweep.presets import PRESETS
 from perf.sweep.ranks import Rank, part_of, parts_of
+from tests.helpers import ROOT
 from tests.sweeps import make_up
 
-ROOT = Path(__file__).resolve().parent.parent
 ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64)
 PROVIDER = "ours-pytorch-eager"

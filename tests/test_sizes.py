@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +19,8 @@ from sknet_kernels.sk_select import sk_select_bwd_launches, sk_select_fwd_launch
 from sknet_triton import Backend, SKConv, functional, use_backend
 from sknet_triton.reference import sk_fuse, sk_select, sk_select_bwd, stages
 from tests.address_arithmetic import narrow_offsets
-from tests.helpers import BACKENDS, source_environment
+from tests.helpers import BACKENDS, ROOT, source_environment
 
-ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 both = pytest.mark.parametrize("backend", BACKENDS)

@@ -1,30 +1,17 @@
-"""The traffic table: its counters agree with what is known, and the CSV with what is promised."""
+"""The traffic table: its counters agree with what is known."""
 
 import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
 from perf.static.traffic import traffic
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
-REPORT = ROOT / "perf" / "reports" / "traffic-cpu-torch2.13.0.csv"
 PLANS = ("plain-eager", "plain-compile", "ours-pytorch-compile", "ours-triton-eager")
-
-
-def test_the_committed_table_keeps_the_promises() -> None:
-    table = pd.read_csv(REPORT)
-    for M, training, inference, saved in ((2, 15.3, 5.1, 2.02), (3, 21.4, 7.1, 3.03)):
-        ours = table[(table.provider == "ours-triton-eager") & (table.M == M)]
-        assert len(ours) == 2
-        assert (ours.training.between(6 * M + 3, training)).all()
-        assert (ours.inference.between(2 * M + 1, inference)).all()
-        assert (ours.saved.between(M, saved)).all()
 
 
 @pytest.mark.slow
