@@ -1,40 +1,73 @@
 """Entry point of ``python -m perf``."""
 
 import argparse
+import io
 import os
 import signal
 import sys
+import traceback
 from typing import NoReturn
 
 from perf.commands import COMMANDS
-from perf.rows.errors import UsageError
+from perf.rows.errors import StopError, UsageError, printable
 
-# What a shell reports of a process that a closed pipe ended; 1 would be the verdict of compare.
+# 1 is a verdict, as of compare. What goes wrong otherwise has the statuses of sysexits.h, or what a
+# shell reports of a process that the signal ended.
+IO_ERROR = os.EX_IOERR
+SOFTWARE_ERROR = os.EX_SOFTWARE
+INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
+
+_EPILOG = f"""\
+exit status: 0 done; 1 a verdict, see the command; 2 a mistake in the command, and nothing was
+measured or written; {INTERRUPTED} interrupted; {IO_ERROR} a disk is full, or a rank died;
+{SOFTWARE_ERROR} a fault of the harness
+"""
 
 
 class _Parser(argparse.ArgumentParser):
     """Reports a bad argument in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a subcommand and returns its exit status: 2 for a bad argument."""
+    """Runs a subcommand and returns its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     try:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()  # so that a closed pipe fails here and not while Python exits
+            sys.stdout.flush()  # so that it fails here and not while Python exits
     except BrokenPipeError:
-        # Python flushes again at exit, and has to find somewhere to write to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return BROKEN_PIPE
+    except (OSError, StopError) as error:
+        if isinstance(error, OSError):
+            _discard_stdout()
+        print(f"python -m perf: {printable(str(error))}", file=sys.stderr)
+        return IO_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return SOFTWARE_ERROR
+
+
+def _discard_stdout() -> None:
+    """Lets Python, which flushes again at exit, find somewhere to write to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str] | None) -> int:
-    parser = _Parser(prog="python -m perf", description="Measures sknet-triton.")
+    parser = _Parser(
+        prog="python -m perf",
+        description="Measures sknet-triton.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         name = command.__name__.rpartition(".")[2]

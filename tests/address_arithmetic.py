@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-_ASSIGNMENT = re.compile(r"^\s*(?P<results>%[\w#:, %]+?) = (?P<op>[\w.]+)(?P<rest>.*)$")
-_LOOP = re.compile(r"scf\.for %(\w+) = %(\w+) to %\w+ step %(\w+)(?: iter_args\((.*?)\))?")
-_NAME = re.compile(r"%(\w+)")
+_ASSIGNMENT = re.compile(r"^\s*(?P<results>%[\w.#:, %]+?) = (?P<op>[\w.]+)(?P<rest>.*)$")
+_LOOP = re.compile(r"scf\.for %(\S+) = %(\S+) to %\S+ step %(\S+)(?: iter_args\((.*?)\))?")
+_NAME = re.compile(r"%([\w.]+)")
 _NARROW = re.compile(r": (?:tensor<[\dx]+x)?i32\b")
 _GROWING = ("arith.addi", "arith.muli", "arith.subi", "arith.shli")
 # A remainder or a quotient is no larger than what is divided.
@@ -102,7 +102,7 @@ def _parsed(ttir: str) -> Kernel:
 def _open_loop(text: str, loop: re.Match[str], kernel: Kernel) -> tuple[list[str], list[str]]:
     counter, start, step, arguments = loop.groups()
     kernel.carried[counter] = [start, step]
-    pairs = re.findall(r"%(\w+) = %([\w]+)", arguments or "")
+    pairs = re.findall(r"%([\w.]+) = %([\w.]+)", arguments or "")
     kernel.carried |= {variable: [before] for variable, before in pairs}
     # `%x:3 = scf.for` has the results %x#0, %x#1 and %x#2, which `_NAME` reads as x.
     return [variable for variable, _ in pairs], _NAME.findall(text.split("scf.for")[0])

@@ -15,6 +15,8 @@ if INTERPRETED:
     # The tensors are small: threads, also of child processes, would only wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    # A CUDA build of torch that finds a compiler would write to stderr that there is no device.
+    os.environ.setdefault("CUDA_PATH", "")
 # What is compared with float64 is computed in the dtype that it claims, and repeatably.
 torch.backends.cudnn.allow_tf32 = False
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -28,7 +28,6 @@ from sknet_triton.analysis.examples import digits, photos
 from tests.plain_sknet import scramble
 from tests.processes import needs_gloo
 
-REPORTS = Path(__file__).parent.parent / "perf/reports"
 PNG = b"\x89PNG\r\n"
 
 # Weights lie in [0, 1]: logits of float64 through two batch norms and sums of at most 300 products
@@ -314,6 +313,7 @@ def test_a_module_that_computes_something_else_is_refused_with_the_reason() -> N
 # Wrappers
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_recorded_and_keeps_its_graph() -> None:
     net, x = small_net().eval(), images_of(3)
     expected = analysis.record_attention(net, [x])
@@ -746,6 +746,7 @@ def test_without_matplotlib_a_figure_names_the_extra(
         analysis.plot_units(sizes)
 
 
+@pytest.mark.slow
 def test_importing_brings_no_plots_and_no_data_sets() -> None:
     code = (
         "import sys, sknet_triton; assert 'pandas' not in sys.modules\n"
@@ -759,6 +760,7 @@ def test_importing_brings_no_plots_and_no_data_sets() -> None:
 # The examples
 
 
+@pytest.mark.slow
 def test_the_digits_are_whole_at_twice_their_size() -> None:
     pytest.importorskip("sklearn")
     learn, held_out = digits.load()
@@ -773,6 +775,7 @@ def test_the_digits_are_whole_at_twice_their_size() -> None:
     assert twice[..., -1, :].any()
 
 
+@pytest.mark.slow
 def test_the_digits_example_writes_its_table_and_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -832,35 +835,3 @@ def test_the_summary_counts_the_seeds_that_rise() -> None:
         "least": pytest.approx(-0.4),
         "greatest": pytest.approx(0.15),
     }
-
-
-COMMITTED = sorted(REPORTS.glob("attention-*.csv"))
-
-
-def test_both_examples_have_a_committed_report() -> None:
-    assert [path.name.split("-")[1] for path in COMMITTED] == ["digits", "photos"]
-
-
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-def test_a_committed_report_is_whole_and_says_where_it_was_made(path: Path) -> None:
-    table = analysis.read_csv(path)
-    assert sorted(set(table.seed)) == list(cli.SEEDS)
-    assert sorted(set(table.scale)) == list(analysis.SCALES)
-    assert not table[["device", "torch", "sknet_triton"]].isna().any(axis=None)
-    sizes = table.groupby(["network", "seed", "scale", "path"]).images.sum()
-    assert set(sizes) == {360 if "digits" in path.name else 6}
-    assert np.abs(table.weight_0 + table.weight_1 - 1).max() < EXACT
-    base = table[table.scale == 1.0].set_index(["network", "seed", "path", "label"]).difference
-    keys = pd.MultiIndex.from_frame(table[["network", "seed", "path", "label"]])
-    assert np.array_equal(table.change, table.difference - base.loc[keys].to_numpy())
-
-
-def test_what_the_examples_say_of_themselves_is_in_their_reports() -> None:
-    of_digits, of_photos = (analysis.read_csv(path) for path in COMMITTED)
-    of_digits = analysis.over_classes(of_digits)
-    trained = of_digits[(of_digits.network == "trained") & (of_digits.scale == 2.0)]
-    signs = trained.assign(up=trained.change > 0).groupby("path").up.nunique()
-    assert signs.tolist() == [2, 2, 2, 2]
-    assert "every unit's change from 1.0 to 2.0 has both signs" in (digits.__doc__ or "")
-    assert np.abs(of_photos.weight_1 - 0.5).max() < 0.01
-    assert "every mean weight is within 0.01 of 1/2" in (photos.__doc__ or "")

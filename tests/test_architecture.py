@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
 
 # From the lowest floor up. A module may import its own floor's package and whatever lies below.
 FLOORS = (

@@ -23,7 +23,7 @@ from sknet_triton.checkpoints import (
     read_checkpoint,
 )
 from sknet_triton.checkpoints.layouts import LAYOUTS, LayoutName
-from tests.helpers import source_environment
+from tests.helpers import EXACT_NETWORK, assert_same, source_environment
 from tests.peer_networks import (
     PEERS,
     UNITS,
@@ -35,7 +35,6 @@ from tests.peer_networks import (
 from tests.plain_sknet import largest_error
 
 # As in test_models.py: rounding through a dozen layers, in units of the largest value.
-EXACT = 1e-9
 
 SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2))
 # The layouts whose network is an SKNet without further ado.
@@ -74,13 +73,13 @@ def assert_same_network(model: nn.Module, other: nn.Module) -> None:
     """Compares outputs in eval and in training, the gradient of the image, and the statistics."""
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        assert largest_error(model.eval()(x), other.eval()(x)) < EXACT
+        assert largest_error(model.eval()(x), other.eval()(x)) < EXACT_NETWORK
     images = [x.clone().requires_grad_() for _ in range(2)]
     outs = [m.train()(image) for m, image in zip((model, other), images, strict=True)]
-    assert largest_error(outs[0], outs[1]) < EXACT
+    assert largest_error(outs[0], outs[1]) < EXACT_NETWORK
     for out in outs:
         out.square().sum().backward()
-    assert largest_error(cast(Tensor, images[0].grad), cast(Tensor, images[1].grad)) < EXACT
+    assert largest_error(cast(Tensor, images[0].grad), cast(Tensor, images[1].grad)) < EXACT_NETWORK
 
 
 # The keys
@@ -157,7 +156,7 @@ def test_the_real_timm_network_has_the_same_logits() -> None:
     assert not load_checkpoint(model, real.state_dict())
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        assert largest_error(model(x), real(x)) < EXACT
+        assert largest_error(model(x), real(x)) < EXACT_NETWORK
 
 
 # The numbers
@@ -170,8 +169,8 @@ def test_a_converted_network_computes_what_the_original_does(name: str) -> None:
     assert_same_network(model, original)
     moved = convert_state_dict(original.state_dict())
     # In training both moved the running statistics, from the same to the same.
-    for key, tensor in model.state_dict().items():
-        assert torch.allclose(tensor.double(), moved[key].double(), rtol=EXACT, atol=EXACT), key
+    state = model.state_dict()
+    assert_same(state, {key: moved[key] for key in state}, EXACT_NETWORK)
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -186,7 +185,7 @@ def test_gradients_convert_like_parameters(name: LayoutName) -> None:
     ours = dict(model.named_parameters())
     assert converted.keys() == ours.keys()
     for key, parameter in ours.items():
-        assert largest_error(cast(Tensor, parameter.grad), converted[key]) < EXACT, key
+        assert largest_error(cast(Tensor, parameter.grad), converted[key]) < EXACT_NETWORK, key
 
 
 @pytest.mark.parametrize("name", WITH_HEADS)
@@ -261,7 +260,7 @@ def test_units_of_pytorchinsight_fit_an_skunit_with_its_branches() -> None:
     )
     x = torch.randn(2, 256, 8, 8, dtype=torch.float64)
     with torch.no_grad():
-        assert largest_error(unit(x), original(x)) < EXACT
+        assert largest_error(unit(x), original(x)) < EXACT_NETWORK
 
 
 def test_pytorchinsight_computes_the_same_where_sknet_is_given_its_expansion(
@@ -507,7 +506,7 @@ def test_a_backbone_takes_a_checkpoint_without_its_head() -> None:
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         logits = cast(nn.Linear, original.get_submodule("fc"))(backbone(x)[-1].mean((2, 3)))
-        assert largest_error(logits, original(x)) < EXACT
+        assert largest_error(logits, original(x)) < EXACT_NETWORK
 
 
 @pytest.mark.parametrize(
@@ -778,6 +777,7 @@ def test_without_safetensors_the_extra_is_named(
         read_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_importing_loads_neither_hub_nor_safetensors() -> None:
     code = (
         "import sys, sknet_triton.checkpoints; "

@@ -148,6 +148,7 @@ def test_it_keeps_the_layout(layout: torch.memory_format) -> None:
     assert modules.composed(*xs).out.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v", [Variant(1), Variant(), Variant(3, (2,), batch_stats=False)], ids=str)
 def test_forward_mode_and_second_derivatives(v: Variant) -> None:
     modules = Modules(v).double()

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,10 @@ from torch import Tensor
 
 from sknet_kernels.config import FUSE, SELECT_BWD, DeviceFacts, LaunchConfig, Problem
 from sknet_triton import Backend, SKConv, functional, use_backend
-from tests.helpers import laid_out, source_environment
+from tests.helpers import BACKENDS, ROOT, laid_out, source_environment
 from tests.plain_sknet import scramble
 
-ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels" / "sknet_kernels"
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import importlib
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -18,14 +19,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sknet_kernels.launch import Launch
+from sknet_kernels.launch import Launch, launch, planned
 from sknet_triton import SKConv, SKNet, StageSpec, backend, functional, ops, use_backend, warmup
 from sknet_triton.backend import Backend
-from tests.helpers import laid_out
-from tests.plain_sknet import largest_error, scramble
+from tests.helpers import BACKENDS, assert_same, laid_out, outcome
+from tests.plain_sknet import scramble
 
-EXACT = 1e-11  # float64 with a few hundred additions, in another order
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -125,28 +124,12 @@ every_path = pytest.mark.parametrize("name", PATHS)
 on_both = pytest.mark.parametrize("chosen", BACKENDS)
 
 
-def step(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Returns output, gradients and buffers, without reading any of them."""
-    x = x.detach().requires_grad_()
-    out = run(x)
-    torch.autograd.backward(out, torch.ones_like(out))
-    seen = {"out": out.detach(), "dx": cast(Tensor, x.grad)}
-    seen |= {f"grad {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
-    return seen | {name: b.detach().clone() for name, b in module.named_buffers()}
-
-
 def kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (t.shape, t.dtype) for name, t in tensors.items()}
 
 
 def strides(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: t.stride() for name, t in tensors.items()}
-
-
-def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert largest_error(actual[name].to(value.device), value.double()) < EXACT, name
 
 
 # --- tensors without memory ---------------------------------------------------------------------
@@ -160,9 +143,9 @@ def test_meta_tensors_tell_what_a_step_would_give(name: str, dtype: torch.dtype)
     path = PATHS[name]
     with use_backend("auto"):
         module = path.module(META, dtype)
-        seen = step(module, module, path.x(META, dtype))
+        seen = outcome(module, module, path.x(META, dtype))
         real = path.module(CPU, dtype)
-        expected = step(real, real, path.x(CPU, dtype))
+        expected = outcome(real, real, path.x(CPU, dtype))
     assert {t.device.type for t in seen.values()} == {"meta"}
     assert kinds(seen) == kinds(expected)  # torch's convolution loses its layout on this device
 
@@ -181,10 +164,10 @@ def test_fake_tensors_tell_what_a_step_would_give(name: str, chosen: Backend) ->
     path = PATHS[name]
     with use_backend(chosen):
         real = path.module(DEVICE, torch.float32)
-        expected = step(real, real, path.x(DEVICE, torch.float32))
+        expected = outcome(real, real, path.x(DEVICE, torch.float32))
         with FakeTensorMode():
             module = path.module(DEVICE, torch.float32)
-            seen = step(module, module, path.x(DEVICE, torch.float32))
+            seen = outcome(module, module, path.x(DEVICE, torch.float32))
     assert kinds(seen) == kinds(expected)
     assert strides(seen) == strides(expected)
 
@@ -216,7 +199,7 @@ def test_cpu_tensors_take_pytorch_though_triton_is_installed(
     for chosen in names:
         with use_backend(chosen):
             module = path.module(CPU)
-            results.append(step(module, module, path.x(CPU)))
+            results.append(outcome(module, module, path.x(CPU)))
     assert not launched
     assert all(torch.equal(results[0][key], t) for key, t in results[1].items())
 
@@ -305,7 +288,7 @@ def test_no_step_waits_for_the_device(
     path = PATHS[name]
     module, x = path.module(META), path.x(META)
     with use_backend(chosen), refusing_to_wait() as mode:
-        step(module, module, x)
+        outcome(module, module, x)
     assert (mode.ours.total() > 0) == (chosen == "triton")
     assert (kernels_for_meta.total() > 0) == (chosen == "triton")
 
@@ -317,7 +300,7 @@ def test_no_step_reads_a_value_that_is_there(name: str, chosen: Backend) -> None
     path = PATHS[name]
     module, x = path.module(DEVICE), path.x(DEVICE)
     with use_backend(chosen), refusing_to_wait() as mode:
-        step(module, module, x)
+        outcome(module, module, x)
     assert (mode.ours.total() > 0) == (chosen == "triton")
 
 
@@ -328,7 +311,7 @@ def test_the_cumulative_average_waits_for_nothing_on_the_kernels(
     path = Path(cumulative)
     module, x = path.module(META), path.x(META)
     with use_backend("triton"), refusing_to_wait():
-        step(module, module, x)
+        outcome(module, module, x)
     assert kernels_for_meta["_sk_moments_kernel"] == 1
     with use_backend("reference"), refusing_to_wait(), pytest.raises(AssertionError):
         module(x)
@@ -377,9 +360,9 @@ def test_no_step_waits_for_a_gpu(name: str, chosen: Backend) -> None:
     path = PATHS[name]
     module, x = path.module(DEVICE), path.x(DEVICE)
     with use_backend(chosen):
-        step(module, module, x)  # compiles the kernels
+        outcome(module, module, x)  # compiles the kernels
         with waiting_is_an_error():
-            step(module, module, x)
+            outcome(module, module, x)
 
 
 @pytest.mark.gpu
@@ -400,10 +383,10 @@ def test_tensors_on_a_device_that_is_not_the_current_one(name: str, chosen: Back
     with use_backend(chosen), torch.cuda.device(current):
         for device in (current, other):
             module = path.module(device)
-            results.append(step(module, module, path.x(device)))
+            results.append(outcome(module, module, path.x(device)))
             assert torch.cuda.current_device() == 0
     assert {t.device for t in results[1].values()} == {other}
-    assert_near(results[1], results[0])
+    assert_same(results[1], results[0])
 
 
 @pytest.mark.gpu
@@ -416,7 +399,7 @@ def test_work_stays_on_the_stream_that_it_was_called_on(name: str, chosen: Backe
         expected = []
         for seed in seeds:
             module = path.module(DEVICE)
-            expected.append(step(module, module, path.x(DEVICE, seed=seed)))
+            expected.append(outcome(module, module, path.x(DEVICE, seed=seed)))
         modules = [path.module(DEVICE) for _ in seeds]
         inputs = [path.x(DEVICE, seed=seed) for seed in seeds]
         values = [x.clone() for x in inputs]
@@ -431,10 +414,10 @@ def test_work_stays_on_the_stream_that_it_was_called_on(name: str, chosen: Backe
                 # The input comes late: whoever does not wait on this stream reads zeros.
                 cast(Any, torch.cuda)._sleep(50_000_000)
                 x.copy_(value)
-                results.append(step(module, module, x))
+                results.append(outcome(module, module, x))
         torch.cuda.synchronize()
     for actual, wanted in zip(results, expected, strict=True):
-        assert_near(actual, wanted)
+        assert_same(actual, wanted)
 
 
 def loss(out: Tensor) -> Tensor:
@@ -467,7 +450,7 @@ def test_inference_in_a_cuda_graph(name: str, chosen: Backend) -> None:
         for seed in (5, 6):
             x.copy_(path.x(DEVICE, seed=seed))
             graph.replay()
-            assert_near({"out": out}, {"out": module(x)})
+            assert_same({"out": out}, {"out": module(x)})
 
 
 @pytest.mark.gpu
@@ -486,7 +469,7 @@ def test_a_training_step_in_a_cuda_graph(name: str, chosen: Backend) -> None:
             graph.replay()
             twin.zero_grad()
             train_step(twin, x)
-            assert_near(state(module), state(twin))
+            assert_same(state(module), state(twin))
 
 
 @pytest.mark.gpu
@@ -503,4 +486,39 @@ def test_a_graphed_callable(name: str, chosen: Backend) -> None:
             module.zero_grad()
             twin.zero_grad()
             other = path.x(DEVICE, seed=seed)
-            assert_near(step(graphed, module, other), step(twin, twin, other))
+            assert_same(outcome(graphed, module, other), outcome(twin, twin, other))
+
+
+class OnTheSecondGpu(Tensor):
+    """Says that it is on a device that is not the current one."""
+
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("planned_before", [False, True], ids=["alone", "in a plan"])
+def test_a_launch_is_made_under_the_device_of_its_tensors(
+    planned_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current, seen = [0], list[int]()
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *pointers, **arguments: seen.append(current[-1])
+
+    def build(x: Tensor) -> Launch:
+        return Launch(Kernel(), 3, {"x_ptr": x}, {"n": 1}, {"BLOCK": 8}, num_warps=2)
+
+    module = SimpleNamespace(device=device, current_device=lambda: current[-1])
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    x = torch.zeros(1).as_subclass(OnTheSecondGpu)
+    for _ in range(2):  # the second launch is remembered
+        with planned("a key", x.device) if planned_before else nullcontext():
+            launch(build, x)
+    assert seen == [1, 1]
+    assert current == [0]

@@ -29,18 +29,16 @@ from perf.peers import rebuilt
 from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, use_backend
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.backend import Backend
-from tests.helpers import is_plain
+from tests.helpers import BACKENDS, assert_same, is_plain
 from tests.plain_sknet import largest_error, scramble
 from tests.processes import WORLD, in_two_processes, needs_gloo
 
 pytestmark = [pytest.mark.slow, needs_gloo]
 
 # float64: two steps through a few layers, sums of some hundred products in another order.
-EXACT = 1e-11
 SHARES = (2, 3)  # images of each process
 RATE = 0.05
 
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 ONE, OTHER = BACKENDS[:1], BACKENDS[1:]
 # FSDP2 over gloo takes CPU tensors, and those the kernels take in the interpreter only.
 FSDP_BACKENDS: tuple[Backend, ...] = ONE if torch.cuda.is_available() else BACKENDS
@@ -418,12 +416,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 # --- what is asked of them ----------------------------------------------------------------------
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert largest_error(actual[name], value.double()) < EXACT, name
 
 
 @pytest.mark.parametrize(

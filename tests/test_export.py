@@ -25,12 +25,15 @@ from sknet_triton import (
     functional,
     use_backend,
 )
-from tests.helpers import BACKENDS, needs_compiler, outcome, source_environment
+from tests.helpers import (
+    BACKENDS,
+    EXACT_NETWORK,
+    needs_compiler,
+    outcome,
+    source_environment,
+)
 from tests.helpers import assert_same as assert_same_step
 from tests.plain_sknet import largest_error, scramble
-
-# float64, so that another order of operations is all that may differ: see test_layers.py.
-EXACT = 1e-9
 
 EVERY_SIZE = {"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
 BATCH = {"x": {0: Dim("batch", min=2, max=64)}}
@@ -94,23 +97,23 @@ def assert_same(actual: nn.Module, expected: nn.Module, images: list[Tensor]) ->
     for x in images:
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         out, exact = actual(ours), expected(theirs)
-        assert largest_error(out.detach(), exact.detach()) < EXACT
+        assert largest_error(out.detach(), exact.detach()) < EXACT_NETWORK
         assert out.stride() == exact.stride()
         gradient = torch.randn_like(exact)
         torch.autograd.backward([out], [gradient])
         torch.autograd.backward([exact], [gradient])
         assert ours.grad is not None
         assert theirs.grad is not None
-        assert largest_error(ours.grad, theirs.grad) < EXACT
+        assert largest_error(ours.grad, theirs.grad) < EXACT_NETWORK
     parameters = dict(actual.named_parameters())
     for name, parameter in expected.named_parameters():
         mine = parameters[name].grad
         assert mine is not None, name
         assert parameter.grad is not None, name
-        assert largest_error(mine, parameter.grad) < EXACT, name
+        assert largest_error(mine, parameter.grad) < EXACT_NETWORK, name
     state = actual.state_dict()
     for name, tensor in expected.state_dict().items():
-        assert largest_error(state[name].double(), tensor.double()) < EXACT, name
+        assert largest_error(state[name].double(), tensor.double()) < EXACT_NETWORK, name
 
 
 @pytest.mark.slow
@@ -165,7 +168,7 @@ def test_the_functions_alone(backend: Backend) -> None:
             Section(), inputs(2, 5), dynamic_shapes={"xs": [free, free], "weight": None}
         )
         other = inputs(4, 3)
-        assert largest_error(program.module()(*other), Section()(*other)) < EXACT
+        assert largest_error(program.module()(*other), Section()(*other)) < EXACT_NETWORK
     names = {"sknet_triton.sk_fuse.default", "sknet_triton.sk_select.default"}
     assert our_operators(program) == (names if backend == "triton" else set())
 
@@ -193,7 +196,7 @@ def test_a_program_has_the_modules_gradients(
         expected, actual = outcome(module, module, x), outcome(exported, exported, x)
     # A program may drop the buffers that it does not read.
     expected = {k: t for k, t in expected.items() if k in actual or "num_batches" not in k}
-    assert_same_step(actual, expected, bound=EXACT)
+    assert_same_step(actual, expected, bound=EXACT_NETWORK)
 
 
 @pytest.mark.slow
@@ -207,7 +210,7 @@ def test_aot_inductor_packages_and_loads(tmp_path: Path) -> None:
         )
         runner = torch._inductor.aoti_load_package(package)
         for x in images:
-            assert largest_error(runner(x), module(x)) < EXACT
+            assert largest_error(runner(x), module(x)) < EXACT_NETWORK
 
 
 @pytest.mark.slow
@@ -222,7 +225,7 @@ def test_aot_inductor_calls_the_triton_operators(tmp_path: Path) -> None:
         )
         runner = torch._inductor.aoti_load_package(package)
         for x in images:
-            assert largest_error(runner(x), module(x)) < EXACT
+            assert largest_error(runner(x), module(x)) < EXACT_NETWORK
 
 
 def traced(module: nn.Module, x: Tensor) -> Any:
@@ -245,7 +248,7 @@ def test_a_trace_is_the_module_at_any_size_also_after_save_and_load(
         trace = traced(module, images[0])
         assert ("sknet_triton::" in str(trace.inlined_graph)) == (backend == "triton")
         for x in images:
-            assert largest_error(trace(x), module(x)) < EXACT
+            assert largest_error(trace(x), module(x)) < EXACT_NETWORK
 
 
 LOAD = """
@@ -303,7 +306,7 @@ def test_a_graph_of_torch_fx_is_the_module_at_any_size(name: str, training: bool
             if isinstance(module, SKNetFeatures):
                 pairs = zip(module(x), graph(x), strict=True)
             for expected, actual in pairs:
-                torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT)
+                torch.testing.assert_close(actual, expected, rtol=EXACT_NETWORK, atol=EXACT_NETWORK)
 
 
 @pytest.mark.parametrize(

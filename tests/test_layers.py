@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sknet_triton import BranchSpec, SKConv, SKUnit
+from tests.helpers import EXACT
 from tests.plain_sknet import (
     Branches,
     PlainConfig,
@@ -26,7 +27,6 @@ from tests.plain_sknet import (
 # Relative to the largest value of a tensor, in float64. Rounding of the longest sums here (some
 # 10^3 terms, through a handful of operators) stays below 10^4 eps = 2e-12; the smallest of the
 # deliberate faults this file was tried against moves a result by more than 1e-3.
-EXACT = 1e-10
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sknet_triton import SKConv, SKNet, SKNetFeatures, SKUnit, StageSpec, sknet26, sknet50, sknet101
 from sknet_triton.models.sknet import SKNET50
+from tests.helpers import EXACT_NETWORK
 from tests.plain_sknet import largest_error, leaves, plain_sknet, scramble
 
 # As in test_layers.py, but through a dozen layers: 10^5 eps would be 2e-11.
-EXACT = 1e-9
 
 # Two stages, the second with a stride and a second unit whose shortcut is the identity: every
 # kind of unit of the published networks, small enough to be computed by hand-written equations.
@@ -77,6 +77,7 @@ def gmac(model: nn.Module, *shape: int) -> float:
     return float(counter.get_total_flops()) / 2e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "expected"),
     [(sknet50, "4.4627"), (caffe101, "8.4487")],
@@ -155,22 +156,22 @@ def test_the_network_equals_the_equations_forward_and_backward(
     padding = 1 if variant == "paper" else 0
     *maps, logits = plain_sknet(theirs, p, (1, 2), training, padding)
     out = model(ours)
-    assert largest_error(out.detach(), logits.detach()) < EXACT
+    assert largest_error(out.detach(), logits.detach()) < EXACT_NETWORK
     weight = torch.randn_like(logits)
     torch.autograd.backward((logits * weight).sum())
     torch.autograd.backward((out * weight).sum())
     assert ours.grad is not None
     assert theirs.grad is not None
-    assert largest_error(ours.grad, theirs.grad) < EXACT
+    assert largest_error(ours.grad, theirs.grad) < EXACT_NETWORK
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         reference = p[name].grad
         assert reference is not None, name
-        assert largest_error(parameter.grad, reference) < EXACT, name
+        assert largest_error(parameter.grad, reference) < EXACT_NETWORK, name
     # A second forward pass in training sees the same batch, so the same statistics.
     with torch.no_grad():
         for ours_map, theirs_map in zip(model.forward_intermediates(x), maps, strict=True):
-            assert largest_error(ours_map, theirs_map.detach()) < EXACT
+            assert largest_error(ours_map, theirs_map.detach()) < EXACT_NETWORK
         assert torch.equal(model.forward_features(x), model.forward_intermediates(x)[-1])
 
 
@@ -184,7 +185,7 @@ def test_forward_returns_logits_without_a_softmax() -> None:
         model.head.weight.mul_(3)
         model.head.bias.mul_(3)
     # Scaling the last layer scales logits and nothing else; probabilities it would not.
-    assert largest_error(model(x).detach(), 3 * once) < EXACT
+    assert largest_error(model(x).detach(), 3 * once) < EXACT_NETWORK
     assert not any(isinstance(m, (nn.Softmax, nn.LogSoftmax)) for m in model.modules())
 
 
@@ -200,7 +201,7 @@ def test_skresnext50_32x4d_of_timm_is_the_same_network() -> None:
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         actual, expected = ours.double()(x.double()), theirs.double()(x.double())
-    assert largest_error(actual, expected) < EXACT
+    assert largest_error(actual, expected) < EXACT_NETWORK
 
 
 def name_from_timm(name: str) -> str:
@@ -257,7 +258,7 @@ def test_an_image_has_the_same_logits_alone_and_in_a_batch() -> None:
         together = model(x)
         alone = torch.cat([model(x[i : i + 1]) for i in range(3)])
         none = model(x[:0])
-    assert largest_error(alone, together) < EXACT
+    assert largest_error(alone, together) < EXACT_NETWORK
     assert none.shape == (0, 5)
 
 
@@ -277,7 +278,7 @@ def test_num_classes_0_returns_the_pooled_features() -> None:
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         pooled = model(x)
-        assert largest_error(pooled, model.forward_features(x).mean((2, 3))) < EXACT
+        assert largest_error(pooled, model.forward_features(x).mean((2, 3))) < EXACT_NETWORK
     assert pooled.shape == (2, model.num_features) == (2, 128)
     assert isinstance(model.get_classifier(), nn.Identity)
     assert not any(name.startswith("head") for name in model.state_dict())
@@ -384,7 +385,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less() -> None:
         sizes.append(saved)
     assert kept[0].keys() == kept[1].keys()
     for name, grad in kept[0].items():
-        assert largest_error(kept[1][name], grad) < EXACT, name
+        assert largest_error(kept[1][name], grad) < EXACT_NETWORK, name
     # What the units save is most of it, and checkpointing saves only what goes in.
     assert sizes[1] < sizes[0] / 2
     model.set_grad_checkpointing(False)
@@ -517,7 +518,7 @@ def test_the_whole_network_is_the_same_in_both_memory_formats() -> None:
         grads = {n: cast(Tensor, p.grad).clone() for n, p in model.named_parameters()}
         results.append({"out": out.detach(), **grads})
     for name, value in results[0].items():
-        assert largest_error(results[1][name], value) < EXACT, name
+        assert largest_error(results[1][name], value) < EXACT_NETWORK, name
 
 
 def test_the_default_table_is_sknet50() -> None:

@@ -16,8 +16,8 @@ from perf.peers import baseline
 from perf.rows import env
 from perf.rows.cases import make_case
 from perf.rows.schema import Result, Row
-from perf.rows.store import open_store
 from perf.sweep import workloads
+from tests.sweeps import write_report
 
 ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
 CASE = make_case("sk_conv", "infer", batch=8, resolution=64)
@@ -39,7 +39,7 @@ def write(tmp_path: Path) -> Write:
         provider = changes.pop("provider", "plain-eager")
         environment = replace(ENV, torch=changes.pop("torch", ENV.torch))
         result = Result(**{"status": "ok", **times, **changes})
-        open_store(path, resume=False).append([Row(CASE, provider, result, environment)])
+        write_report(path, [Row(CASE, provider, result, environment)])
         return path
 
     return report

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -203,44 +202,6 @@ def test_gradients_arrive_in_the_layout_of_the_case() -> None:
 
 
 # The committed report and the document that shows it.
-
-
-def families_table(report: pd.DataFrame) -> str:
-    """Times before over times after, and what is kept beyond the inputs, family by family."""
-    lines = [
-        "| family | layout | inference | training | inference, compiled | training, compiled "
-        "| MiB kept, eager |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    by_row = report.set_index(["workload", "layout", "mode", "provider"]).sort_index()
-    for name in FAMILY_MAPS:
-        for layout in ("nchw", "channels_last"):
-            cells = [
-                ratio(by_row, name, layout, mode, *pair)
-                for pair in (
-                    ("plain-eager", "ours-pytorch-eager"),
-                    ("plain-compile", "ours-pytorch-compile"),
-                )
-                for mode in ("infer", "train")
-            ]
-            kept = by_row.saved_own_mb[name, layout, "train"]
-            cells.append(f"{kept['plain-eager']:.1f} → {kept['ours-pytorch-eager']:.1f}")
-            lines.append(f"| `{name}` | {layout} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def ratio(rows: pd.DataFrame, name: str, layout: str, mode: str, before: str, after: str) -> str:
-    times = rows.ms_p50.dropna()
-    keys = [(name, layout, mode, provider) for provider in (before, after)]
-    if not all(key in times.index for key in keys):
-        return ""
-    return f"{times[keys[0]] / times[keys[1]]:.2f}"
-
-
-def test_the_document_shows_the_committed_rows() -> None:
-    text = (REPORTS / "README.md").read_text()
-    shown = text.partition("<!-- families: begin -->\n")[2].partition("\n<!-- families: end -->")[0]
-    assert shown == families_table(schema.read(REPORT))
 
 
 def test_the_committed_report_is_checked_row_by_row() -> None:

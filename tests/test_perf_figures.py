@@ -4,18 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from perf.__main__ import main
-from perf.report.figures import look
+from perf.report.growth import growths
+from perf.report.looks import explained, look
 from perf.report.traffic_figure import traffic_figure
-from perf.rows import env
+from perf.rows import env, schema
 from perf.rows.cases import make_case
 from perf.rows.schema import Result, Row
-from perf.rows.store import open_store
 from perf.sweep.providers import PROVIDERS
+from tests.sweeps import write_report
 
 ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")
 REPORTS = Path(__file__).parent.parent / "perf/reports"
@@ -28,7 +32,7 @@ PNG = b"\x89PNG\r\n"
 def report(tmp_path: Path) -> Path:
     """A report of two batches and two resolutions, with a provider that is not supported."""
     path = tmp_path / "report.csv"
-    store = open_store(path, resume=False)
+    rows: list[Row] = []
     for batch in (1, 8):
         for resolution in (64, 224):
             case = make_case("sk_fuse", "infer", batch=batch, resolution=resolution)
@@ -36,11 +40,13 @@ def report(tmp_path: Path) -> Path:
                 ms = batch * resolution / 1e3 / i
                 times = {"ms_p50": ms, "ms_p20": 0.9 * ms, "ms_p80": 1.1 * ms}
                 bytes_ = {"bytes_needed": 10**6, "copy_gbps": 10.0, "pct_copy": 40.0 * i}
-                store.append([Row(case, name, Result("ok", **times, **bytes_), ENV)])  # type: ignore[arg-type]
-            store.append([Row(case, "ours-triton-eager", Result("unsupported", "no GPU"), ENV)])
+                rows.append(Row(case, name, Result("ok", **times, **bytes_), ENV))  # type: ignore[arg-type]
+            rows.append(Row(case, "ours-triton-eager", Result("unsupported", "no GPU"), ENV))
+    write_report(path, rows)
     return path
 
 
+@pytest.mark.slow
 def test_every_figure_is_a_png_and_an_svg(
     report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,10 +57,7 @@ def test_every_figure_is_a_png_and_an_svg(
         "speedup",
         "bandwidth",
         "passes",
-        "latency-over-batch",
-        "latency-over-resolution",
-        "speedup-over-batch",
-        "speedup-over-resolution",
+        "growth-sk_fuse-infer",
     }
     for path in paths:
         if path.suffix == ".png":
@@ -63,12 +66,66 @@ def test_every_figure_is_a_png_and_an_svg(
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
+def growth_of(frame: pd.DataFrame) -> dict[str, Figure]:
+    return dict(growths(frame[frame.status == "ok"]))
+
+
+def drawn(panel: Axes) -> dict[str, list[tuple[float, float]]]:
+    """Returns the points of every line in a panel, by the first line of its name."""
+    return {
+        str(line.get_label()).partition("\n")[0]: [(x, y) for x, y in np.asarray(line.get_xydata())]
+        for line in panel.get_lines()
+    }
+
+
+def test_growth_is_time_over_batch_and_over_image_size_above_a_copy(report: Path) -> None:
+    figure = growth_of(schema.read(report))["growth-sk_fuse-infer"]
+    over_batch, over_size = map(drawn, figure.axes)
+    # Of the largest images and the largest batch; a copy of 10^6 bytes at 10 GB/s takes 0.1 ms.
+    least = "bytes that must move"
+    assert over_batch == {
+        "plain-eager": [(1, 0.224), (8, 1.792)],
+        "ours-pytorch-eager": [(1, 0.112), (8, 0.896)],
+        least: [(1, 0.1), (8, 0.1)],
+    }
+    assert over_size == {
+        "plain-eager": [(64, 0.512), (224, 1.792)],
+        "ours-pytorch-eager": [(64, 0.256), (224, 0.896)],
+        least: [(64, 0.1), (224, 0.1)],
+    }
+    assert [panel.get_xlabel() for panel in figure.axes] == [
+        "batch size, images of 224 x 224 px",
+        "side of an image in px, batch size 8",
+    ]
+    (legend,) = figure.legends
+    names = [text.get_text().partition("\n")[0] for text in legend.get_texts()]
+    assert names == ["plain-eager", "ours-pytorch-eager", least]
+
+
+def test_growth_has_a_panel_for_each_axis_that_grows(report: Path) -> None:
+    frame = schema.read(report)
+    (figure,) = growth_of(frame[frame.B == 8]).values()
+    assert [panel.get_xlabel() for panel in figure.axes] == ["side of an image in px, batch size 8"]
+    (figure,) = growth_of(frame.assign(bytes_needed=float("nan"))).values()
+    assert [set(drawn(panel)) for panel in figure.axes] == [
+        {"plain-eager", "ours-pytorch-eager"}
+    ] * 2
+    assert growth_of(frame[(frame.B == 8) & (frame.resolution == 64)]) == {}
+
+
+def test_growth_is_one_figure_for_each_set_of_cases_under_a_name_of_its_own(report: Path) -> None:
+    frame = schema.read(report)
+    both = pd.concat([frame, frame.assign(layout="channels_last")], ignore_index=True)
+    assert set(growth_of(both)) == {
+        "growth-sk_fuse-infer-nchw",
+        "growth-sk_fuse-infer-channels_last",
+    }
+
+
 def test_report_without_a_measured_row_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     case = make_case("sk_fuse", "infer")
-    open_store(path, resume=False).append(
-        [Row(case, "ours-triton-eager", Result("unsupported", "no"), ENV)]
-    )
+    write_report(path, [Row(case, "ours-triton-eager", Result("unsupported", "no"), ENV)])
     with pytest.raises(SystemExit) as stopped:
         main(["plot", str(path)])
     assert stopped.value.code == 2
@@ -95,6 +152,7 @@ def test_a_report_that_names_what_there_is_not_is_refused(
     assert list(tmp_path.rglob("*")) == [folder, path]
 
 
+@pytest.mark.slow
 def test_traffic_is_drawn_for_every_plan_beside_the_minimum(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +179,7 @@ def test_traffic_without_a_row_is_refused(tmp_path: Path) -> None:
 def test_providers_look_different() -> None:
     looks = [look(name) for name in PROVIDERS]
     assert len(set(looks)) == len(looks)
+    assert len({explained(name).partition("\n")[2] for name in PROVIDERS}) == len(PROVIDERS)
 
 
 def test_summary_is_markdown_with_its_environment(

@@ -285,6 +285,7 @@ def test_bwd_times_the_backward_pass_alone(plant: Plant) -> None:
     assert forwards == 2 * 2
 
 
+@pytest.mark.slow
 def test_bwd_of_torch_compile_runs_again() -> None:
     results = contest.measure_case(
         small("sk_select", "bwd", batch=2), (PROVIDERS["plain-compile"],), CONDITIONS
@@ -360,3 +361,16 @@ def test_flops_are_those_of_the_published_network(mode: str, passes: int) -> Non
     inputs = workloads.inputs(case, 0, CPU)
     counted = measure.flops(module, inputs, case.mode)
     assert counted / 2 == pytest.approx(4.46e9 * passes, rel=0.005)
+
+
+def test_a_copy_reads_and_writes_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+
+    def four_ms(run: Callable[[], Tensor], device: torch.device, seconds: float) -> list[float]:
+        copied.append(run().numel())
+        return [4.0]
+
+    monkeypatch.setattr(measure, "sample", four_ms)
+    gbps = measure.copy_gbps.__wrapped__(torch.device("cpu"))
+    (size,) = copied
+    assert gbps == pytest.approx((size + size) / 4e-3 / 1e9)

@@ -90,6 +90,7 @@ def test_float64_sees_few_images_of_a_network(
     assert workloads.judged(workloads.judged(case)) == workloads.judged(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_a_network_is_judged_on_eight_images_once(
     monkeypatch: pytest.MonkeyPatch, mode: str
@@ -392,6 +393,7 @@ def test_a_sweep_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # Peers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_a_port_computes_what_the_plain_modules_compute(mode: str) -> None:
     case = small("sknet26", mode)

@@ -14,15 +14,15 @@ from perf.__main__ import main
 from perf.rows import schema
 from perf.rows.cases import Case
 from perf.rows.schema import Result
-from perf.rows.store import open_store
 from perf.sweep import sweep
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import Provider
 from perf.sweep.ranks import Rank, part_of, parts_of
+from tests.helpers import ROOT
+from tests.sweeps import write_report
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
 SWEEP = [
     "run",
     "--level",
@@ -81,7 +81,7 @@ def test_parts_of_a_rank_that_died_are_collected_on_resume(
     assert main([*SWEEP, "--out", str(whole)]) == 0
     lines = whole.read_text().splitlines(keepends=True)
     ranks = [Rank(index, index, 2) for index in range(2)]
-    open_store(out, resume=False)
+    write_report(out, [])
     part_of(out, ranks[0]).write_text("".join(lines[:50]))
     part_of(out, ranks[1]).write_text(lines[0] + "".join(lines[40:90]) + lines[90][:30])
     with pytest.raises(SystemExit) as stopped:

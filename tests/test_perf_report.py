@@ -12,9 +12,12 @@ import torch
 from perf.report import tables
 from perf.rows import env, schema
 from perf.rows.cases import Case, make_case
-from perf.rows.schema import COLUMNS, Result, Row, SchemaError
+from perf.rows.errors import UsageError, one_line
+from perf.rows.schema import COLUMNS, Result, Row
 from perf.rows.store import open_store
+from perf.rows.typed_csv import SchemaError
 from perf.sweep.providers import BEFORE
+from tests.sweeps import write_report
 
 ENV = env.snapshot(torch.device("cpu"), seed=3, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64, stage=2)
@@ -34,11 +37,12 @@ def test_columns_are_the_fields_in_order() -> None:
 def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     reason = 'says "no", twice'
-    open_store(path, resume=False).append(
+    write_report(
+        path,
         [
             row(n=7, gbps=12.5),
             row("ours-triton-eager", status="unsupported", reason=reason, ms_p50=None),
-        ]
+        ],
     )
     frame = schema.read(path)
     assert tuple(frame.columns) == COLUMNS
@@ -55,11 +59,11 @@ def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
 
 def test_another_schema_is_refused_by_the_columns_that_differ(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    names = ["speed" if name == "gbps" else name for name in COLUMNS]
+    names = ["speed" if name == "status" else name for name in COLUMNS]
     path.write_text(",".join(names) + "\n")
-    with pytest.raises(SchemaError, match="missing: gbps; unknown: speed"):
+    with pytest.raises(SchemaError, match="missing: status; unknown: speed"):
         schema.read(path)
-    with pytest.raises(SchemaError, match="missing: gbps; unknown: speed"):
+    with pytest.raises(SchemaError, match="missing: status; unknown: speed"):
         open_store(path, resume=True)
     path.write_text(",".join(reversed(COLUMNS)) + "\n")
     with pytest.raises(SchemaError, match="reordered"):
@@ -68,9 +72,9 @@ def test_another_schema_is_refused_by_the_columns_that_differ(tmp_path: Path) ->
 
 def test_existing_report_is_refused_without_resume(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    open_store(path, resume=False).append([row()])
+    write_report(path, [row()])
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match="--resume"):
+    with pytest.raises(UsageError, match="--resume"):
         open_store(path, resume=False)
     assert path.read_bytes() == before
 
@@ -80,22 +84,24 @@ def test_report_torn_at_any_byte_resumes_with_its_whole_rows(
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # this disk keeps its power
     path = tmp_path / "a.csv"
-    rows = [row("plain-eager"), row("ours-pytorch-eager", reason="a, b"), row("plain-compile")]
-    open_store(path, resume=False).append(rows)
+    reasons = {"plain-eager": "", "ours-pytorch-eager": "a, b", "plain-compile": "Übersetzt: 编"}
+    rows = [row(provider, reason=reason) for provider, reason in reasons.items()]
+    write_report(path, rows)
     whole = path.read_bytes()
     for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
-        store = open_store(path, resume=True)
-        done = [r for r in rows if schema.key_of(r.case, r.provider) in store.keys]
-        assert len(done) == max(whole[:length].count(b"\n") - 1, 0)
-        store.append(r for r in rows if r not in done)
+        with open_store(path, resume=True) as store:
+            done = [r for r in rows if schema.key_of(r.case, r.provider) in store.keys]
+            assert len(done) == max(whole[:length].count(b"\n") - 1, 0)
+            store.append(r for r in rows if r not in done)
         assert path.read_bytes() == whole
 
 
 def test_draft_of_a_killed_start_is_no_report(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"")
-    assert open_store(path, resume=True).keys == set()
+    with open_store(path, resume=True) as store:
+        assert store.keys == set()
     assert schema.read(path).empty
 
 
@@ -103,20 +109,21 @@ def test_draft_of_a_killed_start_is_no_report(tmp_path: Path) -> None:
     ("message", "line"), [("a\nb", "a"), ("\n\n  a  \n", "a"), ("", ""), ("a\r\nb", "a")]
 )
 def test_reason_is_one_line(message: str, line: str) -> None:
-    assert schema.one_line(message) == line
+    assert one_line(message) == line
 
 
 def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     other = replace(CASE, B=1)
     absent: dict[str, Any] = {"status": "unsupported", "reason": "no GPU", "ms_p50": None}
-    open_store(path, resume=False).append(
+    write_report(
+        path,
         [
             row("plain-eager", ms_p50=4.0),
             row("ours-pytorch-eager", ms_p50=2.0, ms_p20=1.9, ms_p80=2.1),
             row("ours-triton-eager", **absent),
             row("ours-triton-eager", other, **absent),
-        ]
+        ],
     )
     frame = schema.read(path)
     text = tables.table(frame)
@@ -128,7 +135,8 @@ def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> 
 
 def test_pairs_are_of_providers_that_are_called_alike(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    open_store(path, resume=False).append(
+    write_report(
+        path,
         [
             row("plain-eager", ms_p50=4.0, ms_p20=3.0, ms_p80=5.0, saved_mb=8.0, saved_own_mb=6.0),
             row(
@@ -141,10 +149,10 @@ def test_pairs_are_of_providers_that_are_called_alike(tmp_path: Path) -> None:
             ),
             row("ours-pytorch-compile", ms_p50=1.0),
             row("plain-compile", status="unverified", reason="output off", ms_p50=None),
-        ]
+        ],
     )
-    lines = tables.pairs(schema.read(path), style="tsv").splitlines()
-    assert [cell.strip() for cell in lines[1].split("\t")] == [
+    lines = tables.pairs(schema.read(path), markdown=True).splitlines()
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
         CASE.label,
         "plain-eager, ours-pytorch-eager",
         "4 (3 to 5)",
@@ -153,13 +161,14 @@ def test_pairs_are_of_providers_that_are_called_alike(tmp_path: Path) -> None:
         "8.0 to 4.0",
         "6.0 to 2.0",
     ]
-    assert len(lines) == 2
+    assert len(lines) == 3
 
 
-def test_every_provider_of_ours_but_a_graph_has_a_plain_counterpart() -> None:
+def test_every_provider_of_ours_has_a_plain_counterpart() -> None:
     assert BEFORE == {
         "ours-pytorch-eager": "plain-eager",
         "ours-triton-eager": "plain-eager",
         "ours-pytorch-compile": "plain-compile",
         "ours-triton-compile": "plain-compile",
+        "ours-triton-cudagraph": "plain-cudagraph",
     }

@@ -18,8 +18,8 @@ from perf.sweep import sweep, workloads
 from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS, Provider
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-eager"]
 
@@ -94,7 +94,7 @@ def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "0"], "'0' is neither a positive number nor a range"),
+        (["--batch", "0"], "'0' is not a whole number from 1 to 1,000,000"),
         (["--batch", "8:1:1"], "range '8:1:1' is empty"),
         (["--resolution", "many"], "'many' is neither"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
@@ -102,7 +102,10 @@ def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Pat
         (["--workload", "mirnet_skff"], "the preset quick has no mirnet_skff cases"),
         (["--level", "op", "--workload", "sk_conv"], "the preset quick has no sk_conv cases"),
         (["--budget", "-1"], "'-1' is not a positive number of seconds"),
-        (["--preset", "full", "--level", "op", "--out", "nowhere/a.csv"], "is no directory"),
+        (
+            ["--preset", "full", "--level", "op", "--out", "nowhere/a.csv"],
+            "No such file or directory",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line_and_write_nothing(

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from sknet_triton import SKConv, functional, use_backend
 from sknet_triton.backend import ENVIRONMENT_VARIABLE, Backend, current_backend
-from tests.plain_sknet import largest_error, scramble
+from tests.helpers import assert_same
+from tests.plain_sknet import scramble
 
 pytestmark = pytest.mark.slow
 
-EXACT = 1e-11  # float64 with a few hundred additions, in another order
 # Workers compute on the CPU, where the kernels run in the interpreter only.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS: tuple[Backend, ...] = ("reference", "triton") if INTERPRETED else ("reference",)
@@ -54,11 +54,6 @@ def computed(sk: SKConv, x: Tensor) -> dict[str, Tensor]:
 def expected(seed: int) -> dict[str, Tensor]:
     with use_backend("reference"):
         return computed(layer().eval(), images(seed))
-
-
-def assert_near(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    for name, value in wanted.items():
-        assert largest_error(actual[name], value.double()) < EXACT, name
 
 
 @contextmanager
@@ -100,11 +95,11 @@ def test_the_workers_of_a_data_loader_compute_what_their_parent_does(
         seen = list(loader)
     assert len(seen) == len(data)
     for i, made in enumerate(seen):
-        process, name = made["by"].tolist()
+        process, name = made.pop("by").tolist()
         assert process != os.getpid()
         assert NAMES[name] == backend
         assert all(torch.equal(made[key], own[i][key]) for key in ("pooled", "out", "layer"))
-        assert_near(made, expected(i))
+        assert_same(made, expected(i))
 
 
 # --- children and shared parameters -------------------------------------------------------------
@@ -146,7 +141,7 @@ def test_a_child_computes_with_parameters_in_shared_memory_and_trains_them(
     seen = torch.load(tmp_path / "seen.pt")
     assert seen["shared"]
     assert seen["backend"] == backend
-    assert_near(seen["computed"], expected(0))
+    assert_same(seen["computed"], expected(0))
     # A spawned child has imported the package afresh, and with it no kernel.
     assert seen["kernels before"] == (method == "fork" and "sknet_kernels.sk_fuse" in sys.modules)
     before = {name: t.clone() for name, t in twin.state_dict().items()}
@@ -154,7 +149,7 @@ def test_a_child_computes_with_parameters_in_shared_memory_and_trains_them(
         with use_backend("reference"):
             train_step(twin)
         assert not torch.equal(twin.fc2.weight, before["fc2.weight"])
-    assert_near(dict(sk.state_dict()), dict(twin.state_dict()))
+    assert_same(dict(sk.state_dict()), dict(twin.state_dict()))
 
 
 @pytest.mark.skipif("fork" not in METHODS, reason="needs fork")

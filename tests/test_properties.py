@@ -19,7 +19,7 @@ from sknet_triton import Backend, functional, use_backend
 from sknet_triton.functional import Activation, Reduction
 from sknet_triton.reference import accumulation_dtype, stages
 from tests import launchers, strategies
-from tests.helpers import assert_matches, magnitudes, store_rounding, wide
+from tests.helpers import BACKENDS, assert_matches, magnitudes, store_rounding, wide
 from tests.strategies import (
     DEVICE,
     DTYPES,
@@ -31,7 +31,6 @@ from tests.strategies import (
 
 pytestmark = pytest.mark.slow
 
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 ACTIVATIONS: tuple[Activation | None, ...] = ("softmax", "sigmoid", None)
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
 

@@ -5,14 +5,13 @@ import io
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from sknet_triton import backend
-from sknet_triton.acceleration import registry
+from sknet_triton.acceleration import family
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 # A python block, and the text block after it if nothing but blank lines stands between.
@@ -27,8 +26,8 @@ def heading_of(code: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _the_package_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_chosen", None)
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(backend, "_process", None)
+    monkeypatch.setattr(family, "_known", dict(family._known))
 
 
 @pytest.mark.slow
@@ -59,19 +58,3 @@ def test_the_commands_start_from_a_bare_python() -> None:
         # One command: a step that fails ends it.
         assert all(line.endswith("&&") for line in command.rstrip().splitlines()[:-1])
         assert subprocess.run(["sh", "-n", "-c", command], check=False).returncode == 0
-
-
-def test_ci_finds_the_test_command_between_its_markers() -> None:
-    between = re.search(
-        r"<!-- test-command: begin -->\n```sh\n(.*?)```\n<!-- test-command: end -->",
-        README,
-        re.DOTALL,
-    )
-    assert between is not None
-    assert "pytest" in between[1]
-    assert "test-command: begin" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_the_table_has_its_markers() -> None:
-    assert README.count("<!-- table: begin -->") == README.count("<!-- table: end -->") == 1
-    assert README.index("<!-- table: begin -->") < README.index("<!-- table: end -->")

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,11 +30,9 @@ from sknet_kernels.sk_select import (
 from sknet_triton import Backend, SKConv, functional, reference, use_backend
 from sknet_triton.reference import stages
 from tests.address_arithmetic import narrow_offsets
-from tests.helpers import source_environment
+from tests.helpers import BACKENDS, ROOT, source_environment
 
-ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 
 both = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -237,6 +234,7 @@ NARROW = """
 
 def test_a_32_bit_product_is_found_through_a_loop() -> None:
     assert narrow_offsets(NARROW) == ["%n = arith.muli %i, %stride : i32"]
+    assert narrow_offsets(NARROW.replace("%o", "%sum.0")) == narrow_offsets(NARROW)
     assert narrow_offsets(NARROW.replace("%stride : i32", "%stride : i64")) == []
     known_multiple = "    %i = arith.divsi %m, %stride : i32\n"
     assert narrow_offsets(known_multiple + NARROW) == []

@@ -80,6 +80,7 @@ def test_gradient_is_a_share_of_the_average(
         torch.testing.assert_close(grad, share, rtol=torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.slow
 def test_gradients_pass_gradcheck(device: torch.device) -> None:
     xs = [x.requires_grad_() for x in Case((2, 3, 2, 3), 2, dtype=torch.float64).branches(device)]
     with use_backend("triton"):

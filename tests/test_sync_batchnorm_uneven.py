@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from sknet_triton import SKConv, use_backend
 from sknet_triton.backend import Backend
+from tests.helpers import BACKENDS, Seen, assert_same, outcome
 from tests.plain_sknet import scramble
 from tests.processes import in_two_processes, needs_gloo
 
 pytestmark = [pytest.mark.slow, needs_gloo]
 
-EXACT = 1e-11
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 SHAPES = {
     "other resolutions": ((2, 3, 4, 5), (3, 3, 7, 6)),
     "an empty process": ((0, 3, 4, 5), (3, 3, 4, 5)),
@@ -60,49 +59,36 @@ def joint(sk: SKConv, xs: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def work(rank: int) -> dict[tuple[str, str], dict[str, Tensor]]:
-    seen: dict[tuple[str, str], dict[str, Tensor]] = {}
+def work(rank: int) -> dict[tuple[str, str], Seen]:
+    seen: dict[tuple[str, str], Seen] = {}
     for kind in SHAPES:
         for backend in BACKENDS:
             plain, xs, douts = drawn(kind)
             sk = cast(Any, nn.SyncBatchNorm).convert_sync_batchnorm(plain)
-            x = xs[rank].requires_grad_()
             with use_backend(backend):
-                out = sk(x)
-            torch.autograd.backward(out, douts[rank])
-            seen[kind, backend] = {"out": out.detach(), "dx": cast(Tensor, x.grad)}
-            seen[kind, backend] |= dict(sk.named_buffers())
-            seen[kind, backend] |= {
-                f"{n}.grad": cast(Tensor, p.grad) for n, p in sk.named_parameters()
-            }
+                seen[kind, backend] = outcome(sk, sk, xs[rank], douts[rank])
     return seen
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, Tensor]]]:
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Seen]]:
     return in_two_processes(work, tmp_path_factory.mktemp("uneven"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", SHAPES)
 def test_values_are_counted_rather_than_images(
-    kind: str, backend: Backend, processes: list[dict[Any, dict[str, Tensor]]]
+    kind: str, backend: Backend, processes: list[dict[Any, Seen]]
 ) -> None:
     sk, xs, douts = drawn(kind)
     leaves = [x.requires_grad_() for x in xs]
     outs = joint(sk, leaves)
     torch.autograd.backward(outs, douts)
+    buffers = {name: t for name, t in sk.named_buffers() if "running" in name}
     seen = [process[kind, backend] for process in processes]
     for rank in range(2):
-        near(seen[rank]["out"], outs[rank].detach(), "out")
-        near(seen[rank]["dx"], cast(Tensor, leaves[rank].grad), "dx")
-        for name, buffer in sk.named_buffers():
-            if "running" in name:
-                near(seen[rank][name], buffer, name)
-    for name, parameter in sk.named_parameters():
-        total = seen[0][f"{name}.grad"] + seen[1][f"{name}.grad"]
-        near(total, cast(Tensor, parameter.grad), name)
-
-
-def near(actual: Tensor, expected: Tensor, name: str) -> None:
-    torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT, msg=name)
+        dx = cast(Tensor, leaves[rank].grad)
+        expected = {"out": outs[rank].detach(), "dx": dx, **buffers}
+        assert_same({name: seen[rank][name] for name in expected}, expected)
+    grads = {f"grad {name}": cast(Tensor, p.grad) for name, p in sk.named_parameters()}
+    assert_same({name: seen[0][name] + seen[1][name] for name in grads}, grads)

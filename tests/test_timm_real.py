@@ -7,19 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sknet_triton as skt
 from sknet_triton import Backend, use_backend
+from tests.helpers import EXACT_NETWORK, assert_same, outcome
 
 try:
     timm: Any = importlib.import_module("timm")
 except (ImportError, RuntimeError) as error:  # torchvision raises either where it does not fit
     pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
-
-# float64: a softmax, a few sums and two batch norms in another order. Through fifty layers in
-# training one rounding of the input alone changes gradients of the original by 2e-11.
-ONE_LAYER, NETWORK = 1e-10, 1e-9
 
 SELECTIVE, SPLIT = "timm SelectiveKernel", "ResNeSt split attention"
 
@@ -57,24 +54,6 @@ def randomised(module: nn.Module) -> nn.Module:
     return module.double()
 
 
-def outcome(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The output, every gradient and every buffer of one step."""
-    x = x.clone().requires_grad_()
-    out = module(x)
-    cotangent = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    dx, *grads = torch.autograd.grad(out, [x, *parameters], cotangent)
-    seen = {"out": out.detach(), "dx": dx, **dict(zip(names, grads, strict=True))}
-    return seen | {name: buffer.clone() for name, buffer in module.named_buffers()}
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        error = (actual[name] - value).abs().max().item()
-        assert error <= bound * max(1.0, value.abs().max().item()), name
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", REPORTS)
@@ -85,7 +64,7 @@ def test_an_accelerated_network_has_the_same_numbers_and_names(name: str, traini
     assert list(model.state_dict()) == list(own.state_dict())
     # With few images fc_reduce's batch norm divides by almost nothing, and magnifies roundings.
     x = torch.randn(8, 3, 48, 48, dtype=torch.float64)
-    assert_close(outcome(model, x), outcome(own, x), NETWORK)
+    assert_same(outcome(model, model, x), outcome(own, own, x), EXACT_NETWORK, least=1.0)
     assert len(skt.restore(model)) == len(REPORTS[name].splitlines()) - 1
     assert [type(m) for m in model.modules()] == [type(m) for m in own.modules()]
 
@@ -111,5 +90,5 @@ def test_an_accelerated_layer_has_the_same_numbers_on_both_backends(
     assert [row.status for row in skt.accelerate(module)] == ["accelerated"]
     x = torch.randn(3, 9 if "M3" in name else 8, 6, 5, dtype=torch.float64)
     with use_backend(backend):
-        actual = outcome(module, x)
-    assert_close(actual, outcome(own, x), ONE_LAYER)
+        actual = outcome(module, module, x)
+    assert_same(actual, outcome(own, own, x), least=1.0)

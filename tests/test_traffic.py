@@ -1,75 +1,17 @@
-"""The traffic table: its counters agree with what is known, and the documents with the CSV."""
+"""The traffic table: its counters agree with what is known."""
 
 import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
 from perf.static.traffic import traffic
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
-REPORT = ROOT / "perf" / "reports" / "traffic-cpu-torch2.13.0.csv"
-SPEED = ROOT / "perf" / "reports" / "perf-op-train-compiled-cpu-torch2.13.0.csv"
 PLANS = ("plain-eager", "plain-compile", "ours-pytorch-compile", "ours-triton-eager")
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table of kernels/README.md: training / inference / saved of every plan."""
-    lines = ["| passes in training / inference, saved | " + " | ".join(PLANS) + " |"]
-    lines.append("|---|" + "---|" * len(PLANS))
-    for (M, layout), rows in table.groupby(["M", "layout"], sort=False):
-        by_plan = rows.set_index("provider")
-        cells = [
-            f"{by_plan.training[plan]:.1f} / {by_plan.inference[plan]:.1f}, "
-            f"{by_plan.saved[plan]:.2f}"
-            for plan in PLANS
-        ]
-        lines.append(f"| M = {M}, {layout} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def speed_table(report: pd.DataFrame) -> str:
-    """The table of README.md: p50 (p20 to p80) of compiled training steps of fuse_select."""
-    lines = ["| layout, image size | plain modules | this package | ratio |", "|---|---|---|---|"]
-    rows = report[(report.workload == "sk_fuse_select") & (report.status == "ok")]
-    for (layout, resolution), pair in rows.groupby(["layout", "resolution"]):
-        times = pair.set_index("provider")
-        if len(times) < 2:
-            continue
-        cells = [
-            f"{times.ms_p50[p]:.2f} ms ({times.ms_p20[p]:.2f} to {times.ms_p80[p]:.2f})"
-            for p in ("plain-compile", "ours-pytorch-compile")
-        ]
-        ratio = times.ms_p50["plain-compile"] / times.ms_p50["ours-pytorch-compile"]
-        lines.append(f"| {layout}, {resolution} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
-    return "\n".join(lines)
-
-
-def test_the_readme_shows_the_committed_speed() -> None:
-    text = (ROOT / "README.md").read_text()
-    shown = text.partition("<!-- table: begin -->\n")[2].partition("\n<!-- table: end -->")[0]
-    assert shown == speed_table(pd.read_csv(SPEED))
-
-
-def test_the_document_shows_the_committed_table() -> None:
-    text = (ROOT / "kernels" / "README.md").read_text()
-    shown = text.partition("<!-- traffic: begin -->\n")[2].partition("\n<!-- traffic: end -->")[0]
-    assert shown == markdown(pd.read_csv(REPORT))
-
-
-def test_the_committed_table_keeps_the_promises() -> None:
-    table = pd.read_csv(REPORT)
-    for M, training, inference, saved in ((2, 15.3, 5.1, 2.02), (3, 21.4, 7.1, 3.03)):
-        ours = table[(table.provider == "ours-triton-eager") & (table.M == M)]
-        assert len(ours) == 2
-        assert (ours.training.between(6 * M + 3, training)).all()
-        assert (ours.inference.between(2 * M + 1, inference)).all()
-        assert (ours.saved.between(M, saved)).all()
 
 
 @pytest.mark.slow

@@ -12,12 +12,10 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 from sknet_triton import Backend, SKConv, backend, functional, ops, use_backend
 from sknet_triton.functional import BatchNormArgs
+from tests.helpers import BACKENDS, EXACT
 from tests.plain_sknet import scramble
 
-BACKENDS: tuple[Backend, ...] = ("reference", "triton")
-
 # float64; the same formulas in another order of operations.
-EXACT = 1e-10
 
 SHAPE = (2, 3, 2, 2)
 

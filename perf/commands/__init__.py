@@ -3,7 +3,18 @@
 import argparse
 from typing import Protocol
 
-from perf.commands import compare, env, kernels, plot, run, summary, traffic
+from perf.commands import (
+    campaign,
+    check,
+    compare,
+    env,
+    kernels,
+    plot,
+    publish,
+    run,
+    summary,
+    traffic,
+)
 
 
 class Command(Protocol):
@@ -23,4 +34,15 @@ class Command(Protocol):
         """
 
 
-COMMANDS: tuple[Command, ...] = (run, compare, plot, summary, traffic, kernels, env)
+COMMANDS: tuple[Command, ...] = (
+    run,
+    campaign,
+    check,
+    compare,
+    plot,
+    publish,
+    summary,
+    traffic,
+    kernels,
+    env,
+)

@@ -8,12 +8,22 @@ no longer is. Load that only one of the runs had looks like a regression.
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from tabulate import tabulate
 
-from perf.commands.files import read_report
+from perf.commands.files import check_rows, read_report
 from perf.report import comparison, tables
+from perf.report.text import Align, text_table
 from perf.rows.errors import UsageError
+
+_COLUMNS: dict[str, Align] = {
+    "case": "left",
+    "provider": "left",
+    "old ms": "right",
+    "new ms": "right",
+    "ratio": "right",
+    "verdict": "right",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,17 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints every joined row and the verdict."""
-    old, new = read_report(args.old), read_report(args.new)
+    old, new = _with_times(args.old), _with_times(args.new)
     result = comparison.compare(old, new, args.max_regression)
     if result.rows.empty:
         raise UsageError(f"{args.old} and {args.new} have no measured row in common")
     for line in comparison.environment_changes(old, new):
         print(f"different environment: {line}")
-    headers = ("case", "provider", "old ms", "new ms", "ratio", "verdict")
     lines = [_line(row) for _, row in result.rows.iterrows()]
-    print(
-        tabulate(lines, headers, disable_numparse=True, colalign=("left", "left", *("right",) * 4))
-    )
+    print(text_table(lines, _COLUMNS))
     counts = result.rows.verdict.value_counts()
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if result.only_old or result.only_new:
@@ -58,6 +65,15 @@ def percentage(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a percentage")
     return value / 100
+
+
+def _with_times(path: Path) -> pd.DataFrame:
+    report = read_report(path)
+    for name in ("ms_p50", "ms_p20", "ms_p80"):
+        times = report[name]
+        good = (report.status != "ok") | ((times > 0) & np.isfinite(times))
+        check_rows(path, times, good, "a time, where status is ok")
+    return report
 
 
 def _line(row: "pd.Series[float]") -> list[str]:

@@ -7,12 +7,9 @@ thread, 16 where `fast` is true.
 
 import argparse
 import os
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from perf.rows import env
+from perf.commands.files import table_file
 from perf.rows.errors import UsageError
 
 _SHOWN = [
@@ -46,10 +43,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("TRITON_INTERPRET: kernels cannot be compiled where it is 1; unset it")
     from perf.static.kernels import kernel_table
 
-    table = kernel_table()
-    print(table[_SHOWN].to_string(index=False))
-    if args.out is not None:
-        where = asdict(env.snapshot(torch.device("cpu"), seed=0, ranks=1))
-        table.assign(**where).to_csv(args.out, index=False)
-        print(f"\n{args.out}")
+    with table_file(args.out) as write:
+        table = kernel_table()
+        print(table[_SHOWN].to_string(index=False))
+        write(table)
     return int(bool((table.spill_bytes + table.stack_bytes).any()))

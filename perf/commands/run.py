@@ -8,9 +8,11 @@ shared out over the processes.
 """
 
 import argparse
+import math
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,20 +21,27 @@ import torch
 from perf.report import tables
 from perf.rows import cases, env, schema
 from perf.rows.errors import UsageError
-from perf.rows.store import Store, merge, open_store
+from perf.rows.store import Store, collect, open_store
 from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, Grid, Job, jobs
 from perf.sweep.progress import Progress
 from perf.sweep.providers import PROVIDERS
-from perf.sweep.ranks import Rank, part_of, parts_of, this_rank, together, wait_for_all
+from perf.sweep.ranks import Rank, Team, part_of, parts_of, this_rank, together
 from perf.sweep.sweep import Ending, sweep, unfinished
 
+DEVICES = ("cuda", "cpu")
 STATUSES: dict[Ending, int] = {
     "complete": 0,
     "budget": 0,
     "interrupt": 128 + signal.SIGINT,
     "lost": 1,
 }
+MOST_CASES = 10_000
+# What a column of 64 bits holds as a product with every other size, and what seeds are.
+_LARGEST_SIZE = 1_000_000
+_LARGEST_SEED = 2**32 - 1
+_MOST_THREADS = 1024
+_LONGEST_BUDGET = 1e7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,19 +69,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="infer: forward; train: forward and backward; bwd: backward alone, not of models",
     )
     add("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
+    add("--device", choices=DEVICES, help="default: a GPU where there is one")
     add("--out", type=Path, metavar="FILE.csv", help="default: named after preset and machine")
     add("--resume", action="store_true", help="go on with --out and skip the rows it has")
-    add("--seed", type=int, default=0, help="of inputs, parameters and the order (default: 0)")
+    add(
+        "--seed",
+        type=whole_number(0, _LARGEST_SEED),
+        default=0,
+        metavar="N",
+        help="of inputs, parameters and the order (default: 0)",
+    )
     add(
         "--threads",
-        type=positive,
+        type=whole_number(1, _MOST_THREADS),
         default=1,
         metavar="N",
         help="of PyTorch, where there is no GPU (default: 1)",
     )
     add(
         "--budget",
-        type=positive_seconds,
+        type=duration("seconds"),
         metavar="SECONDS",
         help="end in time with what is done (default: the preset's)",
     )
@@ -81,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the sweep, prints the table and the path of the CSV."""
     rank = this_rank()
-    device = env.default_device(rank.local)
+    device = chosen_device(args.device, rank)
     if device.type == "cpu":
         # More threads wait for each other at every operation, and on a machine with anything else
         # to do they measure the scheduler: a digits step took 8 ms or 200 ms with two threads.
@@ -90,21 +106,29 @@ def main(args: argparse.Namespace) -> int:
     todo = jobs(selected(preset.grids, args), args.seed)
     path = args.out or Path(default_name(args, device))
     conditions = Conditions(device, args.seed, preset.seconds, preset.rounds)
-    with together(rank):
-        if rank.index == 0:
-            _check_output(path, args.resume)
-        wait_for_all(rank)
-        store = _open(path, rank, args.resume)
+    budget = args.budget or preset.budget
+    with together(rank) as team, _opened(path, team, resume=args.resume) as (report, own):
         share = todo[rank.index :: rank.count]
-        progress = Progress(len(unfinished(share, store)), shown=rank.index == 0)
-        budget = args.budget or preset.budget
-        ending = sweep(share, store, conditions, ranks=rank.count, budget=budget, progress=progress)
+        progress = Progress(len(unfinished(share, own)), shown=rank.index == 0)
+        ending = sweep(share, own, conditions, ranks=rank.count, budget=budget, progress=progress)
         progress.close()
-        wait_for_all(rank)
-        if rank.index == 0:
-            merge(path, parts_of(path))
-            _report(path, todo, ending)
+        own.close()
+        team.wait()
+        if report is not None:
+            collect(report, parts_of(path))
+            _show(report, todo, ending)
     return STATUSES[ending]
+
+
+def chosen_device(name: str | None, rank: Rank) -> torch.device:
+    """Returns the device that ``--device`` names, this rank's one where there are several.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: there is no GPU")
+    return torch.device("cpu") if name == "cpu" else env.default_device(rank.local)
 
 
 def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...]:
@@ -130,9 +154,9 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
                 f"{option}: the preset {args.preset} has no {', '.join(missing)} cases"
             )
     given = {
-        "batches": _flat(args.batch),
-        "resolutions": _flat(args.resolution),
-        "Ms": _flat(args.branches),
+        "batches": _flat("--batch", args.batch),
+        "resolutions": _flat("--resolution", args.resolution),
+        "Ms": _flat("--branches", args.branches),
         "stages": args.stage,
         "dtypes": args.dtype,
         "layouts": args.layout,
@@ -140,7 +164,11 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
         "providers": args.provider,
     }
     axes = {name: tuple(values) for name, values in given.items() if values}
-    return tuple(replace(grid, **axes) for grid in kept)
+    chosen = tuple(replace(grid, **axes) for grid in kept)
+    combinations = sum(math.prod(map(len, grid.axes)) for grid in chosen)
+    if combinations > MOST_CASES:
+        raise UsageError(f"{combinations:,} cases are more than the {MOST_CASES:,} of a sweep")
+    return chosen
 
 
 def default_name(args: argparse.Namespace, device: torch.device) -> str:
@@ -150,74 +178,101 @@ def default_name(args: argparse.Namespace, device: torch.device) -> str:
     return f"perf-{what}-{where}-torch{torch.__version__.partition('+')[0]}.csv"
 
 
-def positive(text: str) -> int:
-    """Parses a positive number."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Returns a parser of whole numbers from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        # Python refuses to parse thousands of digits.
+        if not text.isdecimal() or len(text) > len(str(most)) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{_short(text)} is not a whole number from {least} to {most:,}"
+            )
+        return int(text)
+
+    return parse
 
 
-def sizes(text: str) -> list[int]:
+def sizes(text: str) -> range:
     """Parses a positive number, or a range START:STOP:STEP that includes STOP."""
-    match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", text)
-    numbers = [int(group) for group in match.groups() if group] if match else []
-    if not numbers or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor a range")
-    if len(numbers) == 1:
-        return numbers
-    start, stop, step = numbers
+    parts = text.split(":")
+    if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{_short(text)} is neither a positive number nor a range")
+    numbers = [whole_number(1, _LARGEST_SIZE)(part) for part in parts]
+    start, stop, step = numbers if len(numbers) == 3 else (*numbers, *numbers, 1)
     if start > stop:
         raise argparse.ArgumentTypeError(f"the range {text!r} is empty")
-    return list(range(start, stop + 1, step))
+    return range(start, stop + 1, step)
 
 
-def positive_seconds(text: str) -> float:
-    """Parses a positive number of seconds."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = float("nan")
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return seconds
+def duration(unit: str) -> Callable[[str], float]:
+    """Returns a parser of positive numbers of a unit of time."""
 
-
-def _flat(lists: list[list[int]] | None) -> list[int]:
-    return [size for sizes in lists or () for size in sizes]
-
-
-def _check_output(path: Path, resume: bool) -> None:
-    """Refuses what cannot be written, and collects what ranks of an earlier run left behind."""
-    if not path.parent.is_dir():
-        raise UsageError(f"--out: {path.parent} is no directory")
-    parts = parts_of(path)
-    for left in (path, *parts):
-        if left.exists() and not resume:
-            raise UsageError(
-                f"--out: {left} exists; go on with it by --resume, or choose another --out"
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not 0 < value <= _LONGEST_BUDGET:
+            raise argparse.ArgumentTypeError(
+                f"{_short(text)} is not a positive number of {unit} up to {_LONGEST_BUDGET:,.0f}"
             )
+        return value
+
+    return parse
+
+
+def _flat(option: str, ranges: list[range] | None) -> list[int]:
+    values = sum(map(len, ranges or ()))
+    if values > MOST_CASES:
+        raise UsageError(f"{option}: {values:,} values are more than the {MOST_CASES:,} of a sweep")
+    return [size for sizes in ranges or () for size in sizes]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
+
+
+@contextmanager
+def _opened(path: Path, team: Team, *, resume: bool) -> Iterator[tuple[Store | None, Store]]:
+    """Opens the report, which rank 0 keeps, and the file that this rank writes.
+
+    What ranks of an earlier run left behind is in the report by then, and what is in the report
+    this rank counts as its own.
+    """
+    with ExitStack() as stack:
+        report = None
+        with team.all_or_none():
+            if team.rank.index == 0:
+                report = stack.enter_context(_opened_report(path, resume=resume))
+        if team.rank.count == 1:
+            assert report is not None
+            yield report, report
+            return
+        with team.all_or_none():
+            own = stack.enter_context(open_store(part_of(path, team.rank), resume=False))
+            own.keys |= schema.keys(path)
+        yield report, own
+
+
+def _opened_report(path: Path, *, resume: bool) -> Store:
+    left = parts_of(path) if path.parent.is_dir() else []
+    if left and not resume:
+        raise UsageError(f"{left[0]} is left of another run; --resume collects it")
+    report = open_store(path, resume=resume)
     try:
-        merge(path, parts)
-        if path.exists():
-            schema.check_header(schema.complete_lines(path) or schema.header(), path)
-    except schema.SchemaError as error:
-        raise UsageError(f"--out: {error}") from error
+        collect(report, left)
+    except BaseException:
+        report.close()
+        raise
+    return report
 
 
-def _open(path: Path, rank: Rank, resume: bool) -> Store:
-    """Opens this rank's part, which counts the rows of the report as its own."""
-    store = open_store(part_of(path, rank), resume=resume)
-    if rank.count > 1 and path.exists():
-        store.keys |= schema.keys(schema.complete_lines(path))
-    return store
-
-
-def _report(path: Path, todo: list[Job], ending: Ending) -> None:
-    frame = schema.read(path)
+def _show(report: Store, todo: list[Job], ending: Ending) -> None:
+    frame = schema.read(report.path)
     print(tables.table(frame))
     for line in tables.not_measured(frame):
         print(line)
-    missing = unfinished(todo, open_store(path, resume=True))
+    missing = unfinished(todo, report)
     if missing:
         why = {
             "interrupt": "interrupted",
@@ -232,4 +287,4 @@ def _report(path: Path, todo: list[Job], ending: Ending) -> None:
         )
         for job in missing:
             print(f"  {job.case.label}: {', '.join(job.providers)}")
-    print(path)
+    print(report.path)

@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> int:
     frame = read_report(args.report)
     print(f"{_environment(frame)}\n")
     show = tables.pairs if args.pairs else tables.table
-    print(show(frame, style="github"))
+    print(show(frame, markdown=True))
     for line in tables.not_measured(frame):
         print(f"\n{line}")
     return 0

@@ -6,6 +6,7 @@ the kernels run in Triton's interpreter, where every load and store is counted.
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +16,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from perf.rows import env
+from perf.commands.files import table_file
 from perf.rows.errors import UsageError
+from perf.rows.traffic import SIZES
+
+# Of one branch: the interpreter takes a minute for as many.
+MOST_ELEMENTS = 2**24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,20 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the table."""
-    if min(args.shape) < 1 or args.shape[0] < 2:
-        raise UsageError(f"--shape: expected B >= 2 and positive sizes, got {list(args.shape)}")
+    if min(args.shape) < 1 or args.shape[0] < 2 or math.prod(args.shape) > MOST_ELEMENTS:
+        raise UsageError(
+            f"--shape: expected B >= 2, positive sizes and at most {MOST_ELEMENTS:,} elements, "
+            f"got {list(args.shape)}"
+        )
     if os.environ.get("TRITON_INTERPRET", "0") != "1":
         # torch may have imported triton by now, which reads the variable only once.
         command = [sys.executable, "-m", "perf", *sys.argv[1:]]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
     from perf.static.traffic import traffic
 
-    rows = traffic(tuple(args.shape), getattr(torch, args.dtype))
-    table = pd.DataFrame([asdict(row) for row in rows])
-    print(table.to_string(index=False, float_format="{:.2f}".format))
-    if args.out is not None:
-        where = asdict(env.snapshot(torch.device("cpu"), seed=0, ranks=1))
-        sizes = dict(zip("BCHW", args.shape, strict=True))
-        table.assign(**sizes, **where).to_csv(args.out, index=False)
-        print(f"\n{args.out}")
+    with table_file(args.out) as write:
+        rows = traffic(tuple(args.shape), getattr(torch, args.dtype))
+        table = pd.DataFrame([asdict(row) for row in rows])
+        print(table.to_string(index=False, float_format="{:.2f}".format))
+        write(table.assign(**dict(zip(SIZES, args.shape, strict=True))))
     return 0

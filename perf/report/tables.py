@@ -1,13 +1,13 @@
 """A report as text, from its CSV alone."""
 
 import pandas as pd
-from tabulate import tabulate
 
+from perf.report.text import Align, text_table
 from perf.rows.cases import LEVELS
 from perf.rows.schema import CASE_COLUMNS
 from perf.sweep.providers import BASELINE, BEFORE
 
-_COLUMNS = {
+_COLUMNS: dict[str, Align] = {
     "case": "left",
     "provider": "left",
     "ms": "right",
@@ -19,7 +19,7 @@ _COLUMNS = {
 }
 
 
-_PAIR_COLUMNS = {
+_PAIR_COLUMNS: dict[str, Align] = {
     "case": "left",
     "before, after": "left",
     "ms before (p20 to p80)": "right",
@@ -30,35 +30,23 @@ _PAIR_COLUMNS = {
 }
 
 
-def table(frame: pd.DataFrame, style: str = "simple") -> str:
-    """Returns the measured rows of ``frame`` as a table in one of tabulate's styles.
+def table(frame: pd.DataFrame, *, markdown: bool = False) -> str:
+    """Returns the measured rows of ``frame`` as a table, for a terminal or a document.
 
     ``x plain-eager`` is the speed-up over the baseline in the same case.
     """
     lines = [line for _, case in by_case(frame) for line in _lines(case)]
-    return tabulate(
-        lines,
-        list(_COLUMNS),
-        tablefmt=style,
-        colalign=list(_COLUMNS.values()),
-        disable_numparse=True,
-    )
+    return text_table(lines, _COLUMNS, markdown=markdown)
 
 
-def pairs(frame: pd.DataFrame, style: str = "simple") -> str:
+def pairs(frame: pd.DataFrame, *, markdown: bool = False) -> str:
     """Returns a line for each measured provider of ours and the plain module called likewise.
 
     ``ratio`` is before over after. Memory is what is kept for the backward pass, in MiB, with the
     inputs and without them.
     """
     lines = [line for _, case in by_case(frame[frame.status == "ok"]) for line in _pairs(case)]
-    return tabulate(
-        lines,
-        list(_PAIR_COLUMNS),
-        tablefmt=style,
-        colalign=list(_PAIR_COLUMNS.values()),
-        disable_numparse=True,
-    )
+    return text_table(lines, _PAIR_COLUMNS, markdown=markdown)
 
 
 def not_measured(frame: pd.DataFrame) -> list[str]:

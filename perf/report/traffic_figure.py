@@ -1,14 +1,13 @@
 """The figure of a traffic report: passes that each plan moves and saves, from the CSV alone."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from perf.report.figures import look
+from perf.report.looks import SMALL, look
 
 # What the mathematics needs: passes in both modes, and the branches kept for the backward pass.
 _MEASURES: dict[str, tuple[str, Callable[[int], int]]] = {
@@ -17,18 +16,8 @@ _MEASURES: dict[str, tuple[str, Callable[[int], int]]] = {
     "saved": ("branch tensors saved", lambda M: M),
 }
 _GROUP = ["M", "layout", "dtype"]
-COLUMNS = (*_GROUP, "provider", *_MEASURES)
-_SMALL = 8
 _WIDTH = 0.8
 _OUTLINE = withStroke(linewidth=3, foreground="white")
-
-
-def is_traffic(path: Path) -> bool:
-    """Tells whether ``path`` is what ``python -m perf traffic`` writes."""
-    if not path.is_file():
-        return False
-    with path.open() as file:
-        return tuple(file.readline().strip().split(","))[: len(COLUMNS)] == COLUMNS
 
 
 def traffic_figure(table: pd.DataFrame) -> Figure:
@@ -39,7 +28,7 @@ def traffic_figure(table: pd.DataFrame) -> Figure:
         _draw(panel, table, column)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=_SMALL
+        handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=SMALL
     )
     return figure
 
@@ -50,17 +39,19 @@ def _draw(panel: Axes, table: pd.DataFrame, column: str) -> None:
     width = _WIDTH / len(providers)
     groups = list(table.groupby(_GROUP, sort=False))
     for i, provider in enumerate(providers):
-        colour = look(provider).colour
-        for x, (_, rows) in enumerate(groups):
-            value = rows.loc[rows.provider == provider, column].iloc[0]
-            bars = panel.bar(
-                x - _WIDTH / 2 + (i + 0.5) * width,
-                value,
-                width,
-                color=colour,
-                label=provider if x == 0 else None,
-            )
-            panel.bar_label(bars, fmt="{:.0f}", fontsize=_SMALL - 2, padding=2)
+        style = look(provider)
+        values = [rows.loc[rows.provider == provider, column].sum() for _, rows in groups]
+        places = [x - _WIDTH / 2 + (i + 0.5) * width for x in range(len(groups))]
+        bars = panel.bar(
+            places,
+            values,
+            width,
+            color=style.colour,
+            hatch=style.hatch,
+            edgecolor="white",
+            label=provider,
+        )
+        panel.bar_label(bars, fmt="{:.0f}", fontsize=SMALL - 2, padding=2)
     for x, (_, rows) in enumerate(groups):
         panel.hlines(
             needed(int(rows.M.iloc[0])),
@@ -73,9 +64,9 @@ def _draw(panel: Axes, table: pd.DataFrame, column: str) -> None:
             label="the mathematics" if x == 0 else "",
         )
     names = [f"M={M}\n{layout}\n{dtype}" for (M, layout, dtype), _ in groups]
-    panel.set_xticks(range(len(groups)), labels=names, fontsize=_SMALL - 1)
-    panel.tick_params(axis="y", labelsize=_SMALL)
-    panel.set_title(label, fontsize=_SMALL + 1)
+    panel.set_xticks(range(len(groups)), labels=names, fontsize=SMALL - 1)
+    panel.tick_params(axis="y", labelsize=SMALL)
+    panel.set_title(label, fontsize=SMALL + 1)
     panel.set_ylim(bottom=0)
     panel.grid(visible=True, axis="y", color="0.9")
     panel.set_axisbelow(True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Level = Literal["op", "layer", "family", "model", "workload"]
+Level = Literal["pass", "op", "layer", "family", "model", "workload"]
 Mode = Literal["infer", "train", "bwd"]
 DType = Literal["fp32", "tf32", "bf16", "fp16", "autocast"]
 Layout = Literal["nchw", "channels_last"]
@@ -48,6 +48,12 @@ FAMILY_MAPS = {
 }
 
 LEVEL_OF: dict[str, Level] = {
+    "copy": "pass",
+    "moments": "pass",
+    "fuse": "pass",
+    "select": "pass",
+    "sums": "pass",
+    "dx": "pass",
     "sk_fuse": "op",
     "sk_select": "op",
     "sk_fuse_select": "op",
@@ -65,9 +71,9 @@ LEVEL_OF: dict[str, Level] = {
 class Case:
     """One computation. The fields are the key columns of the CSV, in this order.
 
-    ``resolution`` is that of the image; an op or a layer sees the map [B, C, H, W] that an SKNet
-    has in ``stage`` at that resolution, a family the map that it has in its own network. ``stage``
-    is 0 for all but ops and layers; where the whole network runs, C, H, W are those of its input.
+    ``resolution`` is that of the image; a pass, an op or a layer sees the map [B, C, H, W] that an
+    SKNet has in ``stage`` at that resolution, a family the map that it has in its own network.
+    ``stage`` is 0 there and for networks, whose C, H, W are those of their input.
     Mode infer is the forward pass without gradients, train the forward and the backward pass, bwd
     the backward pass of an op, a layer or a family alone; the digits workload trains to the end,
     optimiser included.
@@ -114,10 +120,11 @@ def make_case(
 ) -> Case:
     """Returns the case with the shape that ``workload`` has at ``resolution``.
 
-    Only ops and layers have a stage. A family has its own M, the digits their own resolution.
+    Only passes, ops and layers have a stage. A family has its own M, the digits their own
+    resolution.
     """
     level = LEVEL_OF[workload]
-    if level in ("op", "layer"):
+    if level in ("pass", "op", "layer"):
         channels, size = stage_shape(stage, resolution)
     elif level == "family":
         stage, own = NO_STAGE, FAMILY_MAPS[workload]

@@ -1,17 +1,14 @@
 """The CSV: one row for each case and provider, its columns the fields of the dataclasses in it."""
 
-import csv
-import io
-from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal
 
 import pandas as pd
 
 from perf.rows.cases import Case
 from perf.rows.env import Environment
+from perf.rows.typed_csv import Column, Schema, SchemaError, columns_of
 
 Status = Literal["ok", "unverified", "unsupported", "oom", "error"]
 
@@ -104,22 +101,18 @@ class Row:
 
 CASE_COLUMNS = tuple(f.name for f in fields(Case))
 KEY_COLUMNS = (*CASE_COLUMNS, "provider")
-COLUMNS = (
-    *KEY_COLUMNS,
-    *(f.name for f in fields(Result)),
-    *(f.name for f in fields(Environment)),
+SCHEMA = Schema(
+    columns=(
+        *columns_of(Case),
+        Column("provider", str),
+        *columns_of(Result),
+        *columns_of(Environment),
+    ),
+    key=KEY_COLUMNS,
 )
-
-# Columns that reports of an earlier version lack.
-YOUNGER = tuple(f.name for f in fields(Result)[list(Result.__match_args__).index("judged_batch") :])
+COLUMNS = SCHEMA.names
 
 Key = tuple[str, ...]
-
-_SIGNIFICANT_DIGITS = 6
-
-
-class SchemaError(ValueError):
-    """A file whose columns are not those of this version."""
 
 
 def key_of(case: Case, provider: str) -> Key:
@@ -127,112 +120,44 @@ def key_of(case: Case, provider: str) -> Key:
     return (*(str(getattr(case, name)) for name in CASE_COLUMNS), provider)
 
 
-def header() -> str:
-    """Returns the first line of a CSV."""
-    return _line(COLUMNS)
+def line(row: Row) -> str:
+    """Returns one line of a report.
 
-
-def format_row(row: Row) -> str:
-    """Returns one line of a CSV."""
+    Raises:
+        ValueError: a value could not be read back.
+    """
     parts = (row.case, row.result, row.env)
     case, result, env = ([getattr(part, f.name) for f in fields(part)] for part in parts)
-    return _line([_text(value) for value in (*case, row.provider, *result, *env)])
+    return SCHEMA.line([*case, row.provider, *result, *env])
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Reads a report as a frame with the dtypes of the dataclasses; a torn last line is left out.
+    """Reads a report as a frame with the dtypes of the dataclasses; row i is line i + 2.
+
+    Columns that are younger than the report are empty.
 
     Raises:
-        SchemaError: the columns differ from `COLUMNS`, named in the message.
+        SchemaError: the report is damaged, cut off, or has other columns.
+        UsageError: it cannot be read.
     """
-    text = complete_lines(path)
-    check_header(text, path, YOUNGER)
-    dtypes = _dtypes()
-    frame = pd.read_csv(io.StringIO(text), dtype=dtypes, keep_default_na=False, na_values=_NA)
-    absent = {
-        name: pd.Series(None, frame.index, dtypes[name]) if name not in frame else frame[name]
-        for name in COLUMNS
-    }
-    return pd.DataFrame(absent)
+    return SCHEMA.read(path)
 
 
-def complete_lines(path: Path) -> str:
-    """Returns the text of ``path`` up to its last line break: what was written whole."""
-    text = path.read_bytes().decode()
-    return text[: text.rfind("\n") + 1]
+def keys(path: Path) -> set[Key]:
+    """Returns the keys of the rows in a report, as `read` reads it."""
+    frame = read(path)[list(KEY_COLUMNS)].astype(str)
+    return set(frame.itertuples(index=False, name=None))
 
 
-def check_header(text: str, path: Path, optional: Collection[str] = ()) -> None:
-    """Refuses a report of another schema.
+def lines_by_key(text: str, path: Path) -> dict[Key, str]:
+    """Returns the lines of ``text``, a report that can be gone on with, by key.
 
     Raises:
-        SchemaError: the first line of ``text`` is not `header`, columns of ``optional`` aside.
+        SchemaError: a line is damaged, or the columns are not exactly those of this version.
     """
-    found = next(csv.reader(io.StringIO(text)), [])
-    if found == [name for name in COLUMNS if name in found or name not in optional]:
-        return
-    missing = [name for name in COLUMNS if name not in found and name not in optional]
-    unknown = [name for name in found if name not in COLUMNS]
-    difference = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("unknown", unknown))
-        if names
-    ]
-    raise SchemaError(
-        f"{path}: not a report of this version; columns {'; '.join(difference) or 'reordered'}"
-    )
-
-
-def keys(text: str) -> set[Key]:
-    """Returns the keys of the rows in ``text``, which starts with a header."""
-    rows: Iterable[Sequence[str]] = csv.reader(io.StringIO(text))
-    return {tuple(row[: len(KEY_COLUMNS)]) for row in list(rows)[1:]}
-
-
-def one_line(message: str) -> str:
-    """Returns the first line of a message that says something."""
-    lines = [line.strip() for line in message.splitlines()]
-    return next((line for line in lines if line), "")
-
-
-def _line(values: Iterable[str]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(values)
-    return buffer.getvalue()
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.{_SIGNIFICANT_DIGITS}g}"
-    return str(value)
-
-
-_PANDAS = {int: "Int64", float: "float64", bool: "bool", str: "str"}
-
-
-def _dtypes() -> dict[str, Any]:
-    hints = {
-        **get_type_hints(Case),
-        "provider": str,
-        **get_type_hints(Result),
-        **get_type_hints(Environment),
-    }
-    return {
-        name: "boolean" if hint == (bool | None) else _PANDAS[_plain_type(hint)]
-        for name, hint in hints.items()
-    }
-
-
-def _plain_type(hint: Any) -> type:
-    arguments = [argument for argument in get_args(hint) if argument is not NoneType]
-    if not arguments:
-        return hint  # type: ignore[no-any-return]
-    return type(arguments[0]) if isinstance(arguments[0], str) else arguments[0]
-
-
-# Empty means none in a column of numbers and nothing else in a column of text.
-_NA: dict[Any, list[str]] = {
-    name: [""] for name, dtype in _dtypes().items() if dtype in ("Int64", "float64", "boolean")
-}
+    rows = SCHEMA.rows(text, path)
+    header, *lines = text.split("\n")[:-1]
+    if f"{header}\n" != SCHEMA.header():
+        raise SchemaError(path, 1, "not exactly the columns of this version; choose another --out")
+    keys = (tuple(str(row[name]) for name in KEY_COLUMNS) for row in rows)
+    return dict(zip(keys, (f"{line}\n" for line in lines), strict=True))

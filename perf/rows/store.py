@@ -1,88 +1,178 @@
-"""The report on disk: rows are appended whole, and survive a kill at any moment."""
+"""The report on disk: one run at a time appends whole rows, and no row is lost or torn."""
 
+import fcntl
 import os
-from collections.abc import Iterable
+import signal
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
+from types import TracebackType
 
 from perf.rows import schema
-from perf.rows.schema import Key, Row
+from perf.rows.errors import StopError, UsageError
+from perf.rows.schema import SCHEMA, Key, Row
+from perf.rows.typed_csv import decode
 
 
 class Store:
-    """A CSV that is only ever appended to.
+    """A CSV that one run appends to and nobody else, for as long as it is open.
 
-    Every append is one write of whole lines that is on disk when it returns. A process that is
-    killed in between leaves at most one torn line at the end, which `open_store` cuts off.
+    An append is on disk when it returns, or undone where it fails. A process that is killed in
+    between leaves at most one torn line at the end, which `open_store` cuts off.
     """
 
-    def __init__(self, path: Path, keys: set[Key]) -> None:
+    def __init__(self, path: Path, file: FileIO) -> None:
         self.path = path
-        self.keys = keys
+        self.keys: set[Key] = set()
+        self._file = file
+        self._size = 0
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not self.keys:
+            self.path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Lets other runs open the file."""
+        self._file.close()
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Appends the rows of one case."""
-        rows = list(rows)
-        _append(self.path, "".join(schema.format_row(row) for row in rows))
-        self.keys |= {schema.key_of(row.case, row.provider) for row in rows}
+        """Appends the rows of one case.
+
+        Raises:
+            StopError: they could not be written; the file is as it was before.
+        """
+        self.append_lines({schema.key_of(row.case, row.provider): schema.line(row) for row in rows})
+
+    def append_lines(self, lines: dict[Key, str]) -> None:
+        """Appends lines of a report as `append` does."""
+        self._write("".join(lines.values()))
+        self.keys |= lines.keys()
+
+    def load(self) -> dict[Key, str]:
+        """Returns the lines of the file by key, and cuts a torn one off.
+
+        Raises:
+            SchemaError: it is damaged, or has other columns.
+            StopError: it was empty and has no room for its header.
+        """
+        self._file.seek(0)
+        data = self._file.readall()
+        whole = data[: data.rfind(b"\n") + 1]
+        lines = schema.lines_by_key(decode(whole, self.path), self.path) if whole else {}
+        self._size = len(whole)
+        if len(data) > len(whole):
+            os.ftruncate(self._file.fileno(), self._size)
+        if not whole:
+            self._write(SCHEMA.header())
+        self.keys |= lines.keys()
+        return lines
+
+    def _write(self, text: str) -> None:
+        descriptor, data = self._file.fileno(), text.encode()
+        with _undisturbed():
+            try:
+                self._check_nobody_wrote()
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(descriptor, data[written:], self._size + written)
+                os.fsync(descriptor)
+            except OSError as error:
+                # Where this fails as well, the next `open_store` cuts the torn line off.
+                with suppress(OSError):
+                    os.ftruncate(descriptor, self._size)
+                raise StopError(
+                    f"{self.path}: {error.strerror}; what was written before is whole"
+                ) from error
+            self._size += len(data)
+
+    def _check_nobody_wrote(self) -> None:
+        here, there = os.fstat(self._file.fileno()), self.path.stat()
+        if not os.path.samestat(here, there) or here.st_size != self._size:
+            raise StopError(f"{self.path}: removed or changed by somebody else during the run")
 
 
 def open_store(path: Path, *, resume: bool) -> Store:
-    """Opens a new report, or with ``resume`` one that may exist.
+    """Opens a new report, or with ``resume`` one that may exist, for this run alone.
 
     Raises:
-        FileExistsError: the report exists and is not to be resumed.
-        SchemaError: it exists and has other columns.
+        UsageError: it exists and is not to be resumed, another run has it open, or it cannot be
+            written.
+        SchemaError: it exists and is damaged before its last line, or has other columns.
     """
-    if path.exists() and not resume:
-        raise FileExistsError(f"{path} exists; go on with it by --resume, or choose another --out")
-    text = schema.complete_lines(path) if path.exists() else ""
-    if not text:
-        _replace(path, schema.header())
-        return Store(path, set())
-    schema.check_header(text, path)
-    os.truncate(path, len(text.encode()))
-    return Store(path, schema.keys(text))
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; name a file in it")
+        # Not waited for, should it be a pipe.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | (0 if resume else os.O_EXCL)
+        file = FileIO(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666))
+    except FileExistsError as error:
+        raise UsageError(
+            f"{path} exists; go on with it by --resume, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    store = Store(path, file)
+    try:
+        _lock(path, file.fileno())
+        store.load()
+    except StopError as error:  # no room for the header
+        path.unlink()
+        file.close()
+        raise UsageError(str(error)) from error
+    except BaseException:
+        file.close()
+        raise
+    return store
 
 
-def merge(path: Path, parts: Iterable[Path]) -> None:
+def collect(store: Store, parts: Iterable[Path]) -> None:
     """Moves the whole rows of ``parts`` to the end of the report; of equal keys the first stays.
 
     A kill in between leaves the parts, and doing it again changes nothing.
 
     Raises:
-        SchemaError: a part has other columns.
+        UsageError: a part is open in another run, damaged, or has other columns.
+        StopError: the rows could not be written; the parts are as they were.
     """
-    parts = list(parts)
-    if not parts:
-        return
-    seen: set[Key] = set()
-    lines = [schema.header()]
-    for source in (path, *parts):
-        text = schema.complete_lines(source) if source.exists() else ""
-        if not text:
-            continue
-        schema.check_header(text, source)
-        for line in text.splitlines(keepends=True)[1:]:
-            (key,) = schema.keys(schema.header() + line)
-            if key not in seen:
-                seen.add(key)
-                lines.append(line)
-    _replace(path, "".join(lines))
-    for part in parts:
-        part.unlink()
+    for path in parts:
+        with open_store(path, resume=True) as part:
+            new = {key: line for key, line in part.load().items() if key not in store.keys}
+            store.append_lines(new)
+            path.unlink()
 
 
-def _append(path: Path, text: str) -> None:
-    with path.open("ab", buffering=0) as file:
-        file.write(text.encode())
-        os.fsync(file.fileno())
+def _lock(path: Path, descriptor: int) -> None:
+    # A lock of the open file: it ends with the process, however that ends, and a program that is
+    # started meanwhile does not inherit it.
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise UsageError(f"{path} is no regular file")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = not os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        taken = True
+    except OSError as error:
+        raise UsageError(f"{path} cannot be locked: {error.strerror}") from error
+    if taken:
+        raise UsageError(f"{path}: another run is writing it; choose another --out, or wait")
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes ``path`` anew, so that it is seen either as it was or whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Holds ^C and the end of the budget back, so that a write is either done or undone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGALRM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

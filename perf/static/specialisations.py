@@ -65,25 +65,26 @@ class _Setting:
     layout: str
     dtype: torch.dtype
     shape: tuple[int, int, int]
+    device: str | torch.device = "meta"
 
     def branch(self) -> Tensor:
         B, C, S = self.shape
         if self.layout == "contiguous":
-            return torch.empty(B, C, S, dtype=self.dtype, device="meta")
-        return torch.empty(B, S, C, dtype=self.dtype, device="meta").transpose(1, 2)
+            return torch.empty(B, C, S, dtype=self.dtype, device=self.device)
+        return torch.empty(B, S, C, dtype=self.dtype, device=self.device).transpose(1, 2)
 
     def branches(self) -> list[Tensor]:
         return [self.branch() for _ in range(self.M)]
 
     def pooled(self) -> Tensor:
-        return torch.empty(self.shape[:2], dtype=self.dtype, device="meta")
+        return torch.empty(self.shape[:2], dtype=self.dtype, device=self.device)
 
     def logits(self) -> Tensor:
         B, C, _ = self.shape
-        return torch.empty(B, self.M, C, dtype=self.dtype, device="meta")
+        return torch.empty(B, self.M, C, dtype=self.dtype, device=self.device)
 
     def small(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device="meta")
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def norm(self) -> Tensor:
         return self.small(self.M, 4, self.shape[1])
@@ -97,6 +98,23 @@ def specialisations(facts: DeviceFacts) -> Iterator[Specialisation]:
                 yield Specialisation(
                     stage, setting.M, setting.layout, setting.dtype, setting.shape, launch
                 )
+
+
+def streaming_launch(
+    stage: str,
+    M: int,
+    layout: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> Launch:
+    """Returns the launch that reads the branches in ``stage``, on new tensors of ``device``."""
+    setting = _Setting(M, layout, dtype, shape, device)
+    specs = (
+        Specialisation(stage, M, layout, dtype, shape, launch)
+        for launch in _STAGES[stage](setting, DeviceFacts.of(device))
+    )
+    return next(spec.launch for spec in specs if spec.is_streaming)
 
 
 def _settings() -> Iterator[_Setting]:

@@ -19,23 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 import sknet_triton as skt
 from perf.peers.ours import SKFuseSelect
+from perf.rows.traffic import Traffic
 from perf.static.bytes import counted_bytes
 from perf.static.saved import MEBI, saved
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """One row of the table: passes in training and inference, and branch tensors saved."""
-
-    M: int
-    layout: str
-    dtype: str
-    provider: str
-    training: float
-    inference: float
-    saved: float
 
 
 class _Operands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from perf.peers import digits
 from perf.rows import env
 from perf.rows.cases import Case
-from perf.rows.schema import Result, one_line
+from perf.rows.errors import one_line
+from perf.rows.schema import Result
 from perf.static.saved import saved
 from perf.sweep import gate, measure, workloads
 from perf.sweep.gate import Oracle, Verdict
@@ -38,6 +39,10 @@ class Conditions:
     seed: int
     seconds: float
     rounds: int
+
+
+class BudgetSpentError(BaseException):
+    """The time is up. Not an Exception, so that no failing case can pass for it or catch it."""
 
 
 class DeviceLostError(Exception):
@@ -74,29 +79,26 @@ def measure_case(
 ) -> dict[str, Result]:
     """Carries ``case`` out by every provider; what goes wrong is a result like any other.
 
+    Where the budget is spent while providers are built and checked, those that are ready are still
+    timed, and the others have no result.
+
     Raises:
         DeviceLostError: the device does not answer any more; the case has no results.
     """
-    # Dynamo keeps what it compiled by code object: an old case would count as a recompilation.
-    torch.compiler.reset()
     contest = Contest(case, conditions)
-    nobody = workloads.unsupported(case, conditions.device)
-    results: dict[str, Result] = {}
-    entries: dict[str, Entry] = {}
-    for provider in providers:
-        reason = nobody or provider.unavailable(case, conditions.device)
-        if reason:
-            results[provider.name] = Result("unsupported", reason)
-            continue
-        try:
-            entry = contest.admit(provider)
-        except Exception as error:
-            results[provider.name] = failure(error, conditions.device)
-            continue
-        results[provider.name] = entry.result
-        if entry.result.status == "ok":
-            entries[provider.name] = entry
+    results, entries = contest.admit_all(providers)
     return results | contest.run(entries)
+
+
+def judge_case(
+    case: Case, providers: tuple[Provider, ...], conditions: Conditions
+) -> dict[str, Result]:
+    """Carries ``case`` out once by every provider and judges it; no clock runs.
+
+    Raises:
+        DeviceLostError: the device does not answer any more.
+    """
+    return Contest(case, conditions).admit_all(providers)[0]
 
 
 def failure(error: Exception, device: torch.device) -> Result:
@@ -136,6 +138,29 @@ def is_lost(device: torch.device) -> bool:
     return True
 
 
+def timed(result: Result, times: measure.Times) -> Result:
+    """Returns ``result`` with its times and what they were taken under."""
+    p20, p50, p80 = measure.quantiles(times.ms)
+    result = replace(
+        result, ms_p50=p50, ms_p20=p20, ms_p80=p80, n=len(times.ms), **asdict(times.switches)
+    )
+    if not times.call_ms:
+        return result
+    p20, p50, p80 = measure.quantiles(times.call_ms)
+    return replace(result, call_ms_p50=p50, call_ms_p20=p20, call_ms_p80=p80)
+
+
+def streamed(result: Result, needed: int, device: torch.device) -> Result:
+    """Returns a timed ``result`` with its bandwidth for ``needed`` bytes, beside a copy's."""
+    copy = measure.copy_gbps(device)
+    result = replace(result, bytes_needed=needed, copy_gbps=copy)
+    if needed == 0:
+        return result
+    assert result.ms_p50 is not None
+    gbps = needed / result.ms_p50 / 1e6
+    return replace(result, gbps=gbps, pct_copy=100 * gbps / copy)
+
+
 class Contest:
     """The providers of one case, with the parameters and the oracle that they share."""
 
@@ -145,6 +170,36 @@ class Contest:
         self._masters: dict[Source, nn.Module] = {}
         self._oracles: dict[tuple[Source, int], Oracle | Result] = {}
         self._flops: dict[Source, int] = {}
+
+    def admit_all(
+        self, providers: tuple[Provider, ...]
+    ) -> tuple[dict[str, Result], dict[str, Entry]]:
+        """Returns a result for every provider, and an entry for each that passed the gate.
+
+        A budget that is spent meanwhile leaves out the providers that are not done.
+        """
+        # Dynamo keeps what it compiled by code object: an old case would count as a recompilation.
+        torch.compiler.reset()
+        device = self.conditions.device
+        nobody = workloads.unsupported(self.case, device)
+        results: dict[str, Result] = {}
+        entries: dict[str, Entry] = {}
+        for provider in providers:
+            reason = nobody or provider.unavailable(self.case, device)
+            if reason:
+                results[provider.name] = Result("unsupported", reason)
+                continue
+            try:
+                entry = self.admit(provider)
+            except BudgetSpentError:
+                break
+            except Exception as error:
+                results[provider.name] = failure(error, device)
+                continue
+            results[provider.name] = entry.result
+            if entry.result.status == "ok":
+                entries[provider.name] = entry
+        return results, entries
 
     def admit(self, provider: Provider) -> Entry:
         """Builds ``provider`` and compares it with the oracle; a wrong one gets its verdict."""
@@ -229,29 +284,14 @@ class Contest:
         )
 
     def _with_times(self, entry: Entry, times: measure.Times) -> Result:
-        p20, p50, p80 = measure.quantiles(times.ms)
-        seconds = p50 / 1e3
-        images = None if self.case.level == "op" else self.case.B / seconds
-        result = replace(
-            entry.result,
-            ms_p50=p50,
-            ms_p20=p20,
-            ms_p80=p80,
-            n=len(times.ms),
-            images_per_s=images,
-            **asdict(times.switches),
-        )
-        if times.call_ms:
-            p20, p50, p80 = measure.quantiles(times.call_ms)
-            result = replace(result, call_ms_p50=p50, call_ms_p20=p20, call_ms_p80=p80)
+        result = timed(entry.result, times)
+        assert result.ms_p50 is not None
+        seconds = result.ms_p50 / 1e3
+        if self.case.level != "op":
+            result = replace(result, images_per_s=self.case.B / seconds)
         needed = workloads.bytes_needed(self.case)
         if needed is not None:
-            copy = measure.copy_gbps(self.conditions.device)
-            result = replace(result, bytes_needed=needed, copy_gbps=copy)
-            if needed == 0:
-                return result
-            gbps = needed / seconds / 1e9
-            return replace(result, gbps=gbps, pct_copy=100 * gbps / copy)
+            return streamed(result, needed, self.conditions.device)
         flops = self._count_flops(entry.provider)
         return replace(result, gflops=flops / 1e9, tflops_per_s=flops / seconds / 1e12)
 

@@ -4,8 +4,9 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from perf.rows.cases import LAYOUTS, LEVEL_OF, Case, DType, Layout, Level, Mode, make_case
+from perf.rows.cases import LAYOUTS, LEVEL_OF, STAGES, Case, DType, Layout, Level, Mode, make_case
 
 CORE = (
     "plain-eager",
@@ -16,15 +17,7 @@ CORE = (
     "ours-triton-compile",
 )
 UNCOMPILED = ("plain-eager", "ours-pytorch-eager", "ours-triton-eager")
-ON_GPU = (
-    "plain-eager",
-    "plain-compile",
-    "plain-max-autotune",
-    "ours-triton-eager",
-    "ours-triton-compile",
-)
-GRAPHED = (*ON_GPU, "ours-triton-cudagraph")
-YARDSTICKS = (*GRAPHED, "timm-sk-eager", "timm-se-eager")
+BOTH_CALLED_ALIKE = ("plain-eager", "plain-compile", "ours-triton-eager", "ours-triton-compile")
 
 
 @dataclass(frozen=True)
@@ -46,9 +39,10 @@ class Grid:
         """The level of the grid's workloads."""
         return LEVEL_OF[self.workloads[0]]
 
-    def cases(self) -> Iterator[Case]:
-        """Yields the cases, each once: axes that a workload does not have are left out."""
-        axes = itertools.product(
+    @property
+    def axes(self) -> tuple[tuple[Any, ...], ...]:
+        """What the cases are all combinations of."""
+        return (
             self.workloads,
             self.modes,
             self.dtypes,
@@ -58,8 +52,13 @@ class Grid:
             self.resolutions,
             self.stages,
         )
+
+    def cases(self) -> Iterator[Case]:
+        """Yields the cases, each once: axes that a workload does not have are left out."""
         seen = set()
-        for workload, mode, dtype, layout, M, batch, resolution, stage in axes:
+        for workload, mode, dtype, layout, M, batch, resolution, stage in itertools.product(
+            *self.axes
+        ):
             case = make_case(
                 workload,
                 mode,
@@ -122,6 +121,194 @@ FAMILIES = (
     ),
 )
 
+
+def _bf16(*workloads: str, layouts: tuple[Layout, ...] = ("channels_last",), **axes: Any) -> Grid:
+    """Returns a grid in bfloat16, at batch 32 unless the axes say otherwise."""
+    return Grid(workloads, **{"dtypes": ("bf16",), "layouts": layouts, "batches": (32,), **axes})
+
+
+# Small enough for a sanitizer, which watches every access: all dtypes, both layouts, rows that end
+# inside a tile, one and three branches.
+_CHECKED = Grid(
+    ("sk_fuse_select",), modes=("train",), batches=(3,), providers=("ours-triton-eager",)
+)
+CHECKS = (
+    replace(_CHECKED, dtypes=("fp32", "bf16", "fp16"), layouts=LAYOUTS, resolutions=(96,)),
+    replace(
+        _CHECKED, dtypes=("bf16",), layouts=LAYOUTS, Ms=(1, 3), resolutions=(200,), stages=(4,)
+    ),
+    replace(
+        _CHECKED,
+        workloads=("sk_fuse", "sk_select"),
+        dtypes=("bf16",),
+        layouts=LAYOUTS,
+        resolutions=(100,),
+    ),
+    replace(_CHECKED, modes=("infer",), resolutions=(160,), stages=(2, 3)),
+    replace(
+        _CHECKED,
+        workloads=("sk_conv",),
+        dtypes=("fp32", "autocast"),
+        layouts=("channels_last",),
+        resolutions=(64,),
+    ),
+    replace(_CHECKED, workloads=("sk_unit",), dtypes=("bf16",), layouts=LAYOUTS, resolutions=(64,)),
+)
+
+# Copies first: what the passes are measured against.
+_ALONE = Grid(
+    ("copy",),
+    modes=("infer",),
+    dtypes=("bf16", "fp32"),
+    batches=(32, 128),
+    stages=STAGES,
+    providers=("plain-eager",),
+)
+PASSES = (
+    _ALONE,
+    *(
+        replace(
+            _ALONE,
+            workloads=("moments", "fuse", "select", "sums", "dx"),
+            dtypes=(dtype,),
+            layouts=LAYOUTS,
+            providers=("ours-triton-eager",),
+        )
+        for dtype in ("bf16", "fp32")
+    ),
+)
+
+# The dearest comparison at the commonest setting first; then the other batches and layout, without
+# compiling ours, and both in graphs.
+SECTION = (
+    _bf16("sk_fuse_select", stages=STAGES, providers=BOTH_CALLED_ALIKE),
+    _bf16(
+        "sk_fuse_select",
+        batches=(128, 8),
+        stages=STAGES,
+        providers=("plain-compile", "ours-triton-eager"),
+    ),
+    _bf16(
+        "sk_fuse_select",
+        layouts=("nchw",),
+        stages=STAGES,
+        providers=("plain-compile", "ours-triton-eager"),
+    ),
+)
+
+CONV = (
+    _bf16(
+        "sk_conv",
+        stages=(1, 3),
+        providers=(
+            *BOTH_CALLED_ALIKE,
+            "port-compile",
+            "timm-sk-compile",
+            "timm-sk-eager",
+        ),
+    ),
+    _bf16("sk_conv", layouts=("nchw",), providers=("plain-compile", "ours-triton-eager")),
+)
+
+NETWORK = (
+    _bf16(
+        "sknet50",
+        dtypes=("autocast",),
+        batches=(128,),
+        providers=(
+            "ours-triton-eager",
+            "ours-triton-compile",
+            "timm-sk-compile",
+            "timm-se-compile",
+            "plain-compile",
+            "port-compile",
+            "ours-triton-cudagraph",
+            "plain-eager",
+            "timm-sk-eager",
+        ),
+    ),
+    _bf16(
+        "sknet50",
+        dtypes=("autocast",),
+        layouts=("nchw",),
+        batches=(128,),
+        providers=("ours-triton-eager", "timm-sk-eager", "plain-eager"),
+    ),
+)
+
+SMALL = (
+    _bf16(
+        "sk_fuse_select",
+        batches=(1, 8),
+        modes=("infer",),
+        stages=(1, 4),
+        providers=(
+            "plain-eager",
+            "plain-cudagraph",
+            "plain-reduce-overhead",
+            "ours-triton-eager",
+            "ours-triton-cudagraph",
+        ),
+    ),
+    _bf16(
+        "sknet50",
+        dtypes=("autocast",),
+        modes=("infer",),
+        batches=(1, 8),
+        providers=(
+            "plain-eager",
+            "plain-cudagraph",
+            "ours-triton-eager",
+            "ours-triton-cudagraph",
+            "timm-sk-eager",
+        ),
+    ),
+    _bf16(
+        "sk_fuse_select",
+        batches=(8,),
+        modes=("train",),
+        stages=(1, 4),
+        providers=(
+            "plain-eager",
+            "plain-cudagraph",
+            "plain-reduce-overhead",
+            "ours-triton-eager",
+            "ours-triton-cudagraph",
+        ),
+    ),
+)
+
+REST = (
+    Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
+    _bf16("sk_fuse_select", "sk_select", modes=("bwd",), providers=BOTH_CALLED_ALIKE),
+    _bf16("sk_conv", modes=("bwd",), providers=BOTH_CALLED_ALIKE),
+    _bf16("sk_fuse", "sk_select", layouts=LAYOUTS, stages=STAGES, providers=BOTH_CALLED_ALIKE),
+    _bf16(
+        "sk_fuse_select",
+        dtypes=("fp32", "fp16"),
+        layouts=("nchw",),
+        Ms=(2, 3),
+        providers=("plain-eager", "plain-compile", "ours-triton-eager"),
+    ),
+    _bf16(
+        "sk_fuse_select",
+        batches=(256,),
+        resolutions=(160, 224, 320),
+        providers=("plain-eager", "plain-compile", "ours-triton-eager"),
+    ),
+    _bf16(
+        "sk_fuse_select",
+        providers=("plain-max-autotune", "plain-max-autotune-no-cudagraphs"),
+    ),
+    _bf16("sk_unit", dtypes=("bf16", "tf32"), stages=(1, 3), providers=BOTH_CALLED_ALIKE),
+    _bf16(
+        "sknet26",
+        "sknet101",
+        dtypes=("autocast",),
+        providers=("plain-eager", "ours-triton-eager"),
+    ),
+)
+
 PRESETS = {
     # A laptop: under two minutes on two quiet cores without a GPU, three at most, and most of
     # it torch.compile, so that the dearest compilations are left to flags.
@@ -163,112 +350,13 @@ PRESETS = {
         rounds=6,
         budget=590,
     ),
-    # One GPU: as much of this as fits, in this order, under --budget 500.
-    "full": Preset(
-        grids=(
-            Grid(
-                ("sk_fuse_select", "sk_fuse", "sk_select"),
-                dtypes=("bf16",),
-                layouts=("channels_last", "nchw"),
-                batches=(32, 128),
-                providers=GRAPHED,
-            ),
-            Grid(
-                ("sk_conv",),
-                dtypes=("bf16",),
-                layouts=("channels_last",),
-                batches=(32,),
-                providers=YARDSTICKS,
-            ),
-            Grid(
-                ("sknet50",),
-                dtypes=("autocast",),
-                layouts=("channels_last",),
-                batches=(64,),
-                providers=(*CORE, "timm-sk-eager", "timm-se-eager"),
-            ),
-            Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
-            Grid(
-                ("sk_fuse_select", "sk_select"),
-                modes=("bwd",),
-                dtypes=("bf16",),
-                layouts=("channels_last",),
-                batches=(32,),
-                providers=(
-                    "plain-eager",
-                    "plain-compile",
-                    "ours-triton-eager",
-                    "ours-triton-compile",
-                ),
-            ),
-            Grid(
-                ("sk_conv",),
-                modes=("bwd",),
-                dtypes=("bf16",),
-                layouts=("channels_last",),
-                batches=(32,),
-                providers=(
-                    "plain-eager",
-                    "plain-compile",
-                    "ours-triton-eager",
-                    "ours-triton-compile",
-                ),
-            ),
-            Grid(
-                ("sk_fuse_select", "sk_fuse", "sk_select"),
-                dtypes=("bf16",),
-                layouts=("channels_last", "nchw"),
-                batches=(32,),
-                stages=(2, 3, 4),
-                providers=("plain-eager", "plain-compile", "ours-triton-eager"),
-            ),
-            Grid(
-                ("sk_fuse_select", "sk_fuse", "sk_select"),
-                dtypes=("fp32", "fp16"),
-                layouts=("nchw",),
-                Ms=(2, 3),
-                batches=(32,),
-                providers=("plain-eager", "plain-compile", "ours-triton-eager"),
-            ),
-            Grid(
-                ("sk_fuse_select", "sk_fuse", "sk_select"),
-                dtypes=("bf16",),
-                layouts=("channels_last",),
-                batches=(1, 8, 256),
-                resolutions=(160, 224, 320),
-                providers=("plain-eager", "plain-compile", "ours-triton-eager"),
-            ),
-            Grid(
-                ("sk_unit",),
-                dtypes=("bf16", "tf32"),
-                layouts=("channels_last",),
-                batches=(32,),
-                stages=(1, 3),
-                providers=ON_GPU,
-            ),
-            Grid(
-                ("sknet50",),
-                dtypes=("bf16",),
-                layouts=("channels_last",),
-                batches=(1, 8, 128),
-                resolutions=(224, 320),
-                providers=(
-                    "plain-eager",
-                    "ours-triton-eager",
-                    "ours-triton-cudagraph",
-                    "timm-sk-eager",
-                    "timm-se-eager",
-                ),
-            ),
-            Grid(
-                ("sknet26", "sknet101"),
-                dtypes=("autocast",),
-                layouts=("channels_last",),
-                batches=(32,),
-                providers=("plain-eager", "ours-triton-eager"),
-            ),
-        ),
-        seconds=0.3,
-        rounds=3,
-    ),
+    # One GPU, for as long as there is one: the parts of `python -m perf campaign`, then the rest of
+    # the axes. As much of this as fits, in this order, under --budget 500.
+    "gpu-checks": Preset(CHECKS, seconds=0.05, rounds=1),
+    "gpu-passes": Preset(PASSES, seconds=0.1, rounds=2),
+    "gpu-section": Preset(SECTION, seconds=0.2, rounds=2),
+    "gpu-conv": Preset(CONV, seconds=0.2, rounds=2),
+    "gpu-network": Preset(NETWORK, seconds=0.8, rounds=2),
+    "gpu-small": Preset(SMALL, seconds=0.3, rounds=2),
+    "full": Preset((*PASSES, *SECTION, *CONV, *NETWORK, *SMALL, *REST), seconds=0.3, rounds=3),
 }

@@ -14,7 +14,14 @@ from perf.rows.cases import Case
 from perf.sweep.steps import Captured, Recorded, Results, Step
 from perf.sweep.workloads import Call, Source
 
-Wrap = Literal["eager", "compile", "max-autotune", "max-autotune-no-cudagraphs", "cudagraph"]
+Wrap = Literal[
+    "eager",
+    "compile",
+    "reduce-overhead",
+    "max-autotune",
+    "max-autotune-no-cudagraphs",
+    "cudagraph",
+]
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Provider:
     @property
     def compiles(self) -> bool:
         """Whether the first call is a compilation."""
-        return self.wrap in ("compile", "max-autotune", "max-autotune-no-cudagraphs")
+        return self.wrap not in ("eager", "cudagraph")
 
     def unavailable(self, case: Case, device: torch.device) -> str | None:
         """Tells why this provider cannot carry out ``case`` on ``device``; None where it can."""
@@ -75,7 +82,7 @@ class Provider:
     @property
     def graphed(self) -> bool:
         """Whether calls replay a CUDA graph."""
-        return self.wrap in ("max-autotune", "cudagraph")
+        return self.wrap in ("reduce-overhead", "max-autotune", "cudagraph")
 
     def wrapped(self, module: nn.Module) -> Call:
         """Returns ``module`` as this provider calls it."""
@@ -89,7 +96,7 @@ class Provider:
         match self.wrap:
             case "cudagraph":
                 return Captured(step)
-            case "max-autotune":
+            case "reduce-overhead" | "max-autotune":
                 return Recorded(step)
             case _:
                 return step
@@ -104,8 +111,10 @@ PROVIDERS = {
     for provider in (
         Provider("plain"),
         Provider("plain", "compile"),
+        Provider("plain", "reduce-overhead"),
         Provider("plain", "max-autotune"),
         Provider("plain", "max-autotune-no-cudagraphs"),
+        Provider("plain", "cudagraph"),
         Provider("port"),
         Provider("port", "compile"),
         Provider("ours"),

@@ -12,16 +12,13 @@ import torch
 from perf.rows import env
 from perf.rows.schema import Row, key_of
 from perf.rows.store import Store
-from perf.sweep.contest import Conditions, DeviceLostError, measure_case
+from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError, measure_case
+from perf.sweep.passes import measure_pass
 from perf.sweep.presets import Job
 from perf.sweep.progress import Progress
 from perf.sweep.providers import PROVIDERS
 
 Ending = Literal["complete", "budget", "interrupt", "lost"]
-
-
-class BudgetSpentError(BaseException):
-    """The time is up. Not an Exception, so that no failing case can pass for it or catch it."""
 
 
 def sweep(
@@ -68,9 +65,12 @@ def unfinished(jobs: Sequence[Job], store: Store) -> list[Job]:
 
 def _measure(job: Job, store: Store, conditions: Conditions, ranks: int) -> None:
     providers = tuple(PROVIDERS[name] for name in job.providers)
-    results = measure_case(job.case, providers, conditions)
+    measure = measure_pass if job.case.level == "pass" else measure_case
+    results = measure(job.case, providers, conditions)
     now = env.snapshot(conditions.device, conditions.seed, ranks)
-    store.append(Row(job.case, name, results[name], now) for name in job.providers)
+    store.append(Row(job.case, name, result, now) for name, result in results.items())
+    if len(results) < len(job.providers):
+        raise BudgetSpentError
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """Putting the stages into the selective-kernel modules of models that people already have."""
 
-from sknet_triton.acceleration.family import Family
-from sknet_triton.acceleration.registry import families, register_family, unregister_family
-from sknet_triton.acceleration.report import Report, Row
-from sknet_triton.acceleration.swap import accelerate, restore
+from sknet_triton.acceleration import known  # noqa: F401 - registers the built-in families
+from sknet_triton.acceleration.family import (
+    Family,
+    families,
+    register_family,
+    unregister_family,
+)
+from sknet_triton.acceleration.swap import Report, Row, accelerate, restore
 
 __all__ = [
     "Family",

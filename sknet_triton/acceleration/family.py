@@ -1,9 +1,11 @@
-"""What is known of one structure of selective-kernel module, and how it is computed with it."""
+"""What is known of one structure of selective-kernel module, and the structures that are known."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sknet_triton import functional
@@ -29,15 +31,17 @@ class Family:
     """One structure of module: sum, average over space, small MLP, activation, weighted sum.
 
     The functions take the module and read its children and attributes; none of them needs the
-    package that the module comes from.
+    package that the module comes from. A family that `accelerate` knows is pickled by its name.
 
     Attributes:
         name: what reports call it.
         recognises: tells whether a module has the structure. It may be generous: `accelerate`
             compares with the module's own forward before it swaps.
-        maps: the module's inputs -> M branches [B, C, *spatial], in any strides.
+        maps: the module's inputs -> M branches [B, C, *spatial], in any strides. Branches of
+            several dtypes, as autocast makes them, are promoted to one.
         logits: the pooled branches [B, C] -> [B, M, C], in any strides.
-        example: inputs of forward for that comparison, in float64 on the CPU.
+        example: inputs of forward for that comparison, in float64 on the CPU. A call with other
+            arguments than as many, the first of forward's, runs the module's own forward.
         finish: V -> what the module returns.
         activation: as in `functional.sk_select`.
         reduction: as in `functional.sk_fuse`.
@@ -65,17 +69,98 @@ class Family:
 
     def through_stages(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Calls the module's children, fuse and select."""
-        maps = self.maps(module, *inputs)
-        logits = self.logits(module, functional.sk_fuse(maps, reduction=self.reduction))
+        maps, logits = self.maps_and_logits(module, *inputs)
         out = functional.sk_select(maps, logits, activation=self.activation)
         return self.finish(module, out)
 
+    def maps_and_logits(self, module: nn.Module, *inputs: Any) -> tuple[Sequence[Tensor], Tensor]:
+        """Returns the M branches, of one dtype, and their logits [B, M, C]."""
+        maps = _promoted(self.maps(module, *inputs))
+        return maps, self.logits(module, functional.sk_fuse(maps, reduction=self.reduction))
+
     def through_section(self, module: nn.Module, *inputs: Any) -> Tensor | None:
         """Calls the convolutions and `functional.sk_fuse_select`; None where it may not."""
+        if self.section is _no_section:
+            return None
         chosen = section.chosen(lambda: self.section(module), inputs[0])
         if chosen is None:
             return None
         (x,), (parts, way) = inputs, chosen
         each = self.branch_inputs(module, x) or [x] * len(parts.branches)
         maps = [branch.conv(part) for branch, part in zip(parts.branches, each, strict=True)]
-        return self.finish(module, section.run(parts, maps, way))
+        return self.finish(module, section.run(parts, _promoted(maps), way))
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        # Its functions may be lambdas, which pickle cannot find.
+        if _known.get(self.name) is self:
+            return family_called, (self.name,)
+        return super().__reduce__()
+
+
+def _promoted(maps: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Brings maps to one dtype, as torch.stack and torch.cat do."""
+    if all(x.dtype == maps[0].dtype for x in maps):
+        return maps
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in maps))
+    return [x.to(dtype) for x in maps]
+
+
+# By name, the built-in ones first.
+_known: dict[str, Family] = {}
+_built_in: set[str] = set()
+
+
+def families() -> tuple[Family, ...]:
+    """Returns the families in the order that they are tried: the last one registered comes first.
+
+    The built-in ones come last, in an order of their own.
+    """
+    own = [family for name, family in _known.items() if name not in _built_in]
+    return (*reversed(own), *(_known[name] for name in _known if name in _built_in))
+
+
+def family_called(name: str) -> Family:
+    """Returns the family of that name.
+
+    Raises:
+        ValueError: there is none, as where a module was pickled whose family is to be registered.
+    """
+    if name not in _known:
+        raise ValueError(
+            f"name: expected one of {sorted(_known)}, got {name!r}; register_family adds a family, "
+            "which a module that was saved with it needs before it is loaded"
+        )
+    return _known[name]
+
+
+def register_family(family: Family) -> None:
+    """Makes `accelerate` recognise a structure of your own.
+
+    Raises:
+        TypeError: ``family`` is not a `Family`.
+        ValueError: a family of that name is known already.
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"family: expected a Family, got {type(family).__name__}")
+    if family.name in _known:
+        raise ValueError(f"family: the name {family.name!r} is taken; unregister_family frees it")
+    _known[family.name] = family
+
+
+def register_built_in(*built_in: Family) -> None:
+    """Registers the families of this package, in the order that they are tried."""
+    for family in built_in:
+        register_family(family)
+        _built_in.add(family.name)
+
+
+def unregister_family(name: str) -> None:
+    """Forgets a family of the user's own; modules that were swapped stay so.
+
+    Raises:
+        ValueError: none of that name was registered.
+    """
+    own = _known.keys() - _built_in
+    if name not in own:
+        raise ValueError(f"name: expected one of {sorted(own)}, got {name!r}")
+    del _known[name]

@@ -8,23 +8,70 @@ copies and pickles work.
 import functools
 import inspect
 import re
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sknet_triton.acceleration.check import Checked, check
+from sknet_triton.acceleration.check import Checked, check, fitting
 from sknet_triton.acceleration.family import Family
-from sknet_triton.acceleration.registry import families
-from sknet_triton.acceleration.report import Report, Row
+from sknet_triton.backend import is_symbolic
 from sknet_triton.layers import SKConv
 from sknet_triton.layers.blocks import any_hook
+
+Status = Literal["accelerated", "restored", "left"]
 
 # Classes of these names are reported even where no family knows their structure.
 _NAMES = re.compile(
     r"(?i)selective_?kernel|^sk_?(conv|attention|layer|block)|split_?att|splat|skff|sk_?fusion"
 )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module.
+
+    Attributes:
+        path: its name in the model, as ``model.get_submodule`` takes it; empty for the model.
+        kind: its family, or the name of its class where none was found.
+        status: what became of it.
+        reason: why it was left, or a remark.
+    """
+
+    path: str
+    kind: str
+    status: Status
+    reason: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.status:<11}  {self.path or '(the model)'}  [{self.kind}]"
+        return f"{text}  {self.reason}" if self.reason else text
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows in the model's order; printing it gives one line a module."""
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def paths(self, status: Status) -> list[str]:
+        """Returns the paths of the modules with that status."""
+        return [row.path for row in self.rows if row.status == status]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no selective-kernel module found"
+        counts = {s: len(self.paths(s)) for s in ("accelerated", "restored", "left")}
+        head = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        return "\n".join([head, *map(str, self.rows)])
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -33,12 +80,21 @@ def accelerate(model: nn.Module) -> Report:
     Recognised by structure: timm's SelectiveKernel and SplitAttn and ResNeSt's SplAtConv2d, the
     SKConv of the common ports and of pytorchcv, MIRNet's SKFF, DehazeFormer's and gUNet's SKFusion,
     SimCLRv2's SK convolution, the reweighting of CycleMLP and Vision Permutator, and what
-    `register_family` added. Each is compared with its own forward on random parameters in float64,
-    in training and evaluation; one that differs is left.
+    `register_family` added. Each is compared with its own forward on random parameters in float64
+    on the CPU, in training and evaluation: outputs, gradients, buffers, and what else the forward
+    does. One that differs, or that cannot be compared, is left, with the reason.
 
-    State dict, hooks, training mode and class (by isinstance) stay. Outputs and gradients differ by
-    rounding. channels_last is kept where the original lost it. A second call changes nothing. It
-    works before and after torch.compile and DistributedDataParallel; before fully_shard only.
+    State dict, hooks, training mode, class (by isinstance) and forward's signature stay; so do all
+    random states. Outputs and gradients differ by rounding; under autocast the output has the maps'
+    dtype. channels_last is kept where the original lost it. A second call changes nothing. It works
+    before and after torch.compile and DistributedDataParallel; before fully_shard only.
+
+    The module's own forward runs where a child was replaced by one that does not fit, a hook
+    watches what would not be called, an optional argument is given, torch.fx traces, or
+    TorchScript compiles. Where the original kept a copy of its inputs (SKFF and SKFusion stack
+    them), the inputs themselves are kept for the backward now: one that is changed in place before
+    it makes autograd say that a variable needed for gradient computation has been modified by an
+    inplace operation.
 
     Args:
         model: any module; it may itself be one to swap.
@@ -59,6 +115,8 @@ def accelerate(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> Report:
     """Gives every module that `accelerate` swapped its own class and forward back, in place.
 
+    What put a class of its own on top since, as fully_shard and parametrizations do, stays.
+
     Raises:
         TypeError: ``model`` is not a module.
     """
@@ -71,22 +129,65 @@ def restore(model: nn.Module) -> Report:
     return Report(tuple(rows))
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A module that the swap relied on: the swapped one or one inside it.
+
+    Attributes:
+        path: its name in the swapped module.
+        module: itself.
+        kind: its class, looked at by torch.compile, which knows the others by their guards.
+        children: its children.
+        settings: its plain attributes, where they are not read by calling it.
+    """
+
+    path: str
+    module: nn.Module
+    kind: type[nn.Module]
+    children: tuple[nn.Module | None, ...]
+    settings: tuple[tuple[str, Any], ...]
+
+
 class Accelerated(nn.Module):
     """What the swapped modules have in common.
 
     Attributes:
         _skt_family: how the forward is computed.
         _skt_original: the module's own class.
+        _skt_checked: what was found when it was compared.
         _skt_silent: children that the own forward calls and the new one does not. A hook on one of
             them brings the own forward back.
+        _skt_parts: what the comparison relied on.
     """
 
     _skt_family: Family
-    _skt_original: type[nn.Module]
+    _skt_original: Any
+    _skt_checked: Checked
     _skt_silent: tuple[nn.Module, ...]
+    _skt_parts: tuple[_Part, ...]
+
+    def _skt_fits(self) -> bool:
+        """Tells whether the family computes what the module is now; compares anew on a change."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._skt_checked.reason is None and all(
+                _is_as(_below(self, part.path), part) for part in self._skt_parts
+            )
+        for part in self._skt_parts:
+            same = tuple(part.module._modules.values()) == part.children
+            if not same or (part.settings and not _is_set(part)):
+                _look_at(self, check(self, self._skt_family, self._skt_original))
+                break
+        return self._skt_checked.reason is None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new, (self._skt_original, self._skt_family), self.__dict__
+        _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        return _new, (self._skt_original, self._skt_family), *state
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Gives torch.jit.script the module as it was, with the same children and parameters."""
+        twin = self._skt_original.__new__(self._skt_original)
+        twin.__dict__ = {k: v for k, v in vars(self).items() if not k.startswith("_skt_")}
+        return cast(nn.Module, twin)
 
 
 def _tried(path: str, module: nn.Module) -> Row | None:
@@ -95,16 +196,12 @@ def _tried(path: str, module: nn.Module) -> Row | None:
         return Row(path, module._skt_family.name, "accelerated", "before")
     if isinstance(module, SKConv):
         return Row(path, "SKConv", "left", "it computes with the stages already")
-    reasons = []
-    for family in families():
-        if not family.recognises(module):
-            continue
-        checked = check(module, family)
-        if checked.reason is None:
-            _swap(module, family, checked)
-            return Row(path, family.name, "accelerated")
-        reasons.append(f"{family.name}: {checked.reason}")
-    return Row(path, type(module).__name__, "left", "; ".join(reasons)) if reasons else None
+    found = fitting(module)
+    if found is None or isinstance(found, str):
+        return None if found is None else Row(path, type(module).__name__, "left", found)
+    family, checked = found
+    _swap(module, family, checked)
+    return Row(path, family.name, "accelerated")
 
 
 def _named(path: str, module: nn.Module, found: list[Row]) -> Row | None:
@@ -122,24 +219,71 @@ def _contains(outer: str, inner: str) -> bool:
 
 
 def _swap(module: Any, family: Family, checked: Checked) -> None:
-    module._skt_silent = tuple(module.get_submodule(path) for path in checked.silent)
+    _look_at(module, checked)
     module.__class__ = _accelerated_class(cast(Any, type(module)), family)
+
+
+def _look_at(module: Any, checked: Checked) -> None:
+    """Keeps ``checked`` and what it was found for."""
+    module._skt_checked = checked
+    module._skt_silent = tuple(module.get_submodule(path) for path in checked.silent)
+    parts = []
+    for path, child in module.named_modules():
+        read = child is module or path in checked.silent
+        children = tuple(child._modules.values())
+        if read or children:
+            kind = getattr(child, "_skt_original", type(child))
+            parts.append(_Part(path, child, kind, children, _settings(child) if read else ()))
+    module._skt_parts = tuple(parts)
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    kept = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+    return tuple((name, value) for name, value in kept.items() if _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _is_set(part: _Part) -> bool:
+    state = part.module.__dict__
+    return all(state.get(name) == value for name, value in part.settings)
+
+
+def _is_as(module: nn.Module, part: _Part) -> bool:
+    """Compares in a way that torch.compile guards on: by class, since a child is no constant."""
+    return type(module) is part.kind and all(
+        getattr(module, name, None) == value for name, value in part.settings
+    )
+
+
+def _below(module: nn.Module, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        module = cast(nn.Module, module._modules[name])
+    return module
 
 
 @functools.cache
 def _accelerated_class(original: Any, family: Family) -> Any:
-    own: Callable[..., Tensor] = original.forward
-    names = list(inspect.signature(own).parameters)[1:]
+    own = original.forward
+    names = tuple(inspect.signature(own).parameters)[1:]
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if any_hook(self._skt_silent):
-            return own(self, *args, **kwargs)
-        inputs = [*args, *(kwargs.pop(name) for name in names[len(args) :] if name in kwargs)]
-        if kwargs:
-            raise TypeError(f"forward() got an unexpected keyword argument {next(iter(kwargs))!r}")
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = _bound(names[: self._skt_checked.inputs], args, kwargs)
+        if (
+            inputs is None
+            or original.forward is not own
+            or is_symbolic(inputs)
+            or any_hook(self._skt_silent)
+            or not self._skt_fits()
+        ):
+            return original.forward(self, *args, **kwargs)
         return family.forward(self, *inputs)
 
-    forward.__doc__ = own.__doc__
     members = {
         "forward": forward,
         "__module__": original.__module__,
@@ -150,9 +294,34 @@ def _accelerated_class(original: Any, family: Family) -> Any:
     return type(f"Accelerated{original.__name__}", (original, Accelerated), members)
 
 
+def _bound(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """Returns the arguments called ``names`` in their order; None where others were given."""
+    if not kwargs:
+        return args if len(args) == len(names) else None
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if len(args) + len(kwargs) != len(names) or given.keys() != set(names):
+        return None
+    return tuple(given[name] for name in names)
+
+
 def _unswap(module: Any) -> None:
-    del module._skt_silent
-    module.__class__ = module._skt_original
+    for name in [name for name in vars(module) if name.startswith("_skt_")]:
+        delattr(module, name)
+    module.__class__ = _restored_class(cast(Any, type(module)))
+
+
+@functools.cache
+def _restored_class(cls: Any) -> Any:
+    """Returns the own class, under whatever else was put on top."""
+    if "_skt_original" in vars(cls):
+        return cls._skt_original
+    if not issubclass(cls, Accelerated):
+        return cls
+    bases = tuple(map(_restored_class, cls.__bases__))
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__.replace("Accelerated", "", 1), bases, members)
 
 
 def _new(original: Any, family: Family) -> Any:

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sknet_triton import functional
-from sknet_triton.acceleration import Family, families
-from sknet_triton.acceleration.check import check
+from sknet_triton.acceleration import Family
+from sknet_triton.acceleration.check import fitting
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.layers import SKConv
 from sknet_triton.reference.sk_select import attention
@@ -91,14 +90,12 @@ def _watch(module: nn.Module) -> Callable[[Report], RemovableHandle] | str | Non
         return functools.partial(_watch_conv, module)
     if isinstance(module, Accelerated):
         return functools.partial(_watch_family, module, module._skt_family)
-    reasons = []
-    for family in families():
-        if family.recognises(module):
-            reason = check(module, family).reason
-            if reason is None:
-                return functools.partial(_watch_family, module, family)
-            reasons.append(f"{family.name}: {reason}")
-    return ", ".join(reasons) or None
+    found = fitting(module, besides=False)
+    return (
+        found
+        if found is None or isinstance(found, str)
+        else functools.partial(_watch_family, module, found[0])
+    )
 
 
 def _watch_conv(sk: SKConv, report: Report) -> RemovableHandle:
@@ -118,8 +115,8 @@ def _watch_family(module: nn.Module, family: Family, report: Report) -> Removabl
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = signature.bind(module, *args, **kwargs).args[1:]
-        pooled = functional.sk_fuse(family.maps(module, *inputs), reduction=family.reduction)
-        report(_weights(family.logits(module, pooled), family.activation))
+        _, logits = family.maps_and_logits(module, *inputs)
+        report(_weights(logits, family.activation))
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -39,11 +39,14 @@ class Stages:
 
 
 def moments(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns mean and biased variance of every channel of every branch, [M, C]."""
-    dims = (0, *_space(branches[0]))
-    dtype = accumulation_dtype(branches[0].dtype)
-    pairs = [torch.var_mean(x.to(dtype), dims, correction=0) for x in branches]
-    return torch.stack([mean for _, mean in pairs]), torch.stack([var for var, _ in pairs])
+    """Returns mean and biased variance of every channel of every branch, [M, C].
+
+    Deviations are taken from the first image's mean. It lies at most sqrt(B - 1) standard
+    deviations from the batch's, so one pass of plain sums loses no more than a factor B in
+    precision; torch.compile makes loops of divisions of `torch.var_mean`.
+    """
+    means, variances = zip(*(_moments_of(x) for x in branches), strict=True)
+    return torch.stack(means), torch.stack(variances)
 
 
 def fuse(branches: Sequence[Tensor], norm: Tensor) -> Tensor:
@@ -68,22 +71,24 @@ def select(branches: Sequence[Tensor], logits: Tensor, norm: Tensor) -> Tensor:
 
 
 def sums(dout: Tensor, branches: Sequence[Tensor], norm: Tensor) -> Tensor:
-    """Returns the sums over space of dout k, k, dout k xhat and k xhat, [4, B, M, C]."""
-    space = _space(dout)
-    wide = dout.to(norm.dtype)
+    """Returns the sums over space of dout k, k, dout k xhat and k xhat, [4, B, M, C].
+
+    Only ``centred`` and ``off`` are used more than once: from five operands on, Inductor would
+    write a tensor of full size instead of computing it again.
+    """
+    space, dtype = _space(dout), norm.dtype
+    wide = dout.to(dtype)
     columns = []
     for i, x in enumerate(branches):
-        xhat, y = _normalised(x, norm[i])
-        off = y <= 0
-        passed, kept = wide.masked_fill(off, 0), xhat.masked_fill(off, 0)
-        on = torch.ones_like(xhat).masked_fill(off, 0)
+        centred, y = _normalised(x, norm[i])
+        off, rstd = y <= 0, norm[i, 1]
         columns.append(
             torch.stack(
                 [
-                    torch.sum(passed, space),
-                    torch.sum(on, space),
-                    torch.sum(passed * kept, space),
-                    torch.sum(kept, space),
+                    torch.sum(torch.where(off, 0.0, wide), space),
+                    torch.sum(torch.where(off, 0.0, 1.0), space, dtype=dtype),
+                    torch.sum(torch.where(off, 0.0, wide * centred), space) * rstd,
+                    torch.sum(torch.where(off, 0.0, centred), space) * rstd,
                 ]
             )
         )
@@ -103,10 +108,11 @@ def gradients(
     wide = dout.to(norm.dtype)
     dbranches = []
     for i, x in enumerate(branches):
-        xhat, y = _normalised(x, norm[i])
+        centred, y = _normalised(x, norm[i])
         dy = over_space(attn[:, i], axes) * wide + over_space(share, axes)
-        dy = dy.masked_fill(y <= 0, 0)
+        dy = torch.where(y <= 0, 0.0, dy)
         if drift is not None:
+            xhat = centred * _over_batch(norm[i, 1], axes)
             dy = dy - _over_batch(drift[i, 0], axes) - xhat * _over_batch(drift[i, 1], axes)
         dbranches.append((_over_batch(norm[i, 2], axes) * dy).to(x.dtype))
     return dbranches
@@ -123,11 +129,22 @@ def _over_batch(per_channel: Tensor, axes: int) -> Tensor:
     return over_space(per_channel[None], axes)
 
 
+def _moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    space, count = _space(x), x.shape[0] * math.prod(x.shape[2:])
+    x = x.to(accumulation_dtype(x.dtype))
+    origin = torch.mean(x[:1].detach(), (0, *space), keepdim=True)
+    centred = x - origin
+    # Image by image: short sums keep their digits, and there is work for every thread.
+    mean = torch.sum(torch.sum(centred, space), 0) / count
+    square = torch.sum(torch.sum(centred * centred, space), 0) / count
+    return mean + origin.flatten(), torch.clamp_min(square - mean * mean, 0)
+
+
 def _normalised(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns xhat and y = gamma * xhat + beta of one branch; ``norm`` is [4, C]."""
-    mean, rstd, scale, beta = (_over_batch(row, x.dim() - 2) for row in norm)
+    """Returns x - mean and y = gamma * xhat + beta of one branch; ``norm`` is [4, C]."""
+    mean, _, scale, beta = (_over_batch(row, x.dim() - 2) for row in norm)
     centred = x.to(norm.dtype) - mean
-    return centred * rstd, centred * scale + beta
+    return centred, centred * scale + beta
 
 
 def _activated(x: Tensor, norm: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""Passes alone: each streaming kernel of the section as it is launched, and a copy beside them.
+
+A pass reads or writes branch tensors once. What its kernel computes is judged by a training step of
+the whole section at the same sizes, in the same process.
+"""
+
+import functools
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from perf.rows.cases import Case, make_case
+from perf.rows.schema import Result
+from perf.sweep import contest, measure
+from perf.sweep.contest import Conditions
+from perf.sweep.providers import BASELINE, PROVIDERS, Provider
+from perf.sweep.workloads import DTYPE_OF
+
+OURS = "ours-triton-eager"
+# The kernel that makes a pass, as the specialisations call it.
+STAGE_OF = {
+    "moments": "sk_moments",
+    "fuse": "sk_fuse_norm",
+    "select": "sk_select_norm",
+    "sums": "sk_fuse_select_sums",
+    "dx": "sk_fuse_select_dx",
+}
+LAYOUT_OF = {"nchw": "contiguous", "channels_last": "channels_last"}
+
+
+def measure_pass(
+    case: Case, providers: tuple[Provider, ...], conditions: Conditions
+) -> dict[str, Result]:
+    """Carries the pass of ``case`` out by the one provider that has it.
+
+    Raises:
+        DeviceLostError: the device does not answer any more; the case has no results.
+    """
+    return {provider.name: _result(case, provider, conditions) for provider in providers}
+
+
+def _result(case: Case, provider: Provider, conditions: Conditions) -> Result:
+    reason = _unsupported(case, provider, conditions.device)
+    if reason:
+        return Result("unsupported", reason)
+    try:
+        if case.workload == "copy":
+            return _timed(case, Result("ok"), conditions)
+        judged = _judged(_section(case), conditions)
+        return _timed(case, judged, conditions) if judged.status == "ok" else judged
+    except Exception as error:
+        return contest.failure(error, conditions.device)
+
+
+def _unsupported(case: Case, provider: Provider, device: torch.device) -> str | None:
+    owner = BASELINE if case.workload == "copy" else OURS
+    if provider.name != owner:
+        return f"{case.workload} is a pass of {owner}"
+    if case.mode != "infer" or case.dtype not in ("fp32", "bf16", "fp16"):
+        return "a pass alone is mode infer in fp32, bf16 or fp16"
+    return provider.unavailable(case, device)
+
+
+def _section(case: Case) -> Case:
+    return make_case(
+        "sk_fuse_select",
+        "train",
+        dtype=case.dtype,
+        layout=case.layout,
+        M=case.M,
+        batch=case.B,
+        resolution=case.resolution,
+        stage=case.stage,
+    )
+
+
+@functools.cache
+def _judged(section: Case, conditions: Conditions) -> Result:
+    """Judges ``section`` once for all of its passes."""
+    return contest.judge_case(section, (PROVIDERS[OURS],), conditions)[OURS]
+
+
+def _timed(case: Case, judged: Result, conditions: Conditions) -> Result:
+    run, needed = pass_of(case, conditions.device)
+    with torch.no_grad():
+        times = measure.interleaved(
+            {case.workload: run},
+            lambda name: nullcontext(),
+            conditions.device,
+            conditions.seconds,
+            conditions.rounds,
+        )[case.workload]
+    return contest.streamed(contest.timed(judged, times), needed, conditions.device)
+
+
+def pass_of(case: Case, device: torch.device) -> tuple[measure.Run, int]:
+    """Returns what carries the pass out on new tensors, and the bytes that it reads and writes."""
+    shape, dtype = (case.B, case.C, case.H * case.W), DTYPE_OF[case.dtype]
+    if case.workload == "copy":
+        source = torch.ones(shape, dtype=dtype, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source), 2 * source.nbytes
+    # Here, since it imports triton, which only a kernel needs.
+    from perf.static.specialisations import streaming_launch
+
+    launch = streaming_launch(
+        STAGE_OF[case.workload], case.M, LAYOUT_OF[case.layout], dtype, shape, device
+    )
+    tensors = [x for x in tree_leaves(dict(launch.arguments)) if isinstance(x, Tensor)]
+    for x in tensors:
+        x.uniform_(0.5, 1.5)
+    full_size = [x.nbytes for x in tensors if x.numel() == case.B * case.C * case.H * case.W]
+    return launch.run, sum(full_size)

@@ -1,0 +1,440 @@
+"""The structures of published modules. The formulas are those of the papers.
+
+The file holds no code of the packages it names, and needs none of them installed.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sknet_triton.acceleration.family import Family, register_built_in
+from sknet_triton.layers import section
+from sknet_triton.layers.section import NORMS, Block, Section
+
+# What an example is made of: a batch that batch norms can take, and sides that are not alike.
+BATCH, HEIGHT, WIDTH = 4, 5, 4
+
+
+def has(module: nn.Module, *names: str) -> bool:
+    """Tells whether ``module`` has a child or attribute of each name, and not one it wraps."""
+    return all(name in module._modules or name in vars(module) for name in names)
+
+
+def first_conv(module: nn.Module) -> nn.Conv2d:
+    """Returns the first convolution inside ``module``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            return child
+    raise ValueError(f"{type(module).__name__} holds no Conv2d")
+
+
+def images(channels: int) -> Tensor:
+    """Returns random images [BATCH, channels, HEIGHT, WIDTH] in float64."""
+    return torch.randn(BATCH, channels, HEIGHT, WIDTH, dtype=torch.float64)
+
+
+def conv_norm_relu(*parts: nn.Module) -> Block | None:
+    """Returns the one convolution, batch norm and ReLU inside ``parts``; None for anything else.
+
+    The norm may hold the ReLU. Their order is not asked: `check` compares the results.
+    """
+    modules = [m for part in parts for m in part.modules()]
+    convs = [m for m in modules if type(m) is nn.Conv2d]
+    norms = [m for m in modules if isinstance(m, NORMS)]
+    relus = [m for m in modules if type(m) is nn.ReLU]
+    leaves = [m for m in modules if not (list(m.children()) or isinstance(m, nn.Identity))]
+    others = [m for m in leaves if m not in (*convs, *norms, *relus)]
+    if [len(convs), len(norms), len(relus), len(others)] != [1, 1, 1, 0]:
+        return None
+    return Block(convs[0], norms[0], tuple(m for m in modules if m is not convs[0]))
+
+
+def unpooled(pooled: Tensor) -> Tensor:
+    """Views [B, C] as maps [B, C, 1, 1]."""
+    return pooled[:, :, None, None]
+
+
+def branch_major(wide: Tensor, M: int) -> Tensor:
+    """Views logits [B, M * C, ...] of one position as [B, M, C]."""
+    return wide.reshape(wide.shape[0], M, -1)
+
+
+def through_rows(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Calls modules on rows [B, C], seen as maps of one position, one after the other.
+
+    A plain 1x1 convolution is carried out as the matrix product that it is: as a convolution it
+    makes Inductor copy the maps around it into channels_last.
+    """
+    for module in modules:
+        if isinstance(module, nn.Conv2d) and section.is_linear(module):
+            x = F.linear(x, module.weight.flatten(1), module.bias)
+        else:
+            x = module(unpooled(x)).flatten(1)
+    return x
+
+
+def through(modules: Sequence[Any], x: Tensor) -> Tensor:
+    """Calls modules one after the other."""
+    for module in modules:
+        x = module(x)
+    return x
+
+
+# timm's SelectiveKernel (timm/layers/selective_kernel.py): ``paths`` and ``attn``.
+
+
+def _is_timm(module: Any) -> bool:
+    return has(module, "paths", "attn", "num_paths", "split_input") and has(
+        module.attn, "fc_reduce", "bn", "act", "fc_select"
+    )
+
+
+def _timm_inputs(module: Any, x: Tensor) -> Sequence[Tensor]:
+    if module.split_input:
+        return x.chunk(module.num_paths, 1)
+    return [x] * module.num_paths
+
+
+def _timm_maps(module: Any, x: Tensor) -> list[Tensor]:
+    return [path(part) for path, part in zip(module.paths, _timm_inputs(module, x), strict=True)]
+
+
+def _timm_logits(module: Any, pooled: Tensor) -> Tensor:
+    attn = module.attn
+    wide = through((attn.fc_reduce, attn.bn, attn.act, attn.fc_select), unpooled(pooled))
+    return branch_major(wide, module.num_paths)
+
+
+def _timm_section(module: Any) -> Section | None:
+    attn = module.attn
+    fc1 = conv_norm_relu(attn.fc_reduce, attn.bn, attn.act)
+    return section.plain([conv_norm_relu(path) for path in module.paths], fc1, attn.fc_select)
+
+
+def _timm_example(module: Any) -> tuple[Tensor]:
+    return (images(module.in_channels),)
+
+
+TIMM = Family(
+    name="timm SelectiveKernel",
+    recognises=_is_timm,
+    maps=_timm_maps,
+    logits=_timm_logits,
+    example=_timm_example,
+    section=_timm_section,
+    branch_inputs=_timm_inputs,
+)
+
+
+# The SKConv of the common ports and of pytorchcv.
+#
+# The branches are a list of convolution, norm and ReLU; the MLP is ``fc1`` and one ``fc2``, or
+# ``fc`` and a head a branch in ``fcs`` or ``fc2``, of 1x1 convolutions or of linear layers.
+
+_PORT_BRANCHES = ("branches", "convs", "conv")
+_PORT_FC1 = ("fc1", "fc")
+_PORT_FC2 = ("fcs", "fc2")
+
+
+def _first_child(module: Any, names: Sequence[str]) -> Any:
+    return next((getattr(module, name) for name in names if has(module, name)), None)
+
+
+def _port_branches(module: Any) -> list[nn.Module] | None:
+    """The branches in a ModuleList, or in a Sequential that runs its children side by side."""
+    held = _first_child(module, _PORT_BRANCHES)
+    side_by_side = isinstance(held, nn.Sequential) and type(held) is not nn.Sequential
+    return list(held) if isinstance(held, nn.ModuleList) or side_by_side else None
+
+
+def _is_port(module: nn.Module) -> bool:
+    branches, first, second = (
+        _port_branches(module),
+        _first_child(module, _PORT_FC1),
+        _first_child(module, _PORT_FC2),
+    )
+    return bool(branches) and first is not None and second is not None
+
+
+def _port_maps(module: Any, x: Tensor) -> list[Tensor]:
+    return [branch(x) for branch in _port_branches(module) or ()]
+
+
+def _port_logits(module: Any, pooled: Tensor) -> Tensor:
+    first, second = _first_child(module, _PORT_FC1), _first_child(module, _PORT_FC2)
+    z = first(pooled if _takes_rows(first) else unpooled(pooled))
+    if isinstance(second, nn.ModuleList):
+        return torch.stack([_port_row(head, z) for head in second], 1)
+    return branch_major(_port_row(second, z), len(_port_branches(module) or ()))
+
+
+def _port_row(head: nn.Module, z: Tensor) -> Tensor:
+    if _takes_rows(head):
+        return head(z.flatten(1)).flatten(1)  # type: ignore[no-any-return]  # a module's output
+    return head(z if z.dim() == 4 else unpooled(z)).flatten(1)  # type: ignore[no-any-return]  # likewise
+
+
+def _takes_rows(module: nn.Module) -> bool:
+    kinds = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return bool(kinds) and isinstance(kinds[0], nn.Linear)
+
+
+def _port_section(module: Any) -> Section | None:
+    second = _first_child(module, _PORT_FC2)
+    blocks = [conv_norm_relu(branch) for branch in _port_branches(module) or ()]
+    return section.plain(blocks, conv_norm_relu(_first_child(module, _PORT_FC1)), second)
+
+
+def _port_example(module: Any) -> tuple[Tensor]:
+    return (images(first_conv(module).in_channels),)
+
+
+PORTS = Family(
+    name="SKConv of the common ports",
+    recognises=_is_port,
+    maps=_port_maps,
+    logits=_port_logits,
+    example=_port_example,
+    section=_port_section,
+)
+
+
+# ResNeSt's split attention: SplAtConv2d (resnest) and SplitAttn (timm/layers/split_attn.py).
+#
+# One grouped convolution makes the branches, radix-major in its channels. The logits come grouped
+# by cardinality: [B, cardinality, radix, C / cardinality]. At radix 1 the softmax is a sigmoid.
+
+
+# In the order that they are called, as far as a module has them.
+_RESNEST_CONV = ("conv", "bn0", "drop", "dropblock", "act0", "relu")
+_RESNEST_MLP = ("fc1", "bn1", "act1", "relu", "fc2")
+
+
+def _is_split_attention(module: nn.Module) -> bool:
+    return has(module, "conv", "fc1", "fc2", "rsoftmax", "radix")
+
+
+def _is_resnest(module: Any) -> bool:
+    return _is_split_attention(module) and module.radix > 1
+
+
+def _is_resnest_radix_1(module: Any) -> bool:
+    return _is_split_attention(module) and module.radix == 1
+
+
+def _present(module: Any, names: tuple[str, ...]) -> list[nn.Module]:
+    children = dict(module.named_children())
+    return [children[name] for name in names if name in children]
+
+
+def _resnest_maps(module: Any, x: Tensor) -> list[Tensor]:
+    return list(through(_present(module, _RESNEST_CONV), x).chunk(module.radix, 1))
+
+
+def _resnest_logits(module: Any, pooled: Tensor) -> Tensor:
+    wide = through(_present(module, _RESNEST_MLP), unpooled(pooled))
+    cardinality = module.fc2.groups
+    grouped = wide.reshape(wide.shape[0], cardinality, module.radix, -1)
+    return grouped.transpose(1, 2).flatten(2)
+
+
+def _resnest_example(module: Any) -> tuple[Tensor]:
+    return (images(module.conv.in_channels),)
+
+
+SPLIT_ATTENTION = Family(
+    name="ResNeSt split attention",
+    recognises=_is_resnest,
+    maps=_resnest_maps,
+    logits=_resnest_logits,
+    example=_resnest_example,
+)
+SPLIT_ATTENTION_RADIX_1 = replace(
+    SPLIT_ATTENTION,
+    name="ResNeSt split attention, radix 1",
+    recognises=_is_resnest_radix_1,
+    activation="sigmoid",
+)
+
+
+# Feature fusion: MIRNet's SKFF (v1 and v2) and the SKFusion of DehazeFormer and gUNet.
+#
+# The branches are given: a list of maps [B, C, H, W]. The MLP has no norm.
+
+
+def _given_maps(module: Any, branches: Sequence[Tensor]) -> Sequence[Tensor]:
+    return branches
+
+
+def _fusion_example(module: Any) -> tuple[list[Tensor]]:
+    channels = first_conv(module).in_channels
+    return ([images(channels) for _ in range(module.height)],)
+
+
+def _is_skff(module: nn.Module) -> bool:
+    return has(module, "height", "conv_du", "fcs")
+
+
+def _skff_logits(module: Any, pooled: Tensor) -> Tensor:
+    z = through_rows(module.conv_du, pooled)
+    return torch.stack([through_rows([head], z) for head in module.fcs], 1)
+
+
+def _is_sk_fusion(module: nn.Module) -> bool:
+    return has(module, "height", "mlp")
+
+
+def _sk_fusion_logits(module: Any, pooled: Tensor) -> Tensor:
+    # gUNet's mlp begins with the pooling, which leaves one position as it is.
+    return branch_major(through_rows(module.mlp, pooled), module.height)
+
+
+MIRNET_SKFF = Family(
+    name="MIRNet SKFF",
+    recognises=_is_skff,
+    maps=_given_maps,
+    logits=_skff_logits,
+    example=_fusion_example,
+)
+SK_FUSION = Family(
+    name="DehazeFormer SKFusion",
+    recognises=_is_sk_fusion,
+    maps=_given_maps,
+    logits=_sk_fusion_logits,
+    example=_fusion_example,
+)
+
+
+# SimCLRv2's SK convolution (google-research/simclr and its PyTorch port).
+#
+# ``main_conv`` makes both branches at once, [B, 2 * C, H, W]; ``mixing_conv`` is the MLP.
+
+_SIMCLR_M = 2
+
+
+def _is_simclr(module: nn.Module) -> bool:
+    return has(module, "main_conv", "mixing_conv")
+
+
+def _simclr_maps(module: Any, x: Tensor) -> list[Tensor]:
+    return list(module.main_conv(x).chunk(_SIMCLR_M, 1))
+
+
+def _simclr_logits(module: Any, pooled: Tensor) -> Tensor:
+    return branch_major(module.mixing_conv(unpooled(pooled)), _SIMCLR_M)
+
+
+def _simclr_example(module: Any) -> tuple[Tensor]:
+    return (images(first_conv(module.main_conv).in_channels),)
+
+
+SIMCLR = Family(
+    name="SimCLRv2 SK convolution",
+    recognises=_is_simclr,
+    maps=_simclr_maps,
+    logits=_simclr_logits,
+    example=_simclr_example,
+)
+
+
+# The reweighting of three spatial mixers: CycleMLP and Vision Permutator, on maps [B, H, W, C].
+#
+# ``reweight`` gives logits [B, C, 3]; ``proj`` and ``proj_drop`` follow.
+
+_MIXERS = 3
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1)
+
+
+def _reweight_logits(module: Any, pooled: Tensor) -> Tensor:
+    wide: Tensor = module.reweight(pooled)
+    return wide.reshape(*pooled.shape, _MIXERS).transpose(1, 2)
+
+
+def _reweight_finish(module: Any, out: Tensor) -> Tensor:
+    mixed: Tensor = module.proj_drop(module.proj(_channels_last(out)))
+    return mixed
+
+
+def _is_cycle_mlp(module: nn.Module) -> bool:
+    return has(module, "mlp_c", "sfc_h", "sfc_w", "reweight", "proj", "proj_drop")
+
+
+def _cycle_maps(module: Any, x: Tensor) -> list[Tensor]:
+    maps = _channels_first(x)
+    return [module.sfc_h(maps), module.sfc_w(maps), _channels_first(module.mlp_c(x))]
+
+
+def _is_permutator(module: nn.Module) -> bool:
+    names = ("mlp_c", "mlp_h", "mlp_w", "segment_dim", "reweight", "proj", "proj_drop")
+    return has(module, *names)
+
+
+def _permutator_maps(module: Any, x: Tensor) -> list[Tensor]:
+    B, H, W, C = x.shape
+    segments = x.reshape(B, H, W, module.segment_dim, -1)
+    # A linear layer over height and the channels of a segment; then the same over width.
+    tall = segments.permute(0, 3, 2, 1, 4)
+    h = module.mlp_h(tall.reshape(B, module.segment_dim, W, -1))
+    h = h.reshape(tall.shape).permute(0, 3, 2, 1, 4).reshape(B, H, W, C)
+    broad = segments.permute(0, 1, 3, 2, 4)
+    w = module.mlp_w(broad.reshape(B, H, module.segment_dim, -1))
+    w = w.reshape(broad.shape).permute(0, 1, 3, 2, 4).reshape(B, H, W, C)
+    return [_channels_first(part) for part in (h, w, module.mlp_c(x))]
+
+
+def _cycle_example(module: Any) -> tuple[Tensor]:
+    return (_maps_of(module, HEIGHT),)
+
+
+def _permutator_example(module: Any) -> tuple[Tensor]:
+    # mlp_h maps height * (C / segments) numbers, and segments equals height.
+    return (_maps_of(module, module.segment_dim),)
+
+
+def _maps_of(module: Any, side: int) -> Tensor:
+    return torch.randn(BATCH, side, side, module.mlp_c.in_features, dtype=torch.float64)
+
+
+CYCLE_MLP = Family(
+    name="CycleMLP reweighting",
+    recognises=_is_cycle_mlp,
+    maps=_cycle_maps,
+    logits=_reweight_logits,
+    example=_cycle_example,
+    finish=_reweight_finish,
+)
+VISION_PERMUTATOR = Family(
+    name="Vision Permutator reweighting",
+    recognises=_is_permutator,
+    maps=_permutator_maps,
+    logits=_reweight_logits,
+    example=_permutator_example,
+    finish=_reweight_finish,
+)
+
+register_built_in(
+    TIMM,
+    PORTS,
+    SPLIT_ATTENTION,
+    SPLIT_ATTENTION_RADIX_1,
+    MIRNET_SKFF,
+    SK_FUSION,
+    SIMCLR,
+    CYCLE_MLP,
+    VISION_PERMUTATOR,
+)

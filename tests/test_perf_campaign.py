@@ -1,0 +1,273 @@
+"""The campaign: its plan, its time, and what it leaves behind wherever it is cut."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from perf.__main__ import main
+from perf.commands import campaign as command
+from perf.commands.campaign import GRACE, plan
+from perf.rows import schema
+from perf.rows.cases import make_case
+from perf.sweep import campaign, passes
+from perf.sweep.campaign import LEAST, Part, parts, share
+from perf.sweep.contest import BudgetSpentError, Conditions, measure_case
+from perf.sweep.presets import CHECKS, PRESETS, jobs
+from perf.sweep.providers import PROVIDERS, Provider
+from perf.sweep.steps import Step
+from tests.helpers import ROOT
+
+CPU = torch.device("cpu")
+CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=1)
+
+
+def python(code: str, seconds: float = 60.0) -> Part:
+    return Part("part", "runs a line", (sys.executable, "-c", code), seconds, rows=False)
+
+
+# The plan
+
+
+def test_the_plan_is_printed_and_nothing_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["campaign", "--minutes", "20", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    names = [part.name for part in parts()]
+    assert names[:3] == ["environment", "copy", "checks"]
+    for name in names:
+        assert f"\n{name} " in printed
+    assert printed.splitlines()[-1].split() == ["together", *printed.split()[-2:]]
+    assert printed.split()[-1] == "20.0"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sanitizer_is_a_part_where_it_is_installed() -> None:
+    without = parts(which=lambda name: None)
+    found = parts(which=lambda name: f"/opt/{name}")
+    (watched,) = [part for part in found if part not in without]
+    assert watched.command[0] == "/opt/compute-sanitizer"
+    assert watched.command[-1] == "check"
+    assert watched.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert found.index(watched) == 3
+
+
+def test_twenty_cases_are_checked() -> None:
+    chosen = jobs(CHECKS, seed=0)
+    assert len(chosen) == 20
+    assert {job.case.dtype for job in chosen} == {"fp32", "bf16", "fp16", "autocast"}
+    assert {job.case.layout for job in chosen} == {"nchw", "channels_last"}
+    assert {job.case.M for job in chosen} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("minutes", [1, 5, 15, 30, 120])
+def test_shares_fill_the_time_and_no_more(minutes: int) -> None:
+    planned = parts()
+    left = 60.0 * minutes
+    for i, part in enumerate(planned):
+        seconds = share(left, part, planned[i + 1 :])
+        assert seconds == 0 or seconds >= LEAST
+        left -= seconds
+    assert -1e-6 < left < LEAST
+    assert len(plan(planned, 60 * minutes).splitlines()) == len(planned) + 2
+
+
+def test_every_preset_of_a_part_can_be_estimated() -> None:
+    for part in parts():
+        assert 0 < part.seconds < 20 * 60
+    assert {"plain-compile", "timm-sk-compile", "timm-se-compile", "port-compile"} <= {
+        name for job in jobs(PRESETS["gpu-network"].grids, 0) for name in job.providers
+    }
+
+
+# Its time
+
+
+def run(out: Path, *planned: Part, minutes: float, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(command, "parts", lambda: planned)
+    monkeypatch.setattr(command, "GRACE", 0.5)
+    monkeypatch.setattr(campaign, "LEAST", 0.5)
+    return main(["campaign", "--device", "cpu", "--minutes", str(minutes), "--out", str(out)])
+
+
+def test_a_part_that_hangs_costs_its_own_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touched = tmp_path / "touched"
+    deaf = python(
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(99)"
+    )
+    last = python(f"open({str(touched)!r}, 'w')", seconds=120.0)
+    start = time.perf_counter()
+    assert run(tmp_path / "a.csv", deaf, last, minutes=0.2, monkeypatch=monkeypatch) == 0
+    assert time.perf_counter() - start < 12
+    assert touched.exists()
+    assert "part: cut off after" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_is_said_and_the_rest_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = python("import sys; sys.exit('no device')")
+    fine = python("import perf, sknet_kernels; print('found')")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert run(tmp_path / "a.csv", failing, fine, minutes=1, monkeypatch=monkeypatch) == 1
+    printed = capsys.readouterr().out
+    assert "ended with 1 after" in printed
+    assert "ended with 0 after" in printed
+    log = (tmp_path / "a.log").read_text()
+    assert "no device" in log
+    assert "found" in log
+
+
+def test_what_a_part_has_started_ends_with_the_campaign(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    script = (
+        "import sys; from perf.commands import campaign; from perf.sweep.campaign import Part; "
+        f"part = Part('part', '', (sys.executable, '-c', {code!r}), 60.0, rows=False); "
+        "campaign.parts = lambda: (part,); from perf.__main__ import main; "
+        f"sys.exit(main(['campaign', '--device', 'cpu', '--out', {str(tmp_path / 'a.csv')!r}]))"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path
+    )
+    while not pid.exists() or not pid.read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == command.TERMINATED
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_a_part_that_appends_rows_gets_a_budget_below_its_time() -> None:
+    args = argparse.Namespace(out=Path("a.csv"), device="cuda")
+    swept = next(part for part in parts() if part.name == "section")
+    line = command.command(swept, args, 100.0)
+    assert line[-5:] == ("--out", "a.csv", "--resume", "--budget", f"{100 - 2 * GRACE:.0f}")
+    args.device = "cpu"
+    assert command.command(swept, args, 100.0)[-6:] == (
+        *("--device", "cpu"),
+        *command.REHEARSAL,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "nowhere/a.csv"], "nowhere/a.csv cannot be written"),
+        (["--out", "there.csv"], "exists; go on with it by --resume"),
+        (["--minutes", "0"], "not a positive number of minutes"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.csv").touch()
+    with pytest.raises(SystemExit) as exited:
+        main(["campaign", "--device", "cpu", *arguments])
+    assert exited.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_short_campaign_on_a_processor_ends_in_time_with_a_readable_report(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "a.csv"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    start = time.perf_counter()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "perf", "campaign"),
+            *("--device", "cpu", "--minutes", "2", "--out", str(out)),
+        ],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert time.perf_counter() - start < 130
+    rows = schema.read(out)
+    assert (rows[rows.status == "ok"].workload == "copy").any()
+    assert set(rows.status) <= {"ok", "unsupported"}
+
+
+# A budget that is spent in the middle of a case
+
+
+def test_providers_that_are_ready_are_timed_when_the_budget_is_spent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared = Provider.prepared
+
+    def spent(self: Provider, step: Step) -> object:
+        if self.source == "ours":
+            raise BudgetSpentError
+        return prepared(self, step)
+
+    monkeypatch.setattr(Provider, "prepared", spent)
+    case = make_case("sk_fuse", "infer", batch=2, resolution=32)
+    providers = (PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"])
+    results = measure_case(case, providers, CONDITIONS)
+    assert list(results) == ["plain-eager"]
+    assert results["plain-eager"].ms_p50 is not None
+
+
+# Passes
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("workload", ["moments", "fuse", "select", "sums", "dx"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_a_pass_is_the_kernels_launch_and_moves_what_it_counts(workload: str, layout: str) -> None:
+    from perf.static.bytes import counted_bytes
+
+    case = make_case(workload, "infer", layout=layout, batch=2, resolution=32)  # type: ignore[arg-type]
+    run_pass, needed = passes.pass_of(case, CPU)
+    with counted_bytes() as count:
+        run_pass()
+    assert needed <= count.read + count.written < 1.6 * needed
+
+
+def test_a_copy_reads_and_writes() -> None:
+    case = make_case("copy", "infer", batch=2, resolution=32)
+    _, needed = passes.pass_of(case, CPU)
+    assert needed == 2 * 4 * 2 * case.C * case.H * case.W
+    result = passes.measure_pass(case, (PROVIDERS["plain-eager"],), CONDITIONS)["plain-eager"]
+    assert result.status == "ok"
+    assert result.gbps is not None
+    assert result.pct_copy is not None
+
+
+def test_a_pass_belongs_to_one_provider() -> None:
+    case = make_case("moments", "infer", batch=2, resolution=32)
+    results = passes.measure_pass(
+        case, (PROVIDERS["plain-eager"], PROVIDERS["ours-triton-eager"]), CONDITIONS
+    )
+    assert {result.status for result in results.values()} == {"unsupported"}
+    assert results["plain-eager"].reason == "moments is a pass of ours-triton-eager"
+
+
+def test_check_says_who_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 20
+    assert all(line.startswith("unsupported") for line in lines)

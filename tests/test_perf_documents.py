@@ -1,0 +1,88 @@
+"""The tables of the READMEs say what the committed reports say, and publish makes them say it."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from perf.__main__ import main
+from perf.report.documents import REPORTS, TABLES, Table, published
+from perf.rows import env
+from tests.helpers import ROOT
+
+# Between markers, but not from a report.
+OTHERS = {"test-command", "versions"}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with nothing but the documents and their reports."""
+    for name in {table.document for table in TABLES} | {f"{REPORTS}/{t.report}" for t in TABLES}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(env, "CHECKOUT", tmp_path)
+    return tmp_path
+
+
+def test_documents_show_what_the_committed_reports_say() -> None:
+    for path, text in published(ROOT).items():
+        assert path.read_text() == text, "python -m perf publish writes it"
+
+
+def test_every_table_between_markers_is_published() -> None:
+    documents = [path for path in ROOT.rglob("*.md") if ".venv" not in str(path)]
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for path in documents
+        for name in re.findall(r"<!-- ([\w-]+): begin -->", path.read_text())
+        if name not in OTHERS
+    }
+    assert found == {(table.document, table.name) for table in TABLES}
+
+
+def test_publish_puts_a_wrong_cell_right_and_leaves_the_rest(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["publish"]) == 0
+    assert capsys.readouterr().out == ""
+    for name in {table.document for table in TABLES}:
+        document = checkout / name
+        right = document.read_text()
+        before, marker, rest = right.rpartition(": begin -->\n")
+        document.write_text(f"{before}{marker}{rest.replace('1', '2', 1)}| gone |\n")
+        assert main(["publish"]) == 0
+        assert capsys.readouterr().out == f"{name}\n"
+        assert document.read_text() == f"{right}| gone |\n"
+
+
+@pytest.mark.parametrize("side", ["begin", "end"])
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_markers_stand_once_and_in_order(
+    table: Table, side: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, document = table.name, checkout / table.document
+    text, marker = document.read_text(), f"<!-- {name}: {side} -->\n"
+    for wrong in (text.replace(marker, ""), text + marker, text.replace(marker, marker * 2)):
+        document.write_text(wrong)
+        with pytest.raises(SystemExit) as stopped:
+            main(["publish"])
+        assert stopped.value.code == 2
+        assert f"{table.document}: expected" in capsys.readouterr().err
+        assert document.read_text() == wrong
+
+
+def test_report_that_lacks_a_row_is_named(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for table, marked in ((TABLES[1], "ours-triton-eager"), (TABLES[2], "mirnet_skff")):
+        report = checkout / REPORTS / table.report
+        whole = report.read_text()
+        report.write_text("".join(s for s in whole.splitlines(keepends=True) if marked not in s))
+        with pytest.raises(SystemExit) as stopped:
+            main(["publish"])
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert f"{table.report}: no row of" in said
+        assert marked in said
+        report.write_text(whole)

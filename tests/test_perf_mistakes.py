@@ -1,0 +1,321 @@
+"""Every mistake of a user is one line and exit status 2, before anything is measured or written."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from perf.__main__ import SOFTWARE_ERROR, main
+from perf.sweep import ranks
+from tests.helpers import ROOT
+from tests.sweeps import make_up
+
+TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
+REPORTS = ROOT / "perf" / "reports"
+REPORT = REPORTS / "perf-op-train-compiled-cpu-torch2.13.0.csv"
+TRAFFIC = REPORTS / "traffic-cpu-torch2.13.0.csv"
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to stand in, with a file, a folder, a pipe and links to nowhere in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.csv").write_text("mine\n")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling.csv").symlink_to("gone/away.csv")
+    (tmp_path / "circle.csv").symlink_to("circle.csv")
+    return tmp_path
+
+
+def state(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Runs a command that is to be refused, and returns its one line."""
+    made_up = make_up(monkeypatch)
+
+    def run(*arguments: str) -> str:
+        before = state(folder)
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        captured = capsys.readouterr()
+        assert stopped.value.code == 2
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert made_up.asked == []
+        assert state(folder) == before
+        return captured.err
+
+    return run
+
+
+OUTS = {
+    "folder": "folder is a folder",
+    ".": ". is a folder",
+    "": ". is a folder",
+    "..": ".. is a folder",
+    "/": "/ is a folder",
+    "folder/": "folder is a folder",
+    "nowhere/a.csv": "No such file or directory",
+    "file.csv/a.csv": "Not a directory",
+    "file.csv": "file.csv exists",
+    "dangling.csv": "dangling.csv exists",
+    "circle.csv": "circle.csv exists",
+    "/proc/a.csv": "/proc/a.csv cannot be written",
+    "/dev/null": "/dev/null exists",
+    "pipe": "pipe exists",
+    "x" * 300: "File name too long",
+}
+RESUMED = {
+    **OUTS,
+    "file.csv": "file.csv:1: not the columns of this version",
+    "dangling.csv": "No such file or directory",
+    "circle.csv": "Too many levels of symbolic links",
+    "/dev/null": "/dev/null is no regular file",
+    "pipe": "pipe is no regular file",
+}
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_run_says_where_it_cannot_write(out: str, refused: Refused) -> None:
+    assert OUTS[out] in refused("run", "--level", "op", f"--out={out}")
+    assert RESUMED[out] in refused("run", "--level", "op", f"--out={out}", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--seed", str(2**63)],
+            "'9223372036854775808' is not a whole number from 0 to 4,294,967,295",
+        ),
+        (["--seed", "-1"], "'-1' is not a whole number from 0"),
+        (["--seed", "1.5"], "'1.5' is not a whole number"),
+        (["--seed", "9" * 5000], "is not a whole number from 0"),
+        (["--threads", "0"], "'0' is not a whole number from 1"),
+        (["--threads", str(10**12)], "is not a whole number from 1 to"),
+        (["--batch", "1:1000000000:1"], "'1000000000' is not a whole number from 1 to"),
+        (["--batch", "1:1000000:1"], "--batch: 1,000,000 values"),
+        (["--resolution", "1:1000000:1"], "--resolution: 1,000,000 values"),
+        (["--branches", "1:1000000:1"], "--branches: 1,000,000 values"),
+        (["--batch", *["1:20000:1"] * 5], "--batch: 100,000 values"),
+        (
+            ["--batch", "1:900:1", "--resolution", "1:900:1"],
+            "cases are more than the 10,000 of a sweep",
+        ),
+        (["--batch", "1:2:0"], "'0' is not a whole number from 1"),
+        (["--batch", "1:2"], "'1:2' is neither a positive number nor a range"),
+        (["--batch", "1:2:3:4"], "is neither a positive number nor a range"),
+        (["--batch", "٣x"], "is neither a positive number nor a range"),
+        (["--batch", ""], "'' is neither a positive number nor a range"),
+        (["--batch", "1e3"], "'1e3' is neither"),
+        (["--batch", "9" * 5000], "is not a whole number from 1 to"),
+        (["--budget", "nan"], "'nan' is not a positive number of seconds"),
+        (["--budget", "inf"], "'inf' is not a positive number of seconds"),
+        (["--budget", "1e300"], "'1e300' is not a positive number of seconds"),
+        (["--budget", "soon"], "'soon' is not a positive number of seconds"),
+        (["--stage", "0"], "invalid choice: 0"),
+        (["--stage", "one"], "invalid int value"),
+        (["--provider"], "expected at least one argument"),
+        (["--provider", "eager"], "invalid choice: 'eager'"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--what"], "unrecognized arguments: --what"),
+        (["--new\nline"], "unrecognized arguments: --new\\nline"),
+    ],
+)
+def test_run_says_what_it_cannot_take(arguments: list[str], said: str, refused: Refused) -> None:
+    assert said in refused("run", "--level", "op", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "one"}, "RANK: expected a whole number, got 'one'"),
+        ({"RANK": "-1"}, "RANK: expected a whole number, got '-1'"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK: expected a whole number, got ''"),
+        ({"WORLD_SIZE": "0"}, "RANK: expected less than WORLD_SIZE, which is 0, got 0"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2"},
+            "RANK: expected less than WORLD_SIZE, which is 2, got 2",
+        ),
+        ({"LOCAL_RANK": "0x1"}, "LOCAL_RANK: expected a whole number, got '0x1'"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "rank 1 of 2 (RANK, WORLD_SIZE) met no others"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+            "rank 0 of 2 (RANK, WORLD_SIZE) met no others",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "port"},
+            "rank 0 of 2 (RANK, WORLD_SIZE) met no others",
+        ),
+    ],
+)
+def test_ranks_that_are_none_and_ranks_that_never_come(
+    environment: dict[str, str], said: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=1))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert said in refused("run", "--level", "op", "--out", "a.csv")
+
+
+def test_a_minute_is_the_patience() -> None:
+    assert timedelta(minutes=1) == ranks.PATIENCE
+
+
+# Reports that are damaged
+
+
+def damaged(change: Callable[[list[bytes]], object], source: Path = REPORT) -> bytes:
+    """Returns the bytes of a report after ``change`` of its lines, which keep their breaks."""
+    lines = source.read_bytes().splitlines(keepends=True)
+    change(lines)
+    return b"".join(lines)
+
+
+def field(lines: list[bytes], column: str, text: str, line: int = 3) -> None:
+    header = lines[0].decode().rstrip("\n").split(",")
+    cells = lines[line - 1].rstrip(b"\n").split(b",")
+    assert len(cells) == len(header)
+    cells[header.index(column)] = text.encode()
+    lines[line - 1] = b",".join(cells) + b"\n"
+
+
+WHOLE = REPORT.read_bytes()
+DAMAGES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", ":1: the file is empty"),
+    "UTF-16": (WHOLE.decode().encode("utf-16"), ":1: not UTF-8"),
+    "UTF-16 without mark": (WHOLE.decode().encode("utf-16-le"), ":1: not the columns"),
+    "UTF-8 with mark": (b"\xef\xbb\xbf" + WHOLE, ":1: not the columns"),
+    "compressed": (b"\x1f\x8b\x08\x00" + bytes(range(256)), ":1: not UTF-8"),
+    "zeros": (bytes(100), ":1: the line is cut off"),
+    "text": (b"no report\n", ":1: not the columns"),
+    "cut in the header": (WHOLE[:20], ":1: the line is cut off"),
+    "cut in the middle": (WHOLE[: len(WHOLE) // 2], ": the line is cut off"),
+    "cut by a byte": (WHOLE[:-1], ": the line is cut off"),
+    "cut and gone on": (damaged(lambda s: s.__setitem__(2, s[2][:40] + s[3])), ":3: expected"),
+    "missing field": (damaged(lambda s: s.__setitem__(2, s[2].partition(b",")[2])), ":3: expected"),
+    "further field": (damaged(lambda s: s.__setitem__(2, b"x," + s[2])), ":3: expected"),
+    "empty line": (damaged(lambda s: s.insert(2, b"\n")), ":3: expected"),
+    "twice the header": (damaged(lambda s: s.insert(2, s[0])), ":3: level: expected one of"),
+    "twice a row": (damaged(lambda s: s.insert(3, s[1])), ":4: the same key as in line 2"),
+    "decimal comma": (damaged(lambda s: field(s, "ms_p50", "1,5")), ":3: expected"),
+    "quoted decimal comma": (
+        damaged(lambda s: field(s, "ms_p50", '"1,5"')),
+        ":3: ms_p50: expected a number, got '1,5'",
+    ),
+    "unit": (damaged(lambda s: field(s, "ms_p50", "1.5 ms")), ":3: ms_p50: expected a number"),
+    "missing time": (damaged(lambda s: field(s, "ms_p50", "")), ":3: ms_p50: expected a time"),
+    "missing spread": (damaged(lambda s: field(s, "ms_p20", "")), ":3: ms_p20: expected a time"),
+    "time of NaN": (damaged(lambda s: field(s, "ms_p50", "nan")), ":3: ms_p50: expected a time"),
+    "infinite time": (damaged(lambda s: field(s, "ms_p80", "inf")), ":3: ms_p80: expected a time"),
+    "time below zero": (damaged(lambda s: field(s, "ms_p50", "-1")), ":3: ms_p50: expected a time"),
+    "no time": (damaged(lambda s: field(s, "ms_p50", "0")), ":3: ms_p50: expected a time"),
+    "fraction": (damaged(lambda s: field(s, "B", "8.0")), ":3: B: expected a whole number"),
+    "65 bits": (damaged(lambda s: field(s, "B", "9" * 20)), ":3: B: expected a whole number"),
+    "no size": (damaged(lambda s: field(s, "B", "")), ":3: B: expected a whole number"),
+    "no truth": (damaged(lambda s: field(s, "git_dirty", "0")), ":3: git_dirty: expected True or"),
+    "other status": (damaged(lambda s: field(s, "status", "fine")), ":3: status: expected one of"),
+    "other level": (damaged(lambda s: field(s, "level", "../x")), ":3: level: expected one of"),
+    "other provider": (damaged(lambda s: field(s, "provider", "eager")), ":3: provider: expected"),
+    "quote": (damaged(lambda s: s.__setitem__(2, b'"' + s[2])), ":3: "),
+    "quote inside": (damaged(lambda s: field(s, "gpu", '"a"b')), ":3: "),
+    "other column": (
+        damaged(lambda s: s.__setitem__(0, s[0].replace(b"ms_p50", b"ms"))),
+        ":1: not",
+    ),
+    "columns in another order": (
+        damaged(lambda s: s.__setitem__(0, s[0].replace(b"level,workload", b"workload,level"))),
+        ":1: not the columns of this version; reordered",
+    ),
+    "semicolons": (WHOLE.replace(b",", b";"), ":1: not the columns"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_report_is_refused_by_file_and_line(
+    name: str, folder: Path, refused: Refused
+) -> None:
+    data, said = DAMAGES[name]
+    (folder / "bad.csv").write_bytes(data)
+    for reports in (("bad.csv", str(REPORT)), (str(REPORT), "bad.csv")):
+        message = refused("compare", *reports)
+        assert "bad.csv:" in message
+        assert said in message
+    if "time" not in name and "spread" not in name:
+        for command in ("summary", "plot"):
+            assert said in refused(command, "bad.csv")
+    if "cut " not in name and name not in ("empty", "zeros"):
+        # A report that is only cut off at its end goes on after its last whole line.
+        assert "bad.csv:" in refused("run", "--level", "op", "--out", "bad.csv", "--resume")
+
+
+@pytest.mark.parametrize("name", ["folder", "nowhere.csv", "circle.csv", "x" * 300])
+@pytest.mark.parametrize("command", ["compare", "summary", "plot"])
+def test_report_that_cannot_be_read_is_named(command: str, name: str, refused: Refused) -> None:
+    arguments = (name, str(REPORT)) if command == "compare" else (name,)
+    assert f"{name}: " in refused(command, *arguments)
+
+
+def test_report_with_line_breaks_of_another_system_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.csv").write_bytes(WHOLE.replace(b"\n", b"\r\n"))
+    assert main(["compare", "a.csv", str(REPORT)]) == 0
+    assert "slower" not in capsys.readouterr().out
+
+
+def test_failure_of_the_harness_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("perf.report.comparison.compare", fail)
+    assert main(["compare", str(REPORT), str(REPORT)]) == SOFTWARE_ERROR
+    assert "RuntimeError: unforeseen" in capsys.readouterr().err
+
+
+# Other commands that write
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("file.csv", "file.csv"),
+        ("file.csv/x", "file.csv/x"),
+        ("/proc/x", "/proc/x"),
+        ("pipe", "pipe"),
+    ],
+)
+def test_plot_says_where_it_cannot_write(out: str, said: str, refused: Refused) -> None:
+    assert f"--out: {said} " in refused("plot", str(REPORT), "--out", out)
+
+
+@pytest.mark.parametrize("out", ["folder", "nowhere/a.csv", "file.csv/a.csv", "pipe", "x" * 300])
+@pytest.mark.parametrize("command", ["kernels", "traffic"])
+def test_where_a_table_goes_is_checked_before_the_work(
+    command: str, out: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*arguments: object) -> None:
+        raise AssertionError("worked first")
+
+    monkeypatch.setattr("perf.static.kernels.kernel_table", work)
+    monkeypatch.setattr("perf.static.traffic.traffic", work)
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(command == "traffic")))
+    assert f"--out: {out}" in refused(command, "--out", out)

@@ -1,0 +1,466 @@
+"""No row is lost, torn, doubled or unreadable: odd values, full disks, two writers, odd paths."""
+
+import errno
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perf.__main__ import IO_ERROR, main
+from perf.rows import env, schema
+from perf.rows.cases import make_case
+from perf.rows.errors import StopError, UsageError
+from perf.rows.schema import Result, Row
+from perf.rows.store import Store, collect, open_store
+from perf.sweep import workloads
+from perf.sweep.presets import PRESETS
+from perf.sweep.ranks import Rank, part_of, parts_of
+from tests.helpers import ROOT
+from tests.sweeps import make_up
+
+ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
+CASE = make_case("sk_conv", "train", batch=8, resolution=64)
+PROVIDER = "ours-pytorch-eager"
+TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
+SWEEP = ["run", "--level", "op", "--batch", "1:8:1", "--provider", "plain-eager", PROVIDER]
+
+forks = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
+def rows_of(count: int) -> list[Row]:
+    result = Result("ok", ms_p50=1.0, ms_p20=0.9, ms_p80=1.1)
+    return [Row(replace(CASE, B=B), PROVIDER, result, ENV) for B in range(1, count + 1)]
+
+
+def keys_in(path: Path) -> list[tuple[object, ...]]:
+    frame = schema.read(path)
+    return sorted(frame[list(schema.KEY_COLUMNS)].itertuples(index=False, name=None))
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Returns the one line that ``arguments`` are refused with."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), float("-inf"), 1.7e308, 5e-324, -0.0, 0.1 + 0.2, 1e20]
+)
+def test_any_number_is_written_and_read_back(value: float, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    result = Result("unverified", "output off", out_err=value, grad_err_bound=value)
+    with open_store(path, resume=False) as store:
+        store.append([Row(CASE, PROVIDER, result, ENV)])
+    frame = schema.read(path)
+    assert frame.out_err.tolist() == pytest.approx([value], rel=1e-5, nan_ok=True)
+    assert frame.grad_err_bound.tolist() == pytest.approx([value], rel=1e-5, nan_ok=True)
+    with open_store(path, resume=True) as store:
+        assert store.keys == {schema.key_of(CASE, PROVIDER)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\nb",
+        "a\rb",
+        "a\r\nb",
+        "a\x00b",
+        "a\x0bb\x1cb",
+        "a\x85b\u2028b",
+        "\udcffbytes",
+        'he said "no", twice',
+        "=1+1",
+        "NA",
+        "nan",
+        "Übersetzer: 编译失败",
+        " a ",
+        "a\tb",
+        "x" * 200_000,
+    ],
+)
+def test_any_text_is_one_field_of_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    row = Row(CASE, PROVIDER, Result("error", text), replace(ENV, gpu=text))
+    with open_store(path, resume=False) as store:
+        store.append([row, *rows_of(1)])
+    assert path.read_bytes().count(b"\n") == 3
+    reason = schema.read(path).reason[0]
+    assert reason.isprintable()
+    assert (reason == text) == (text.isprintable() and len(text) < 1000)
+    with open_store(path, resume=True) as store:
+        assert len(store.keys) == 2
+
+
+def test_what_a_column_cannot_hold_is_an_error_before_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    with open_store(path, resume=False) as store:
+        for result, name in (
+            (Result("ok", n=2**63), "n"),
+            (Result("ok", launches=float("nan")), "launches"),  # type: ignore[arg-type]  # as a bug would
+            (Result("bad"), "status"),  # type: ignore[arg-type]  # as a bug would
+        ):
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                store.append([*rows_of(1), Row(CASE, PROVIDER, result, ENV)])
+        assert store.keys == set()
+    assert schema.read(path).empty
+
+
+class Spoilt(nn.Module):
+    """An op whose output has one or more elements that are no numbers."""
+
+    def __init__(self, module: nn.Module, value: float, elements: int | None) -> None:
+        super().__init__()
+        self.module = module
+        self.value = value
+        self.elements = elements
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out: Tensor = self.module(*inputs)
+        spoilt = torch.zeros_like(out)
+        spoilt.view(-1)[: self.elements] = self.value
+        return out + spoilt
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("elements", [1, None], ids=["one", "all"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("one_thread")
+def test_output_that_is_no_number_is_an_unverified_row(
+    value: float,
+    elements: int | None,
+    mode: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = workloads.WORKLOADS["sk_select"]
+    spoilt = replace(
+        right,
+        ours=lambda case: Spoilt(right.ours(case), value, elements),
+        plain=lambda ours: right.plain(ours.get_submodule("module")),
+    )
+    monkeypatch.setitem(workloads.WORKLOADS, "sk_select", spoilt)
+    monkeypatch.setitem(PRESETS, "quick", replace(PRESETS["quick"], seconds=0.01, rounds=2))
+    out = tmp_path / "a.csv"
+    chosen = ["--level", "op", "--workload", "sk_select", "--batch", "2", "--resolution", "32"]
+    providers = ["--provider", "plain-eager", PROVIDER]
+    assert main(["run", *chosen, "--mode", mode, *providers, "--out", str(out)]) == 0
+    frame = schema.read(out).set_index("provider")
+    assert frame.status.to_dict() == {"plain-eager": "ok", PROVIDER: "unverified"}
+    assert not torch.tensor(frame.out_err[PROVIDER]).isfinite()
+    for command in (["summary", str(out)], ["compare", str(out), str(out)], ["plot", str(out)]):
+        assert main(command) == 0
+    assert main(["run", *chosen, "--mode", mode, *providers, "--out", str(out), "--resume"]) == 0
+    assert len(schema.read(out)) == 2
+
+
+# Full disks
+
+
+@contextmanager
+def full_after(size: int) -> Iterator[None]:
+    """A context in which no file grows beyond ``size`` bytes: the last write falls short."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def append_one_by_one(store: Store, rows: list[Row]) -> None:
+    for row in rows:
+        store.append([row])
+
+
+def test_disk_that_is_full_at_any_byte_leaves_whole_rows_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # this disk keeps its power
+    path = tmp_path / "a.csv"
+    rows = rows_of(3)
+    with open_store(path, resume=False) as store:
+        store.append(rows)
+    whole = path.read_bytes()
+    start = whole.index(b"\n") + 1
+    for size in range(start, len(whole)):
+        path.write_bytes(whole[:start])
+        with open_store(path, resume=True) as store:
+            with full_after(size), pytest.raises(StopError, match="File too large"):
+                append_one_by_one(store, rows)
+            before = whole[:size].count(b"\n")
+            assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:before])
+            # The next row does not stick to what was half written.
+            append_one_by_one(store, rows[before - 1 :])
+        assert path.read_bytes() == whole
+
+
+def test_full_disk_ends_a_sweep_in_one_line_and_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_up(monkeypatch)
+    whole, out = tmp_path / "whole.csv", tmp_path / "a.csv"
+    assert main([*SWEEP, "--out", str(whole)]) == 0
+    sizes = range(
+        len(schema.SCHEMA.header()) + 100, whole.stat().st_size, whole.stat().st_size // 10
+    )
+    capsys.readouterr()
+    for size in sizes:
+        with full_after(size):
+            assert main([*SWEEP, "--out", str(out), "--resume"]) == IO_ERROR
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        assert f"{out}: File too large" in captured.err
+        # Where not even one row fitted, nothing is left.
+        done = keys_in(out) if out.exists() else []
+        assert done == sorted(set(done) & set(keys_in(whole)))
+    assert main([*SWEEP, "--out", str(out), "--resume"]) == 0
+    assert keys_in(out) == keys_in(whole)
+
+
+def test_disk_that_is_full_from_the_start_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up = make_up(monkeypatch)
+    with full_after(100):
+        assert "File too large" in refused([*SWEEP, "--out", str(tmp_path / "a.csv")], capsys)
+    assert made_up.asked == []
+    assert list(tmp_path.iterdir()) == []
+
+
+Fail = Callable[..., int]
+
+
+def raising(code: int) -> Fail:
+    def fail(*arguments: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def write_little(descriptor: int, data: bytes, offset: int, write: Fail = os.pwrite) -> int:
+    return write(descriptor, data[:7], offset)
+
+
+def test_short_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.csv"
+    monkeypatch.setattr(os, "pwrite", write_little)
+    with open_store(path, resume=False) as store:
+        store.append(rows_of(2))
+    assert len(schema.read(path)) == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_failing_write_is_undone_and_said(
+    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    with open_store(path, resume=False) as store:
+        store.append(rows_of(1))
+        before = path.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, raising(code))
+            with pytest.raises(StopError, match=os.strerror(code)):
+                store.append(rows_of(2)[1:])
+        assert path.read_bytes() == before
+        assert len(store.keys) == 1
+        store.append(rows_of(2)[1:])
+    assert len(schema.read(path)) == 2
+
+
+def test_write_that_cannot_even_be_undone_is_cut_off_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    with open_store(path, resume=False) as store:
+        store.append(rows_of(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "ftruncate", raising(errno.EIO))
+            with full_after(path.stat().st_size + 10), pytest.raises(StopError):
+                store.append(rows_of(2)[1:])
+            with pytest.raises(StopError):
+                store.append(rows_of(2)[1:])
+    with open_store(path, resume=True) as store:
+        store.append(rows_of(2)[1:])
+    assert len(schema.read(path)) == 2
+
+
+def test_parts_stay_where_their_rows_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rank = Rank(0, 0, 2)
+    with open_store(path, resume=False) as store:
+        with open_store(part_of(path, rank), resume=False) as part:
+            part.append(rows_of(4))
+        before = part_of(path, rank).read_bytes()
+        with full_after(len(before) - 10), pytest.raises(StopError):
+            collect(store, parts_of(path))
+        assert part_of(path, rank).read_bytes() == before
+        assert path.read_text() == schema.SCHEMA.header()
+        collect(store, parts_of(path))
+    assert path.read_bytes() == before
+    assert parts_of(path) == []
+
+
+def test_output_that_cannot_be_shown_is_no_verdict(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    with open_store(path, resume=False) as store:
+        store.append(rows_of(1))
+    for command in (["compare", str(path), str(path)], ["summary", str(path)]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "perf", *command],
+                cwd=ROOT,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == IO_ERROR
+        assert done.stderr.count("\n") == 1
+        assert "No space left on device" in done.stderr
+
+
+# Two writers
+
+
+def test_second_run_on_one_report_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up = make_up(monkeypatch)
+    path = tmp_path / "a.csv"
+    with open_store(path, resume=False) as store:
+        store.append(rows_of(1))
+        for spelling in (path, tmp_path / "b" / ".." / "a.csv", tmp_path / "link.csv"):
+            (tmp_path / "b").mkdir(exist_ok=True)
+            if spelling.name == "link.csv":
+                spelling.symlink_to(path)
+            said = refused([*SWEEP, "--out", str(spelling), "--resume"], capsys)
+            assert f"{spelling}: another run is writing it" in said
+        assert made_up.asked == []
+        store.append(rows_of(2)[1:])
+    assert len(schema.read(path)) == 2
+    assert main([*SWEEP, "--out", str(path), "--resume"]) == 0
+
+
+@forks
+def test_writers_that_start_at_once_leave_each_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_up(monkeypatch, seconds=0.002)
+    path = tmp_path / "a.csv"
+    context = multiprocessing.get_context("fork")
+    for _ in range(5):
+        runs = [
+            context.Process(target=main, args=([*SWEEP, "--out", str(path), "--resume"],))
+            for _ in range(3)
+        ]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+        # A process returns 0 from main, and 2 as SystemExit.
+        assert set(codes := [run.exitcode for run in runs]) <= {0, 2}
+        assert 0 in codes
+        assert len(keys_in(path)) == len(set(keys_in(path))) == 96
+        path.unlink()
+
+
+def test_report_that_is_removed_replaced_or_changed_meanwhile_ends_the_run(tmp_path: Path) -> None:
+    def replace_it(path: Path) -> None:
+        other = path.with_name("other.csv")
+        other.write_text(path.read_text())
+        other.replace(path)
+
+    def add_to_it(path: Path) -> None:
+        with path.open("a") as file:
+            file.write("mine\n")
+
+    changes: tuple[Callable[[Path], None], ...] = (Path.unlink, replace_it, add_to_it)
+    for i, change in enumerate(changes):
+        path = tmp_path / f"{i}.csv"
+        with open_store(path, resume=False) as store:
+            store.append(rows_of(1))
+            change(path)
+            found = path.read_bytes() if path.exists() else None
+            with pytest.raises(StopError, match=r"during the run|No such file"):
+                store.append(rows_of(2)[1:])
+            assert (path.read_bytes() if path.exists() else None) == found
+
+
+def test_part_that_another_run_still_writes_is_not_collected(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    with (
+        open_store(path, resume=False) as store,
+        open_store(part_of(path, Rank(1, 1, 2)), resume=False) as part,
+    ):
+        part.append(rows_of(1))
+        with pytest.raises(UsageError, match="another run is writing it"):
+            collect(store, parts_of(path))
+    assert parts_of(path) == [part.path]
+
+
+# Paths
+
+NAMES = [
+    "h100[2].csv",
+    "[abc].csv",
+    "a*.csv",
+    "a?.csv",
+    "two words.csv",
+    " .csv",
+    "zürich-測定-тест.csv",
+    "a.csv.part0",
+    "-a.csv",
+    ".hidden",
+    "100%.csv",
+    "%s{}$HOME`x`.csv",
+    "quote'\".csv",
+    "back\\slash.csv",
+    "new\nline.csv",
+    "bytes\udcff.csv",
+    "x" * 200 + ".csv",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_of_a_report_is_a_name_and_no_pattern(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_up(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(), tmp_path, Path("deep"), Path("deep/../deep")):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        path = folder / name
+        # What other reports leave behind stays theirs.
+        others = [folder / other for other in ("h100.csv.part0", "aa.csv.part0", "a.csv.part00x")]
+        for other in others:
+            other.write_text("not ours")
+        for index in (0, 1, 10):
+            with open_store(part_of(path, Rank(index, index, 11)), resume=False) as part:
+                part.append([replace(row, provider="plain-eager") for row in rows_of(index + 1)])
+        assert len(parts_of(path)) == 3
+        assert main([*TINY, "--provider", "plain-eager", f"--out={path}", "--resume"]) == 0
+        assert parts_of(path) == []
+        assert len(schema.read(path)) == 3 + 11
+        assert main(["summary", "--", str(path)]) == 0
+        assert {other.read_text() for other in others} == {"not ours"}
+        path.unlink()
+    capsys.readouterr()

@@ -1,0 +1,622 @@
+"""accelerate changes the speed and nothing else: what it compares, what it leaves alone."""
+
+import contextlib
+import copy
+import inspect
+import logging
+import pickle
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import sknet_triton as skt
+from perf.peers import rebuilt
+from sknet_triton.acceleration import unregister_family
+from sknet_triton.acceleration.swap import Accelerated
+from sknet_triton.backend import current_backend
+from tests.plain_sknet import scramble
+from tests.processes import needs_gloo
+
+# float64; a softmax, a few sums and two batch norms in another order.
+EXACT = 1e-10
+
+Body = Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Any]
+
+
+class Port(rebuilt.SKConv):
+    """A port whose forward is ``body``, which gets the published one as its last argument."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__(8, 4)
+        self.seen: list[Any] = []
+        object.__setattr__(self, "body", body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(self, x, super().forward)  # type: ignore[operator]  # set past nn.Module
+        return out
+
+
+def images() -> Tensor:
+    return torch.randn(3, 8, 6, 5, dtype=torch.float64)
+
+
+def row_of(module: nn.Module) -> skt.acceleration.Row:
+    (row,) = skt.accelerate(module)
+    return row
+
+
+# What a forward does besides returning, or other than the family.
+
+
+KEPT: list[Any] = []
+CACHE: dict[str, Any] = {}
+COUNT = 0
+QUIET = logging.getLogger("quiet")
+
+
+def keeps_the_map(self: Any, x: Tensor, forward: Any) -> Any:
+    self.last = forward(x)
+    return self.last
+
+
+def appends_to_itself(self: Any, x: Tensor, forward: Any) -> Any:
+    self.seen.append(x.shape)
+    return forward(x)
+
+
+def appends_to_a_global(self: Any, x: Tensor, forward: Any) -> Any:
+    KEPT.append(x.mean())
+    return forward(x)
+
+
+def writes_to_a_global(self: Any, x: Tensor, forward: Any) -> Any:
+    CACHE["last"] = x.mean()
+    return forward(x)
+
+
+def counts(self: Any, x: Tensor, forward: Any) -> Any:
+    global COUNT
+    COUNT += 1
+    return forward(x)
+
+
+def prints_sometimes(self: Any, x: Tensor, forward: Any) -> Any:
+    if x.shape[0] > 100:
+        print(x.shape)
+    return forward(x)
+
+
+def logs(self: Any, x: Tensor, forward: Any) -> Any:
+    QUIET.debug("called")
+    return forward(x)
+
+
+def warns(self: Any, x: Tensor, forward: Any) -> Any:
+    warnings.warn("called", stacklevel=1)
+    return forward(x)
+
+
+def profiled(self: Any, x: Tensor, forward: Any) -> Any:
+    with torch.autograd.profiler.record_function("sk"):
+        return forward(x)
+
+
+def without_autocast(self: Any, x: Tensor, forward: Any) -> Any:
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x)
+
+
+def checkpointed(self: Any, x: Tensor, forward: Any) -> Any:
+    return checkpoint(forward, x, use_reentrant=False)
+
+
+def draws_of_torch(self: Any, x: Tensor, forward: Any) -> Any:
+    return forward(x) + 0 * torch.rand(())
+
+
+def draws_of_python(self: Any, x: Tensor, forward: Any) -> Any:
+    return forward(x) + 0 * random.random()
+
+
+def detached(self: Any, x: Tensor, forward: Any) -> Any:
+    return forward(x.detach())
+
+
+def detached_result(self: Any, x: Tensor, forward: Any) -> Any:
+    return forward(x).detach()
+
+
+def without_gradients(self: Any, x: Tensor, forward: Any) -> Any:
+    with torch.no_grad():
+        return forward(x)
+
+
+def detached_attention(self: Any, x: Tensor, forward: Any) -> Any:
+    maps = [branch(x) for branch in self.conv]
+    pooled = sum(m.detach() for m in maps).mean((2, 3), keepdim=True)
+    weights = self.fc2(self.fc1(pooled)).reshape(x.shape[0], len(maps), -1, 1, 1).softmax(1)
+    return (torch.stack(maps, 1) * weights).sum(1)
+
+
+def detached_in_training(self: Any, x: Tensor, forward: Any) -> Any:
+    return detached_attention(self, x, forward) if self.training else forward(x)
+
+
+def doubles_the_gradient(self: Any, x: Tensor, forward: Any) -> Any:
+    out = forward(x)
+    if out.requires_grad:
+        out.register_hook(lambda dout: 2 * dout)
+    return out
+
+
+def other_without_gradients(self: Any, x: Tensor, forward: Any) -> Any:
+    return forward(x) * (1 if torch.is_grad_enabled() else 2)
+
+
+def writes_to_its_input(self: Any, x: Tensor, forward: Any) -> Any:
+    out = forward(x)
+    x.add_(1)
+    return out
+
+
+OTHER: dict[Body, str] = {
+    keeps_the_map: "more than return: keeps_the_map writes the attribute last",
+    appends_to_itself: "more than return: it keeps seen",
+    appends_to_a_global: "more than return: changes KEPT",
+    writes_to_a_global: "more than return: changes CACHE",
+    counts: "more than return: counts writes the global COUNT",
+    prints_sometimes: "more than return: prints_sometimes calls print",
+    logs: "more than return: logs calls logging.debug",
+    warns: "more than return: warns calls _warnings.warn",
+    profiled: "more than return: profiled calls torch.autograd.profiler",
+    without_autocast: "more than return: without_autocast calls torch.amp",
+    checkpointed: "more than return: checkpointed calls torch._compile.inner",
+    draws_of_torch: "its next random number differs",
+    draws_of_python: "more than return: draws_of_python calls random.random",
+    detached: "it has no gradient of input 0, not a",
+    detached_result: "requires_grad of its output is False",
+    without_gradients: "more than return: without_gradients calls torch.autograd.grad_mode",
+    detached_attention: "its gradient of input 0 differs",
+    detached_in_training: "its gradient of input 0 differs",
+    doubles_the_gradient: "its gradient of input 0 differs",
+    other_without_gradients: "its output differs",
+    writes_to_its_input: "its input 0 afterwards differs",
+}
+
+
+@pytest.mark.filterwarnings("ignore:called:UserWarning")
+@pytest.mark.parametrize("body", OTHER, ids=lambda body: body.__name__)
+def test_what_does_more_or_other_than_the_family_is_left(body: Body) -> None:
+    module = Port(body)
+    row = row_of(module)
+    assert (row.status, type(module)) == ("left", Port)
+    assert OTHER[body] in row.reason
+
+
+def keeps_a_list_of_its_own(self: Any, x: Tensor, forward: Any) -> Any:
+    outs = []
+    outs.append(forward(x))
+    return outs[0]
+
+
+def asks_the_mode(self: Any, x: Tensor, forward: Any) -> Any:
+    assert x.dim() == 4 and not torch.compiler.is_compiling()  # noqa: PT018 - as ports write it
+    return forward(x.clone())
+
+
+def reads_a_global(self: Any, x: Tensor, forward: Any) -> Any:
+    return forward(x) if CACHE.get("factor", 1) == 1 else 2 * forward(x)
+
+
+@pytest.mark.parametrize("body", [keeps_a_list_of_its_own, asks_the_mode, reads_a_global])
+def test_what_only_computes_is_swapped(body: Body) -> None:
+    assert row_of(Port(body)).status == "accelerated"
+
+
+def test_a_decorated_forward_is_left() -> None:
+    class Decorated(rebuilt.SKConv):
+        forward = torch.no_grad()(rebuilt.SKConv.forward)
+
+    assert "its forward is decorated" in row_of(Decorated(8, 4)).reason
+
+
+# Threads and random states.
+
+
+def test_four_threads_leave_backend_and_random_states() -> None:
+    models = [nn.Sequential(rebuilt.SKConv(8, 4), rebuilt.SKFF(8)) for _ in range(4)]
+    state = torch.get_rng_state()
+    seen = set()
+    threads = [threading.Thread(target=skt.accelerate, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        seen.add(current_backend())
+    assert seen | {current_backend()} == {"auto"}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(isinstance(module, Accelerated) for model in models for module in model)
+
+
+@pytest.mark.parametrize("build", [lambda: rebuilt.SKConv(8, 4), lambda: rebuilt.CycleMLP(8)])
+def test_no_generator_is_moved_and_no_device_reseeded(
+    build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = build()
+    for owner in (torch, torch.random, torch.cuda):
+        monkeypatch.setattr(owner, "manual_seed", None)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)
+    before = torch.get_rng_state(), random.getstate()
+    assert row_of(module).status == "accelerated"
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+# A child replaced afterwards.
+
+
+class OtherAttention(nn.Module):
+    def forward(self, stacked: Tensor) -> Tensor:
+        return torch.full(stacked.shape[:3], 0.25, dtype=stacked.dtype)
+
+
+def other_mlp() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 32, 1), nn.Tanh())
+
+
+REPLACED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None], bool]] = {
+    "another attn": (
+        lambda: rebuilt.SelectiveKernel(8, 4, groups=2),
+        lambda module: setattr(module, "attn", OtherAttention()),
+        False,
+    ),
+    "none": (
+        lambda: rebuilt.SKConv(8, 4),
+        lambda module: setattr(module, "global_pool", nn.AdaptiveMaxPool2d(1)),
+        False,
+    ),
+    "another axis": (
+        lambda: rebuilt.SKConv(8, 4),
+        lambda module: setattr(module.softmax, "dim", 2),
+        False,
+    ),
+    "an attribute": (
+        lambda: rebuilt.SplitAttn(8, 4),
+        lambda module: setattr(module.rsoftmax, "radix", 1),
+        False,
+    ),
+    "a norm inside": (
+        lambda: rebuilt.SKConv(8, 4),
+        lambda module: module.conv[0].__setitem__(1, nn.Identity()),
+        True,
+    ),
+    "another MLP": (
+        lambda: rebuilt.SKConv(8, 4),
+        lambda module: setattr(module, "fc1", other_mlp()),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_child_replaced_afterwards_is_looked_at(
+    name: str, compiled: bool, fresh_dynamo: None
+) -> None:
+    build, replace, fits = REPLACED[name]
+    module, x = scramble(build()).double().eval(), images()
+    assert row_of(module).status == "accelerated"
+    call: Any = torch.compile(module, backend="eager") if compiled else module
+    call(x)
+    replace(module)
+    module.double()
+    own = copy.deepcopy(module)
+    skt.restore(own)
+    torch.testing.assert_close(call(x), own(x), rtol=EXACT, atol=EXACT)
+    module(x)
+    assert (cast(Accelerated, module)._skt_checked.reason is None) == fits
+
+
+def test_a_forward_patched_on_the_class_afterwards_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = rebuilt.SKConv(8, 4)
+    skt.accelerate(module)
+    monkeypatch.setattr(rebuilt.SKConv, "forward", lambda self, x: x)
+    x = torch.randn(2, 8, 4, 4)
+    assert module(x) is x
+
+
+# Maps of several dtypes.
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(HALF, SINGLE, HALF), (SINGLE, HALF, HALF), (HALF, SINGLE, SINGLE)]
+)
+@pytest.mark.parametrize("build", [lambda: rebuilt.SKFF(8), lambda: rebuilt.SKFF(8, leaky=True)])
+def test_maps_of_several_dtypes_are_promoted(
+    build: Callable[[], nn.Module], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    module = scramble(build()).eval()
+    maps = [torch.randn(2, 8, 5, 4).to(dtype) for dtype in dtypes]
+    with torch.autocast("cpu", HALF):
+        expected = module(maps)
+        skt.accelerate(module)
+        actual = module(maps)
+    assert actual.dtype == expected.dtype
+    # Both weigh with attentions rounded to bfloat16, of which 8 bits are left.
+    torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
+
+
+# A module that cannot be compared.
+
+
+class Conv1dPort(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(4, 4, 3, padding=1) for _ in range(2))
+        self.fc, self.fcs = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+
+class Unreadable(rebuilt.SelectiveKernel):
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.attn = None  # type: ignore[assignment]  # on purpose
+
+
+def changed(change: Callable[[Any], Any]) -> nn.Module:
+    module = rebuilt.SKConv(8, 4)
+    change(module)
+    return module
+
+
+UNCHECKABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "1-D": (Conv1dPort, "holds no Conv2d"),
+    "weight norm": (
+        lambda: changed(lambda module: nn.utils.weight_norm(module.fc2)),
+        "no copy of it can be made",
+    ),
+    "kept map": (
+        lambda: changed(lambda module: setattr(module, "last", module(torch.ones(2, 8, 3, 3)))),
+        "no copy of it can be made",
+    ),
+    "lock": (
+        lambda: changed(lambda module: setattr(module, "lock", threading.Lock())),
+        "no copy of it can be made",
+    ),
+    "lazy": (
+        lambda: changed(lambda module: module.conv[0].__setitem__(0, nn.LazyConv2d(4, 3))),
+        "its parameters are UninitializedParameters",
+    ),
+    "no attn": (Unreadable, "its structure cannot be read"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+@pytest.mark.parametrize("name", UNCHECKABLE)
+def test_a_module_that_cannot_be_compared_is_a_row_and_the_others_are_swapped(name: str) -> None:
+    build, reason = UNCHECKABLE[name]
+    model = nn.Sequential(rebuilt.SKConv(8, 4), build(), rebuilt.SKFF(8))
+    first, middle, last = skt.accelerate(model)
+    assert (first.status, middle.status, last.status) == ("accelerated", "left", "accelerated")
+    assert reason in middle.reason
+
+
+@contextlib.contextmanager
+def default_device(name: str) -> Iterator[None]:
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [lambda: torch.device("meta"), lambda: default_device("meta"), torch.inference_mode],
+    ids=["device", "default device", "inference mode"],
+)
+def test_the_callers_context_does_not_matter(context: Callable[[], Any]) -> None:
+    modules: list[nn.Module] = [rebuilt.SKConv(8, 4), rebuilt.CycleMLP(8), rebuilt.SplitAttn(8, 4)]
+    with context():
+        assert [row_of(module).status for module in modules] == ["accelerated"] * 3
+
+
+# The forward's name, signature and arguments; tracing.
+
+
+class Optional(rebuilt.SKConv):
+    def forward(self, x: Tensor, scale: float = 1.0, *, flag: bool = False) -> Tensor:
+        """Says what it does."""
+        return super().forward(x) * scale + flag
+
+
+class Annotated(rebuilt.SKFF):
+    def forward(self, inp_feats: "list[Tensor]") -> "Tensor":
+        """Says what it takes."""
+        return super().forward(inp_feats)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Optional(8, 4), rebuilt.SelectiveKernel(8, 4), Annotated(8)],
+    ids=lambda m: type(m).__name__,
+)
+def test_the_forward_keeps_its_name_signature_and_documentation(module: nn.Module) -> None:
+    def description() -> tuple[Any, ...]:
+        forward = module.forward
+        return forward.__name__, forward.__qualname__, inspect.signature(forward), forward.__doc__
+
+    before = description()
+    assert row_of(module).status == "accelerated"
+    assert description() == before
+
+
+def test_optional_arguments_bring_the_own_forward() -> None:
+    module, x = scramble(Optional(8, 4)).double().eval(), images()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}),
+        ((), {"x": x}),
+        ((x, 2.0), {}),
+        ((x,), {"flag": True}),
+        ((), {"x": x, "scale": 0.5, "flag": True}),
+    ]
+    expected = [module(*args, **kwargs) for args, kwargs in calls]
+    skt.accelerate(module)
+    for (args, kwargs), value in zip(calls, expected, strict=True):
+        torch.testing.assert_close(module(*args, **kwargs), value, rtol=EXACT, atol=EXACT)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        module(x, y=1)
+    sizes = {"x": {0: torch.export.Dim("batch", min=2)}, "scale": None}
+    program = torch.export.export(module, (x, 2.0), dynamic_shapes=sizes)
+    torch.testing.assert_close(program.module()(x, 2.0), expected[2], rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.script itself
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: rebuilt.SKConv(8, 4),
+        lambda: rebuilt.SKConvHeads(8, 4),
+        lambda: rebuilt.SKConv(8, 4, M=3),
+    ],
+)
+def test_what_could_be_traced_and_scripted_still_can(build: Callable[[], nn.Module]) -> None:
+    model, x = nn.Sequential(scramble(build()), nn.ReLU()).double().eval(), images()
+    before: list[Any] = [torch.fx.symbolic_trace(model), torch.jit.script(model)]
+    skt.accelerate(model)
+    after: list[Any] = [torch.fx.symbolic_trace(model), torch.jit.script(model)]
+    assert before[0].code == after[0].code
+    assert before[1].code == after[1].code
+    assert all(torch.equal(program(x), before[0](x)) for program in (*before, *after))
+
+
+# restore, and what was put on top.
+
+
+class Blend(nn.Module):
+    """A module of a user's own, with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 8)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        weights = self.gate((a + b).mean((2, 3))).view(-1, 2, 4, 1, 1).softmax(1)
+        out: Tensor = self.scale * (torch.stack([a, b], 1) * weights).sum(1)
+        return out
+
+
+@pytest.fixture
+def blend() -> Iterator[nn.Module]:
+    skt.register_family(
+        skt.Family(
+            name="Blend",
+            recognises=lambda module: isinstance(module, Blend),
+            maps=lambda module, a, b: [a, b],
+            logits=lambda module, pooled: module.gate(pooled).view(-1, 2, 4),
+            example=lambda module: tuple(torch.randn(2, 2, 4, 3, 3, dtype=torch.float64)),
+            finish=lambda module, out: module.scale * out,
+        )
+    )
+    yield Blend()
+    if "Blend" in {family.name for family in skt.acceleration.families()}:
+        unregister_family("Blend")
+
+
+def test_a_registered_family_is_pickled_by_name(blend: nn.Module) -> None:
+    assert row_of(blend).status == "accelerated"
+    saved = pickle.dumps(nn.Sequential(blend))
+    a, b = torch.randn(2, 2, 4, 3, 3)
+    assert torch.equal(pickle.loads(saved)[0](a, b), blend(a, b))
+    assert torch.equal(copy.deepcopy(blend)(a, b), blend(a, b))
+    unregister_family("Blend")
+    with pytest.raises(ValueError, match="got 'Blend'; register_family adds a family"):
+        pickle.loads(saved)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("when", ["before restore", "after restore"])
+def test_a_parametrization_on_top_stays(blend: nn.Module, when: str) -> None:
+    skt.accelerate(blend)
+    parametrize.register_parametrization(blend, "scale", Doubled())
+    a, b = torch.randn(2, 2, 4, 3, 3)
+    expected = blend(a, b)
+    if when == "after restore":
+        skt.restore(blend)
+        assert isinstance(blend, Blend)
+        assert not isinstance(blend, Accelerated)
+        assert parametrize.is_parametrized(blend, "scale")
+        torch.testing.assert_close(blend(a, b), expected)
+    parametrize.remove_parametrizations(blend, "scale")
+    torch.testing.assert_close(blend(a, b), expected)
+    assert isinstance(blend, Accelerated) == (when == "before restore")
+
+
+def test_a_parametrized_module_is_left_and_a_parametrized_child_not(blend: nn.Module) -> None:
+    parametrize.register_parametrization(blend, "scale", Doubled())
+    assert "it is parametrized itself" in row_of(blend).reason
+    module = rebuilt.SKConv(8, 4)
+    parametrizations.weight_norm(module.fc2)
+    assert row_of(module).status == "accelerated"
+
+
+@needs_gloo
+def test_fully_shard_on_top_stays() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]  # exported, but not by name
+    try:
+        module, x = scramble(rebuilt.SKConv(8, 4)), torch.randn(2, 8, 5, 4)
+        skt.accelerate(module)
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        expected = module(x)
+        skt.restore(module)
+        assert isinstance(module, FSDPModule)
+        assert not isinstance(module, Accelerated)
+        out = module(x)
+        torch.testing.assert_close(out, expected)
+        out.sum().backward()
+        assert type(module).__name__ == "FSDPSKConv"
+    finally:
+        dist.destroy_process_group()
+
+
+def test_in_place_changes_are_named_by_autograd() -> None:
+    module = rebuilt.SKFF(8)
+    skt.accelerate(module)
+    maps = [torch.randn(2, 8, 5, 4, requires_grad=True) * 1 for _ in range(3)]
+    out = module(maps)
+    maps[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    assert "modified by an\n    inplace operation" in (skt.accelerate.__doc__ or "")
+
+
+def test_a_profiler_of_the_caller_is_put_back() -> None:
+    events: list[str] = []
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        events.append(event)
+
+    sys.setprofile(profile)
+    try:
+        skt.accelerate(rebuilt.SKConv(8, 4))
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
+    assert events
