@@ -24,6 +24,7 @@ from tests.helpers import (
     Recorded,
     assert_matches,
     assert_same,
+    counted_launches,
     is_plain,
     outcome,
     wide,
@@ -527,6 +528,30 @@ def test_traffic(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("M", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_launches(
+    M: int, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sk = SKConv(4, 4, M=M, G=2, device=device)
+    x = Case((2, 4, 5, 5), 1, layout).tensor(device)
+    foreach: list[str] = []
+    for name in ("_foreach_add_", "_foreach_mul_", "_foreach_lerp_"):
+        call = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=call, n=name: (foreach.append(n), f(*a)))
+    with use_backend("triton"):
+        for again in range(2):  # what is remembered launches the same
+            foreach.clear()
+            with counted_launches() as forward:
+                out = sk.train()(x)
+            with counted_launches() as backward:
+                torch.autograd.backward(out.sum())
+            assert (forward.total(), len(foreach), backward.total()) == (6, 3, 4), again
+            with counted_launches() as inference, torch.no_grad():
+                sk.eval()(x)
+            assert inference.total() == 4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", TRAFFIC, ids=str)
 def test_saved_for_the_backward(case: Case, backend: Backend, device: torch.device) -> None:
