@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sknet_kernels.config import MLPConfig
 from sknet_kernels.norms import ChannelGradients, Norms
 from sknet_kernels.sk_fuse_mlp import (
     sk_channels_bwd,
@@ -65,6 +66,9 @@ CASES = (
     MLPCase(5, 3, 70, 2, dtype=torch.float32, acc=torch.float64, why="d past a block"),
     MLPCase(2, 4, 300, 2, dtype=torch.bfloat16, why="a wide hidden layer"),
 )
+# Tiles so small that every loop of a kernel has several turns, the last of them partly filled.
+VECTOR_TILES = MLPConfig(block_b=2, block_c=32, block_d=8, unroll=2, num_warps=1)
+MATRIX_TILES = MLPConfig(16, block_c=4, block_d=16, block_n=16, block_r=4, num_warps=1)
 EMPTY = MLPCase(0, 24, 5, 2, splits=2)
 
 
@@ -74,6 +78,8 @@ class Given:
 
     case: MLPCase
     device: torch.device
+    vector_tiles: MLPConfig | None = None
+    matrix_tiles: MLPConfig | None = None
 
     def small(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self.case.acc, device=self.device)
@@ -178,7 +184,9 @@ def given(request: pytest.FixtureRequest, device: torch.device) -> Given:
 
 
 def test_hidden(given: Given) -> None:
-    pooled, hidden = sk_hidden(given.partials, S, given.fc1_weight, given.fc1_bias)
+    pooled, hidden = sk_hidden(
+        given.partials, S, given.fc1_weight, given.fc1_bias, config=given.vector_tiles
+    )
     partials, weight = given.partials.double(), given.fc1_weight.double()
     exact, magnitude = partials.sum(0) / S, partials.abs().sum(0) / S
     assert_close("pooled", pooled, exact, magnitude)
@@ -192,7 +200,12 @@ def test_hidden(given: Given) -> None:
 def test_logits(given: Given) -> None:
     case, hidden = given.case, given.hidden.double()
     logits, stats, kept = sk_logits(
-        given.hidden, given.fc1_norm, given.fc2_weight, given.fc2_bias, case.M
+        given.hidden,
+        given.fc1_norm,
+        given.fc2_weight,
+        given.fc2_bias,
+        case.M,
+        config=given.matrix_tiles,
     )
     (mean,), (var,), (gamma,), (beta,), _ = given.fc1_norm
     if stats is None or kept is None:
@@ -226,7 +239,11 @@ def test_logits(given: Given) -> None:
 def test_hidden_bwd(given: Given) -> None:
     case = given.case
     sums, dlogits, dz = sk_hidden_bwd(
-        given.partial_sums, given.logits, given.norms, given.fc2_weight
+        given.partial_sums,
+        given.logits,
+        given.norms,
+        given.fc2_weight,
+        config=given.vector_tiles,
     )
     exact = given.partial_sums.double().sum(0)
     size = given.partial_sums.double().abs().sum(0)
@@ -256,6 +273,14 @@ def test_channels_bwd(given: Given) -> None:
         assert parameter is None or (gradient is not None and parameter.dtype == gradient.dtype)
     if given.case.affine:
         assert got.gamma.dtype == got.beta.dtype == given.case.dtype
+
+
+def test_many_tiles(device: torch.device) -> None:
+    tiled = Given(MLPCase(17, 36, 20, 2, splits=3), device, VECTOR_TILES, MATRIX_TILES)
+    test_hidden(tiled)
+    test_logits(tiled)
+    test_hidden_bwd(tiled)
+    test_channels_bwd(tiled)
 
 
 def test_an_empty_batch_has_gradients_of_zero(device: torch.device) -> None:
@@ -339,6 +364,7 @@ def channels_bwd(given: Given) -> ChannelGradients:
         S,
         given.case.batch_stats,
         given.case.fc1_batch_stats,
+        config=given.matrix_tiles,
     )
 
 

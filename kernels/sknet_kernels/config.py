@@ -224,6 +224,9 @@ _IMAGES_AND_HIDDEN = (
     (4, ((1, 32), (1, 16))),
     (MAX_BRANCHES, ((1, 16),)),
 )
+# Images and rows of fc2 in a tile, and warps, with which its product compiles without spills; a
+# matrix product has 16 of each at least.
+_LOGITS_TILES = ((16, 16, 8), (32, 32, 4))
 
 
 @dataclass(frozen=True)
@@ -291,22 +294,23 @@ class MLPConfig:
             block_b=images,
             block_c=block_c,
             block_d=min(block_d, next_power_of_two(problem.d)),
-            unroll=max(1, 8 // (images * problem.M)),
+            unroll=max(1, 8 // (images * images * problem.M)),
             # Threads that share an element of a vector would each compute it, loads included.
             num_warps=max(1, min(8, block_c // 32)),
         )
 
     @classmethod
     def logits(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For fc2: a matrix product, whose least tile has 16 rows and columns."""
+        """For fc2, whose programs read all images' hidden layer, for its statistics, and a tile."""
 
-        def read(tile: tuple[int, int]) -> int:
-            programs = cdiv(problem.B, tile[0]) * cdiv(problem.M * problem.C, tile[1])
-            return cdiv(programs, device.multiprocessors) * (problem.B + sum(tile))
+        def read(tile: tuple[int, int, int]) -> int:
+            images, rows, _ = tile
+            programs = cdiv(problem.B, images) * cdiv(problem.M * problem.C, rows)
+            return cdiv(programs, device.multiprocessors) * (problem.B + images + rows)
 
-        block_b, block_n = min(((16, 16), (32, 64)), key=read)
+        block_b, block_n, num_warps = min(_LOGITS_TILES, key=read)
         block_d = min(64, max(16, next_power_of_two(problem.d)))
-        return cls(block_b=block_b, block_n=block_n, block_d=block_d, block_r=128)
+        return cls(block_b, 1, block_d, block_n, block_r=64, num_warps=num_warps)
 
     @classmethod
     def channels_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":

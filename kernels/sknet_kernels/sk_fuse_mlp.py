@@ -210,8 +210,6 @@ def _sk_logits_kernel(
     for first in range(0, d, BLOCK_D):
         offs_d = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_D)
         mask_d = offs_d < d
-        hidden_ptrs = hidden_ptr + offs_b[:, None] * d + offs_d[None, :]
-        hidden = tl.load(hidden_ptrs, mask=mask_b[:, None] & mask_d[None, :], other=0.0)
         weight_ptrs = weight_ptr + offs_d[:, None] * weight_stride_d + offs_n * weight_stride_n
         weight = tl.load(weight_ptrs, mask=mask_d[:, None] & mask_n[None, :], other=0.0).to(ACC)
         norm_ptrs = (mean_ptr, var_ptr, gamma_ptr, beta_ptr)
@@ -225,6 +223,8 @@ def _sk_logits_kernel(
             tl.store(kept_ptr + offs_d, mean, mask=mask_stats)
             tl.store(kept_ptr + d + offs_d, m2 / tl.cast(B - 1, ACC), mask=mask_stats)
             norm = (mean, 1.0 / tl.sqrt(var + EPS), norm[2], norm[3])
+        hidden_ptrs = hidden_ptr + offs_b[:, None] * d + offs_d[None, :]
+        hidden = tl.load(hidden_ptrs, mask=mask_b[:, None] & mask_d[None, :], other=0.0)
         _, z = _activated(hidden, norm)
         # weight is 0 past d, but 0 * inf is NaN.
         z = tl.where(mask_d[None, :], z, 0.0)
