@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from perf.__main__ import main
+from perf.commands.files import read_report
 from perf.peers import baseline
+from perf.report import tables
 from perf.rows import env, schema
 from perf.rows.cases import Case, make_case
 from perf.rows.schema import Result
@@ -275,6 +277,24 @@ def test_both_times_are_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "interleaved", made_up)
     result = contest.measure_case(small("sk_fuse", "infer"), (PLAIN,), CONDITIONS)[PLAIN.name]
     assert (result.ms_p50, result.call_ms_p50, result.n) == (2.0, 4.0, 3)
+
+
+@pytest.mark.parametrize(("batch", "ms"), [(8, 4.0), (16, 2.0)])
+def test_small_batches_are_judged_from_call_to_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: int, ms: float
+) -> None:
+    def made_up(runs: dict[str, object], *_: object) -> dict[str, measure.Times]:
+        return {name: measure.Times(env.switches(), [2.0], [4.0]) for name in runs}
+
+    monkeypatch.setattr(measure, "interleaved", made_up)
+    out = tmp_path / "a.csv"
+    run = ["run", "--preset", "gpu-conv", "--layout", "nchw", "--mode", "infer", "--device", "cpu"]
+    size = ["--batch", str(batch), "--resolution", "32", "--stage", "1"]
+    assert main([*run, *size, "--provider", PLAIN.name, "--out", str(out)]) == 0
+    (row,) = read_report(out).itertuples()
+    assert (row.ms_p50, row.images_per_s) == (ms, pytest.approx(1e3 * batch / ms, rel=1e-3))
+    assert schema.read(out).ms_p50[0] == 2.0
+    assert ("from call to call" in tables.table(schema.read(out))) == (ms == 4.0)
 
 
 def test_launches_are_counted_once_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
