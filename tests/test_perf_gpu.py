@@ -1,7 +1,6 @@
 """What the harness does on a GPU, with CUDA's answers put in by stubs."""
 
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -247,27 +246,24 @@ def test_the_timed_step_runs_on_the_judged_tensors(monkeypatch: pytest.MonkeyPat
 def test_two_times_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import testing
 
-    waits = 0
-
-    def synchronize(device: torch.device) -> None:
-        nonlocal waits
-        waits += 1
-
-    calls = 0
+    now = 0.0
+    did: list[str] = []
 
     def run() -> None:
-        nonlocal calls
-        calls += 1
-        time.sleep(1e-3)
+        nonlocal now
+        now += 1e-3
+        did.append("call")
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append("wait"))
     monkeypatch.setattr(testing, "do_bench", lambda *_, **__: [0.25, 0.25])
     times = measure.interleaved({"a": run}, lambda name: nullcontext(), GPU, 0.1, 2)["a"]
     assert times.ms == [0.25] * 4
-    assert len(times.call_ms) >= 2 * measure.MIN_BLOCKS
-    assert min(times.call_ms) > 1.0
+    assert times.call_ms == pytest.approx([1.0] * len(times.call_ms))
+    assert len(times.call_ms) == 2 * measure.MIN_BLOCKS
     # The host waits for the GPU at both ends of a block, and not between its calls.
-    assert waits < calls / 2
+    block = ["wait", *["call"] * 16, "wait"]
+    assert did[-len(block) :] == block
 
 
 def test_both_times_are_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,8 +287,9 @@ def test_small_batches_are_judged_from_call_to_call(
     run = ["run", "--preset", "gpu-conv", "--layout", "nchw", "--mode", "infer", "--device", "cpu"]
     size = ["--batch", str(batch), "--resolution", "32", "--stage", "1"]
     assert main([*run, *size, "--provider", PLAIN.name, "--out", str(out)]) == 0
-    (row,) = read_report(out).itertuples()
-    assert (row.ms_p50, row.images_per_s) == (ms, pytest.approx(1e3 * batch / ms, rel=1e-3))
+    shown = read_report(out)
+    assert shown.ms_p50.tolist() == [ms]
+    assert shown.images_per_s.tolist() == pytest.approx([1e3 * batch / ms], rel=1e-3)
     assert schema.read(out).ms_p50[0] == 2.0
     assert ("from call to call" in tables.table(schema.read(out))) == (ms == 4.0)
 

@@ -15,8 +15,5 @@ def counts_call_to_call(batch: int, call_ms: float | None) -> bool:
 def by_the_clock_that_counts(frame: pd.DataFrame) -> pd.DataFrame:
     """Returns ``frame`` with the times from call to call as its ms where those count."""
     small = (frame.B <= SMALL_BATCH) & frame.call_ms_p50.notna()
-    columns = {
-        f"ms_{q}": frame[f"ms_{q}"].mask(small, frame[f"call_ms_{q}"])
-        for q in ("p20", "p50", "p80")
-    }
-    return frame.assign(**columns)
+    names = ("ms_p20", "ms_p50", "ms_p80")
+    return frame.assign(**{name: frame[name].mask(small, frame[f"call_{name}"]) for name in names})
