@@ -8,9 +8,7 @@ from sknet_kernels.sk_fuse import sk_fuse_fwd
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
 from tests.helpers import Case
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="bytes are counted in the interpreter, without a GPU"
-)
+pytestmark = pytest.mark.interpreter
 
 LAYOUTS = ("contiguous", "channels_last")
 SIZES = ((14, 14), (28, 28))

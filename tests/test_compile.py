@@ -12,7 +12,7 @@ from sknet_triton import SKConv, SKNet, StageSpec, sknet26, use_backend
 from tests.helpers import EXACT_NETWORK, assert_same, needs_compiler, outcome
 from tests.plain_sknet import largest_error, scramble
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "on_the_device")
 
 # float64 throughout, so that another order of operations is all that may differ: see
 # test_layers.py and, for networks, test_models.py.
