@@ -121,8 +121,8 @@ def test_a_part_that_fails_is_said_and_the_rest_runs(
     monkeypatch.delenv("PYTHONPATH", raising=False)
     assert run(tmp_path / "a.csv", failing, fine, minutes=1, monkeypatch=monkeypatch) == 1
     printed = capsys.readouterr().out
-    assert "ended with 1 after" in printed
-    assert "ended with 0 after" in printed
+    assert "failed with 1 after" in printed
+    assert "done after" in printed
     log = (tmp_path / "a.log").read_text()
     assert "no device" in log
     assert "found" in log

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from perf.__main__ import main
 from perf.commands.files import read_report
+from perf.commands.run import chosen_device
 from perf.peers import baseline
 from perf.report import tables
 from perf.rows import env, schema
@@ -22,6 +23,7 @@ from perf.static.saved import MEBI
 from perf.sweep import contest, gate, measure, sweep, workloads
 from perf.sweep.contest import Conditions, DeviceLostError
 from perf.sweep.providers import PROVIDERS, Provider
+from perf.sweep.ranks import Rank
 from perf.sweep.steps import Captured, Recorded, Step, evaluate, settings
 from perf.sweep.workloads import Source
 from tests.cuda_stubs import graphs  # noqa: F401  # a fixture
@@ -485,3 +487,52 @@ def test_a_copy_without_git_has_the_commit_of_its_variable(
         )
     finally:
         env._git_state.cache_clear()
+
+
+# What a GPU alone does
+
+
+def test_a_copy_on_a_gpu_is_large_and_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import testing
+
+    def bench(run: Callable[[], object], **_: object) -> list[float]:
+        run()
+        return [1e-3]
+
+    assert measure.COPY_BYTES["cuda"] >= 512 * MEBI
+    monkeypatch.setitem(measure.COPY_BYTES, "cuda", MEBI)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, dtype=torch.uint8))
+    monkeypatch.setattr(testing, "do_bench", bench)
+    measure.copy_gbps.cache_clear()
+    try:
+        assert measure.copy_gbps(GPU) == pytest.approx(2 * MEBI / 1e-3 / 1e6, rel=1e-5)
+    finally:
+        measure.copy_gbps.cache_clear()
+
+
+def test_memory_is_given_back_after_running_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    assert contest.failure(torch.OutOfMemoryError("no room"), GPU).status == "oom"
+    assert emptied == [True]
+
+
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    second = Rank(index=1, local=1, count=2)
+    assert chosen_device(None, second) == chosen_device("cuda", second) == torch.device("cuda", 1)
+    assert chosen_device("cpu", second) == CPU
+
+
+def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for command in ("run", "check", "campaign"):
+        with pytest.raises(SystemExit) as exited:
+            main([command, "--device", "cuda"])
+        assert exited.value.code == 2
+        said = capsys.readouterr().err
+        assert "--device: there is no GPU" in said
+        assert said.count("\n") == 1

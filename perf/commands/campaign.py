@@ -74,7 +74,8 @@ def _carry_out(planned: Sequence[Part], args: argparse.Namespace) -> int:
                 left = deadline - time.monotonic()
                 seconds = share(left, part, turn[i + 1 :])
                 if not seconds:
-                    print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
+                    if turn is planned:
+                        print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
                     continue
                 start = time.monotonic()
                 status = _run(part, command(part, args, seconds), seconds, log)
@@ -82,9 +83,14 @@ def _carry_out(planned: Sequence[Part], args: argparse.Namespace) -> int:
                 statuses.append(status)
                 if part.rows and turn is planned and not status and took > seconds - 2 * GRACE:
                     cut.append(part)
-                how = "cut off" if status is None else f"ended with {status}"
-                print(f"{part.name}: {how} after {took:.0f} s", flush=True)
+                print(f"{part.name}: {_ending(status)} after {took:.0f} s", flush=True)
     return int(any(statuses))
+
+
+def _ending(status: int | None) -> str:
+    if status is None:
+        return "cut off"
+    return f"failed with {status}" if status else "done"
 
 
 def plan(planned: Sequence[Part], seconds: float) -> str:
