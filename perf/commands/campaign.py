@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--minutes", type=duration("minutes"), default=30.0, metavar="N", help="default: 30")
     add("--dry-run", action="store_true", help="print the plan and do nothing")
+    names = [part.name for part in parts(which=str)]
+    add("--part", nargs="+", choices=names, metavar="NAME", help=f"only: {', '.join(names)}")
     add("--device", choices=DEVICES, default="cuda", help="cpu rehearses it at small sizes")
     add("--out", type=Path, default=Path("campaign.csv"), metavar="FILE.csv")
     add("--resume", action="store_true", help="go on with --out and skip the rows it has")
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the parts and prints the report; exits with 1 where a part failed."""
-    planned = parts()
+    planned = [part for part in parts() if part.name in (args.part or (part.name,))]
     print(plan(planned, 60 * args.minutes))
     if args.dry_run:
         return 0
