@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,14 @@ def test_parts_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["passes", "conv", "together"]
     assert sum(float(line.split()[2]) for line in lines[:-1]) == pytest.approx(9, abs=0.1)
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="it is installed")
+def test_a_part_without_its_program_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["campaign", "--dry-run", "--part", "memcheck"])
+    assert exited.value.code == 2
+    assert "compute-sanitizer is not installed" in capsys.readouterr().err
 
 
 def test_the_sanitizer_is_a_part_where_it_is_installed() -> None:

@@ -53,6 +53,15 @@ def test_cudnn_is_on_where_a_layer_is_timed() -> None:
     assert result.timed_threads == 1
 
 
+def test_the_oracle_does_not_time_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[env.Switches] = []
+    case = small("sk_fuse", "infer")
+    module = baseline.PlainFuse()
+    module.register_forward_pre_hook(lambda *_: seen.append(env.switches()))
+    gate.consult(lambda case: module, case, workloads.inputs(case, 0, CPU), 0)
+    assert {(now.cudnn, now.cudnn_benchmark) for now in seen} == {(True, False)}
+
+
 @pytest.mark.parametrize(("dtype", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
 def test_tf32_is_what_the_dtype_says(dtype: str, tf32: bool) -> None:
     with settings(small("sk_conv", "infer", dtype=dtype)):

@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the parts and prints the report; exits with 1 where a part failed."""
     planned = [part for part in parts() if part.name in (args.part or (part.name,))]
+    if not planned:
+        raise UsageError("--part: compute-sanitizer is not installed")
     print(plan(planned, 60 * args.minutes))
     if args.dry_run:
         return 0
