@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import distributions
 from platform import python_version
 
@@ -57,6 +58,13 @@ def fresh_dynamo() -> Iterator[None]:
 def device() -> torch.device:
     """The device that kernels run on: a GPU, or the CPU under the interpreter."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def on_the_device(device: torch.device) -> Iterator[None]:
+    """Makes tensors and modules where kernels run, in tests that do not say where."""
+    with nullcontext() if INTERPRETED else device:
+        yield
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

@@ -32,7 +32,8 @@ def scramble(module: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:
-        drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        shape, cpu = tensor.shape, torch.device("cpu")
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device=cpu)
         tensor.copy_(low + (high - low) * drawn)
 
     with torch.no_grad():

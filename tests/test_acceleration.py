@@ -21,6 +21,8 @@ from sknet_triton.acceleration.swap import Accelerated
 from tests.helpers import BACKENDS, EXACT, assert_same, outcome
 from tests.plain_sknet import scramble
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 
 @dataclass(frozen=True)
 class Peer:

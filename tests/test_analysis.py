@@ -28,6 +28,8 @@ from sknet_triton.analysis.examples import digits, photos
 from tests.plain_sknet import scramble
 from tests.processes import needs_gloo
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 PNG = b"\x89PNG\r\n"
 
 # Weights lie in [0, 1]: logits of float64 through two batch norms and sums of at most 300 products
@@ -80,7 +82,8 @@ def small_net() -> skt.SKNet:
 
 def images_of(count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 1, 32, 32, generator=generator, dtype=torch.float64)
+    shape = (count, 1, 32, 32)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def rows_of(table: pd.DataFrame) -> list[Any]:

@@ -7,9 +7,7 @@ from perf.static.bytes import counted_bytes
 from tests.helpers import Case
 from tests.launchers import fuse, select, select_bwd
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="bytes are counted in the interpreter, without a GPU"
-)
+pytestmark = pytest.mark.interpreter
 
 LAYOUTS = ("contiguous", "channels_last")
 SIZES = ((14, 14), (28, 28))

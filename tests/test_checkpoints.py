@@ -276,9 +276,8 @@ def test_pytorchinsight_computes_the_same_where_sknet_is_given_its_expansion(
 
 
 def test_pytorchinsight_is_refused_by_sknet50() -> None:
-    with pytest.raises(CheckpointMismatchError) as refusal:
+    with pytest.raises(CheckpointMismatchError, match="checkpoint does not fit the model"):
         load_checkpoint(sknet50(), full("pytorchinsight", 50))
-    assert "it fits none of sknet26, sknet50, sknet101" in str(refusal.value)
 
 
 # There and back
@@ -394,7 +393,9 @@ def test_two_networks_in_one_dict_are_refused() -> None:
         convert_state_dict(two)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "encoder."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "module._orig_mod.", "_forward_module.model.module.", "encoder."]
+)
 @pytest.mark.parametrize("name", PEERS)
 def test_prefixes_are_taken_off(prefix: str, name: str) -> None:
     state = PEERS[name](Sizes()).state_dict()
@@ -410,7 +411,45 @@ def test_parts_that_were_compiled_are_found() -> None:
     assert_equal(convert_state_dict(model.state_dict()), state)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "net", "model_ema"])
+@pytest.mark.parametrize(
+    "wrapper", ["module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+)
+def test_wrappers_are_taken_off_anywhere(wrapper: str) -> None:
+    state = peer("timm").state_dict()
+    inside = {key.replace(".conv1.", f".{wrapper}.conv1."): v for key, v in state.items()}
+    outside = {f"{wrapper}.net.{wrapper}.{key}": v for key, v in inside.items()}
+    assert len(outside.keys() - state.keys()) == len(state)
+    assert_equal(convert_state_dict(outside), convert_state_dict(state))
+
+
+def averaged(model: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(model)
+
+
+class Training(nn.Module):
+    """A network and its average in a module of a training framework."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.average = averaged(model)
+        self.register_buffer("step", torch.tensor(7))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [averaged, lambda model: nn.Sequential(averaged(model)), Training, nn.DataParallel],
+    ids=["average", "inside another", "with its own counter", "parallel"],
+)
+def test_counters_beside_the_network_are_left_out(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = peer("ports").float()
+    wrapped = wrap(model).state_dict()
+    assert not load_checkpoint(small(), wrapped)
+    assert not load_checkpoint(small(), {"ema": {"weights": wrapped, "decay": 0.99}, "step": 3})
+
+
+@pytest.mark.parametrize(
+    "key", ["state_dict", "model", "model_state_dict", "net", "model_ema", "module", "generator"]
+)
 def test_checkpoints_of_training_scripts_are_opened(key: str) -> None:
     state = peer("timm").state_dict()
     checkpoint = {key: state, "epoch": 3, "best": torch.tensor(0.7), "optimizer": {"lr": 0.1}}
@@ -509,48 +548,12 @@ def test_a_backbone_takes_a_checkpoint_without_its_head() -> None:
         assert largest_error(logits, original(x)) < EXACT_NETWORK
 
 
-@pytest.mark.parametrize(
-    ("build", "text"),
-    [
-        (lambda: full("timm", 50), "sknet50()"),
-        (lambda: full("ports", 101), "sknet101()"),
-        (lambda: full("ports", 26, num_classes=7), "sknet26(num_classes=7)"),
-        (lambda: shapes_of(sknet101, variant="caffe"), "sknet101(variant='caffe')"),
-        (
-            lambda: shapes_of(sknet50, num_classes=0, in_chans=1),
-            "sknet50(num_classes=0, in_chans=1",
-        ),
-        (lambda: shapes_of(sknet50, M=3), "sknet50(M=3)"),
-        (
-            lambda: fold_fc2_bias(
-                convert_state_dict(full("syt2", 50)) | {"stages.0.0.sk.fc2.bias": torch.ones(256)}
-            ),
-            "SKNet((StageSpec(128, 3, 1, d=33), StageSpec(256, 4, 2, d=33), "
-            "StageSpec(512, 6, 2, d=33), StageSpec(1024, 3, 2, d=65)))",
-        ),
-    ],
-    ids=["50", "101", "26", "caffe", "input", "three", "folded"],
-)
-def test_the_network_that_would_fit_is_named(
-    build: Callable[[], dict[str, Tensor]], text: str
-) -> None:
-    with pytest.raises(CheckpointMismatchError) as refusal:
-        load_checkpoint(small(), build())
-    assert f"what it fits: {text}" in str(refusal.value)
-
-
-def test_sizes_that_no_network_has_fit_none() -> None:
-    state = full("timm", 26) | {"conv1.weight": torch.zeros(64, 0, 7, 7)}
-    with pytest.raises(CheckpointMismatchError, match="it fits none of sknet26, sknet50, sknet101"):
-        load_checkpoint(small(), state)
-
-
 def test_the_list_of_differences_is_capped_and_complete_in_the_exception() -> None:
     with pytest.raises(CheckpointMismatchError) as refusal:
         load_checkpoint(small(), full("timm", 50))
     lines = str(refusal.value).splitlines()
-    assert len(lines) == 1 + 20 + 1 + 1
-    assert lines[-2] == f"... and {len(refusal.value.diff) - 20} more"
+    assert len(lines) == 1 + 20 + 1
+    assert lines[-1] == f"... and {len(refusal.value.diff) - 20} more"
     found = convert_state_dict(full("timm", 50))
     ours = small().state_dict()
     assert set(refusal.value.diff.keys("unexpected")) == found.keys() - ours.keys()

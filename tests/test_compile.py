@@ -13,15 +13,13 @@ from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, sknet26, use_backend
 from tests.helpers import EXACT_NETWORK, assert_same, needs_compiler, outcome
 from tests.plain_sknet import largest_error, scramble
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "on_the_device")
 
 # float64 throughout, so that another order of operations is all that may differ: see
 # test_layers.py and, for networks, test_models.py.
 
 SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2, 2))
 TINY = (StageSpec(32, 1, 2),)
-
-inductor = pytest.param("inductor", marks=needs_compiler)
 
 
 def small_net() -> nn.Module:
@@ -58,24 +56,15 @@ def test_inference_is_one_graph_and_equals_eager(name: str) -> None:
         assert largest_error(compiled(x), module(x)) < EXACT_NETWORK
 
 
+# How Inductor trains is in test_training.py.
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [inductor])
-def test_inductor_trains_like_eager(backend: str) -> None:
-    eager = scramble(SKNet(TINY, num_classes=5)).double()
-    module = copy.deepcopy(eager)
-    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    compiled = torch.compile(module, fullgraph=True, backend=backend)
-    assert_same(outcome(compiled, module, x), outcome(eager, eager, x), EXACT_NETWORK)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", [inductor])
-def test_inductor_infers_like_eager_and_keeps_channels_last(backend: str) -> None:
+@needs_compiler
+def test_inductor_infers_like_eager_and_keeps_channels_last() -> None:
     module = scramble(SKConv(8, 8, G=4)).double().eval()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(4, 8, 7, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        out = torch.compile(module, fullgraph=True, backend=backend)(x)
+        out = torch.compile(module, fullgraph=True)(x)
         assert out.is_contiguous(memory_format=torch.channels_last)
         assert largest_error(out, module(x)) < EXACT_NETWORK
 

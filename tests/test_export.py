@@ -35,6 +35,8 @@ from tests.helpers import (
 from tests.helpers import assert_same as assert_same_step
 from tests.plain_sknet import largest_error, scramble
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 EVERY_SIZE = {"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
 BATCH = {"x": {0: Dim("batch", min=2, max=64)}}
 TINY = (StageSpec(32, 1, 2),)

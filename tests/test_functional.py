@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sknet_triton import functional, use_backend
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 
 def fuse(branches: Any, **options: Any) -> Tensor:
     return functional.sk_fuse(branches, **options)

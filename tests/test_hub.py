@@ -18,8 +18,7 @@ pytest.importorskip("safetensors")
 
 from sknet_triton import SKNet, SKNetFeatures, StageSpec, fuse_bn, sknet26, sknet101
 from sknet_triton.checkpoints import CheckpointMismatchError, hub, load_checkpoint
-from sknet_triton.checkpoints.config import from_config, to_config
-from sknet_triton.checkpoints.hub import SKNetHub
+from sknet_triton.checkpoints.hub import SKNetHub, from_config, to_config
 from tests.helpers import EXACT_NETWORK, source_environment
 from tests.plain_sknet import largest_error
 

@@ -14,6 +14,8 @@ from sknet_triton import SKConv, SKNet, SKNetFeatures, SKUnit, StageSpec, fuse_b
 from tests.helpers import EXACT, is_plain, laid_out
 from tests.plain_sknet import largest_error, scramble
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 TABLE = (StageSpec(32, 2, 1), StageSpec(64, 1))
 
 

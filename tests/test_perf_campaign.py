@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,14 +51,31 @@ def test_the_plan_is_printed_and_nothing_runs(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_parts_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["campaign", "--dry-run", "--minutes", "9", "--part", "conv", "passes"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["passes", "conv", "together"]
+    assert sum(float(line.split()[2]) for line in lines[:-1]) == pytest.approx(9, abs=0.1)
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="it is installed")
+def test_a_part_without_its_program_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["campaign", "--dry-run", "--part", "memcheck"])
+    assert exited.value.code == 2
+    assert "compute-sanitizer is not installed" in capsys.readouterr().err
+
+
 def test_the_sanitizer_is_a_part_where_it_is_installed() -> None:
     without = parts(which=lambda name: None)
     found = parts(which=lambda name: f"/opt/{name}")
-    (watched,) = [part for part in found if part not in without]
-    assert watched.command[0] == "/opt/compute-sanitizer"
-    assert watched.command[-1] == "check"
-    assert watched.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert found.index(watched) == 3
+    watched = [part for part in found if part not in without]
+    assert [part.name for part in watched] == ["memcheck", "racecheck"]
+    for part in watched:
+        assert part.command[:3] == ("/opt/compute-sanitizer", "--tool", part.name)
+        assert part.command[-1] == "check"
+        assert part.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert found.index(watched[0]) == 3
 
 
 def test_twenty_cases_are_checked() -> None:
@@ -92,7 +110,7 @@ def test_every_preset_of_a_part_can_be_estimated() -> None:
 
 
 def run(out: Path, *planned: Part, minutes: float, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(command, "parts", lambda: planned)
+    monkeypatch.setattr(command, "parts", lambda **_: planned)
     monkeypatch.setattr(command, "GRACE", 0.5)
     monkeypatch.setattr(campaign, "LEAST", 0.5)
     return main(["campaign", "--device", "cpu", "--minutes", str(minutes), "--out", str(out)])
@@ -121,8 +139,8 @@ def test_a_part_that_fails_is_said_and_the_rest_runs(
     monkeypatch.delenv("PYTHONPATH", raising=False)
     assert run(tmp_path / "a.csv", failing, fine, minutes=1, monkeypatch=monkeypatch) == 1
     printed = capsys.readouterr().out
-    assert "ended with 1 after" in printed
-    assert "ended with 0 after" in printed
+    assert "failed with 1 after" in printed
+    assert "done after" in printed
     log = (tmp_path / "a.log").read_text()
     assert "no device" in log
     assert "found" in log
@@ -134,7 +152,7 @@ def test_what_a_part_has_started_ends_with_the_campaign(tmp_path: Path) -> None:
     script = (
         "import sys; from perf.commands import campaign; from perf.sweep.campaign import Part; "
         f"part = Part('part', '', (sys.executable, '-c', {code!r}), 60.0, rows=False); "
-        "campaign.parts = lambda: (part,); from perf.__main__ import main; "
+        "campaign.parts = lambda **_: (part,); from perf.__main__ import main; "
         f"sys.exit(main(['campaign', '--device', 'cpu', '--out', {str(tmp_path / 'a.csv')!r}]))"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -374,3 +374,18 @@ def test_a_copy_reads_and_writes_every_byte(monkeypatch: pytest.MonkeyPatch) -> 
     gbps = measure.copy_gbps.__wrapped__(torch.device("cpu"))
     (size,) = copied
     assert gbps == pytest.approx((size + size) / 4e-3 / 1e9)
+
+
+def test_figures_follow_from_the_median_time() -> None:
+    op, layer = small("sk_select", "infer"), small("sk_conv", "infer")
+    of_op, of_layer = (
+        contest.measure_case(case, (EAGER,), CONDITIONS)["plain-eager"] for case in (op, layer)
+    )
+    seconds = cast(float, of_op.ms_p50) / 1e3
+    gbps = cast(float, of_op.bytes_needed) / seconds / 1e9
+    assert of_op.gbps == pytest.approx(gbps)
+    assert of_op.pct_copy == pytest.approx(100 * gbps / cast(float, of_op.copy_gbps))
+    seconds = cast(float, of_layer.ms_p50) / 1e3
+    assert of_layer.images_per_s == pytest.approx(layer.B / seconds)
+    tflops = cast(float, of_layer.gflops) / 1e3 / seconds
+    assert of_layer.tflops_per_s == pytest.approx(tflops)

@@ -1,7 +1,6 @@
 """What the harness does on a GPU, with CUDA's answers put in by stubs."""
 
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from perf.__main__ import main
+from perf.commands.files import read_report
+from perf.commands.run import chosen_device
 from perf.peers import baseline
+from perf.report import tables
 from perf.rows import env, schema
 from perf.rows.cases import Case, make_case
 from perf.rows.schema import Result
@@ -21,6 +23,7 @@ from perf.static.saved import MEBI
 from perf.sweep import contest, gate, measure, sweep, workloads
 from perf.sweep.contest import Conditions, DeviceLostError
 from perf.sweep.providers import PROVIDERS, Provider
+from perf.sweep.ranks import Rank
 from perf.sweep.steps import Captured, Recorded, Step, evaluate, settings
 from perf.sweep.workloads import Source
 from tests.cuda_stubs import graphs  # noqa: F401  # a fixture
@@ -48,6 +51,15 @@ def test_cudnn_is_on_where_a_layer_is_timed() -> None:
     assert (result.cudnn, result.cudnn_benchmark, result.cudnn_deterministic) == (True, True, False)
     assert (result.cudnn_tf32, result.matmul_tf32) == (False, False)
     assert result.timed_threads == 1
+
+
+def test_the_oracle_does_not_time_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[env.Switches] = []
+    case = small("sk_fuse", "infer")
+    module = baseline.PlainFuse()
+    module.register_forward_pre_hook(lambda *_: seen.append(env.switches()))
+    gate.consult(lambda case: module, case, workloads.inputs(case, 0, CPU), 0)
+    assert {(now.cudnn, now.cudnn_benchmark) for now in seen} == {(True, False)}
 
 
 @pytest.mark.parametrize(("dtype", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
@@ -245,27 +257,24 @@ def test_the_timed_step_runs_on_the_judged_tensors(monkeypatch: pytest.MonkeyPat
 def test_two_times_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import testing
 
-    waits = 0
-
-    def synchronize(device: torch.device) -> None:
-        nonlocal waits
-        waits += 1
-
-    calls = 0
+    now = 0.0
+    did: list[str] = []
 
     def run() -> None:
-        nonlocal calls
-        calls += 1
-        time.sleep(1e-3)
+        nonlocal now
+        now += 1e-3
+        did.append("call")
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append("wait"))
     monkeypatch.setattr(testing, "do_bench", lambda *_, **__: [0.25, 0.25])
     times = measure.interleaved({"a": run}, lambda name: nullcontext(), GPU, 0.1, 2)["a"]
     assert times.ms == [0.25] * 4
-    assert len(times.call_ms) >= 2 * measure.MIN_BLOCKS
-    assert min(times.call_ms) > 1.0
+    assert times.call_ms == pytest.approx([1.0] * len(times.call_ms))
+    assert len(times.call_ms) == 2 * measure.MIN_BLOCKS
     # The host waits for the GPU at both ends of a block, and not between its calls.
-    assert waits < calls / 2
+    block = ["wait", *["call"] * 16, "wait"]
+    assert did[-len(block) :] == block
 
 
 def test_both_times_are_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +284,25 @@ def test_both_times_are_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "interleaved", made_up)
     result = contest.measure_case(small("sk_fuse", "infer"), (PLAIN,), CONDITIONS)[PLAIN.name]
     assert (result.ms_p50, result.call_ms_p50, result.n) == (2.0, 4.0, 3)
+
+
+@pytest.mark.parametrize(("batch", "ms"), [(8, 4.0), (16, 2.0)])
+def test_small_batches_are_judged_from_call_to_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: int, ms: float
+) -> None:
+    def made_up(runs: dict[str, object], *_: object) -> dict[str, measure.Times]:
+        return {name: measure.Times(env.switches(), [2.0], [4.0]) for name in runs}
+
+    monkeypatch.setattr(measure, "interleaved", made_up)
+    out = tmp_path / "a.csv"
+    run = ["run", "--preset", "gpu-conv", "--layout", "nchw", "--mode", "infer", "--device", "cpu"]
+    size = ["--batch", str(batch), "--resolution", "32", "--stage", "1"]
+    assert main([*run, *size, "--provider", PLAIN.name, "--out", str(out)]) == 0
+    shown = read_report(out)
+    assert shown.ms_p50.tolist() == [ms]
+    assert shown.images_per_s.tolist() == pytest.approx([1e3 * batch / ms], rel=1e-3)
+    assert schema.read(out).ms_p50[0] == 2.0
+    assert ("from call to call" in tables.table(schema.read(out))) == (ms == 4.0)
 
 
 def test_launches_are_counted_once_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,3 +496,52 @@ def test_a_copy_without_git_has_the_commit_of_its_variable(
         )
     finally:
         env._git_state.cache_clear()
+
+
+# What a GPU alone does
+
+
+def test_a_copy_on_a_gpu_is_large_and_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import testing
+
+    def bench(run: Callable[[], object], **_: object) -> list[float]:
+        run()
+        return [1e-3]
+
+    assert measure.COPY_BYTES["cuda"] >= 512 * MEBI
+    monkeypatch.setitem(measure.COPY_BYTES, "cuda", MEBI)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, dtype=torch.uint8))
+    monkeypatch.setattr(testing, "do_bench", bench)
+    measure.copy_gbps.cache_clear()
+    try:
+        assert measure.copy_gbps(GPU) == pytest.approx(2 * MEBI / 1e-3 / 1e6, rel=1e-5)
+    finally:
+        measure.copy_gbps.cache_clear()
+
+
+def test_memory_is_given_back_after_running_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    assert contest.failure(torch.OutOfMemoryError("no room"), GPU).status == "oom"
+    assert emptied == [True]
+
+
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    second = Rank(index=1, local=1, count=2)
+    assert chosen_device(None, second) == chosen_device("cuda", second) == torch.device("cuda", 1)
+    assert chosen_device("cpu", second) == CPU
+
+
+def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for command in ("run", "check", "campaign"):
+        with pytest.raises(SystemExit) as exited:
+            main([command, "--device", "cuda"])
+        assert exited.value.code == 2
+        said = capsys.readouterr().err
+        assert "--device: there is no GPU" in said
+        assert said.count("\n") == 1

@@ -1,50 +1,109 @@
-"""A sweep that is killed and resumed, alone or shared over ranks, ends with the same rows."""
+"""A sweep that is killed, raced or starved and resumed ends as the undisturbed one."""
 
+import contextlib
+import io
 import os
 import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from perf.__main__ import main
+from perf.__main__ import IO_ERROR, main
 from perf.rows import schema
-from perf.rows.cases import Case
-from perf.rows.schema import Result
-from perf.sweep import sweep
-from perf.sweep.contest import Conditions
-from perf.sweep.providers import Provider
 from perf.sweep.ranks import Rank, part_of, parts_of
 from tests.helpers import ROOT
-from tests.sweeps import write_report
+from tests.sweeps import make_up, write_report
 
-pytestmark = pytest.mark.slow
-
-SWEEP = [
-    "run",
-    "--level",
-    "op",
-    "--batch",
-    "1:40:1",
-    "--provider",
-    "plain-eager",
-    "ours-pytorch-eager",
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes"),
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
 ]
+
+PROVIDERS = ("plain-eager", "ours-pytorch-eager")
+SWEEP = ["run", "--level", "op", "--batch", "1:40:1", "--provider", *PROVIDERS]
+ROWS = 480
 KILLS = 10
+PATIENCE = 60.0
 
 
-@pytest.fixture
-def instant(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made_up(
-        case: Case, providers: tuple[Provider, ...], conditions: Conditions
-    ) -> dict[str, Result]:
-        time.sleep(0.001)
-        return {provider.name: Result("ok", ms_p50=1.0) for provider in providers}
+@pytest.fixture(autouse=True)
+def _short_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_up(monkeypatch, seconds=0.001)
 
-    monkeypatch.setattr(sweep, "measure_case", made_up)
+
+@dataclass(frozen=True)
+class Child:
+    """A run of the harness in a process of its own."""
+
+    pid: int
+    errors: Path
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def status(self) -> int:
+        """Returns the exit status, or the signal's number below zero."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def start(
+    arguments: list[str], folder: Path, *, room: int | None = None, **environment: str
+) -> Child:
+    """Starts a run whose files cannot grow beyond ``room`` bytes."""
+    errors = folder / f"{time.monotonic_ns()}.err"
+    pid = os.fork()
+    if pid:
+        return Child(pid, errors)
+    status = 1
+    try:
+        os.environ.update(environment)
+        if room is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        with errors.open("w") as sys.stderr:
+            status = main(arguments)
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
+    finally:
+        os._exit(status)
+
+
+def start_ranks(arguments: list[str], folder: Path, room: int | None = None) -> list[Child]:
+    """Starts two ranks of one sweep, the second with ``room``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [
+        start(
+            arguments,
+            folder,
+            room=room if rank else None,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            **address,
+        )
+        for rank in range(2)
+    ]
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    end = time.monotonic() + PATIENCE
+    while lines_in(path) < count:
+        assert time.monotonic() < end
+        time.sleep(0.002)
 
 
 def sorted_keys(path: Path) -> list[tuple[object, ...]]:
@@ -52,33 +111,122 @@ def sorted_keys(path: Path) -> list[tuple[object, ...]]:
     return sorted(frame[list(schema.KEY_COLUMNS)].itertuples(index=False, name=None))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of an undisturbed run."""
+    path = tmp_path_factory.mktemp("whole") / "whole.csv"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        make_up(patch)
+        assert main([*SWEEP, "--out", str(path)]) == 0
+    assert lines_in(path) == 1 + ROWS
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where runs write what they say."""
+    (tmp_path / "said").mkdir()
+    return tmp_path / "said"
+
+
 def test_killed_ten_times_and_resumed_is_the_undisturbed_run(
-    instant: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, folder: Path, tmp_path: Path
 ) -> None:
-    undisturbed, killed = tmp_path / "undisturbed.csv", tmp_path / "killed.csv"
-    assert main([*SWEEP, "--out", str(undisturbed)]) == 0
-    arguments = [*SWEEP, "--out", str(killed), "--resume"]
+    out = tmp_path / "out.csv"
     moments = random.Random(0)
     for _ in range(KILLS):
-        child = os.fork()
-        if child == 0:
-            main(arguments)
-            os._exit(0)
-        time.sleep(moments.uniform(0, 0.1))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert main(arguments) == 0
-    assert sorted_keys(killed) == sorted_keys(undisturbed)
-    assert len(sorted_keys(killed)) == len(set(sorted_keys(killed))) == 480
+        child = start([*SWEEP, "--out", str(out), "--resume"], folder)
+        wait_for_lines(out, lines_in(out) + moments.randint(1, 40))
+        child.kill()
+        assert child.status() == -signal.SIGKILL
+    assert 1 + KILLS <= lines_in(out) < 1 + ROWS
+    assert main([*SWEEP, "--out", str(out), "--resume"]) == 0
+    assert sorted_keys(out) == sorted_keys(whole)
 
 
-def test_parts_of_a_rank_that_died_are_collected_on_resume(
-    instant: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_two_writers_a_full_disk_and_ten_kills_still_leave_the_undisturbed_run(
+    whole: Path, folder: Path, tmp_path: Path
 ) -> None:
-    whole, out = tmp_path / "whole.csv", tmp_path / "out.csv"
-    assert main([*SWEEP, "--out", str(whole)]) == 0
+    out = tmp_path / "h100[2] тест.csv"
+    arguments = [*SWEEP, "--out", str(out), "--resume"]
+    moments = random.Random(1)
+    statuses: Counter[int] = Counter()
+    for _ in range(KILLS):
+        # Room for a few rows, and part of one more.
+        rows = moments.randint(1, 20)
+        room = (out.stat().st_size if out.exists() else 1000) + 400 * rows
+        starved = [start(arguments, folder, room=room) for _ in range(2)]
+        statuses.update(child.status() for child in starved)
+        racing = [start(arguments, folder) for _ in range(2)]
+        wait_for_lines(out, lines_in(out) + moments.randint(1, 20))
+        for child in racing:
+            child.kill()
+        statuses.update(child.status() for child in racing)
+    # Of two writers one at a time writes, and the other is refused or comes after it.
+    assert set(statuses) == {2, IO_ERROR, -signal.SIGKILL}
+    assert lines_in(out) < 1 + ROWS
+    assert main(arguments) == 0
+    assert sorted_keys(out) == sorted_keys(whole)
+    for said in folder.iterdir():
+        assert said.read_text().count("\n") <= 1
+
+
+def test_ranks_write_one_report_whatever_it_is_called(
+    whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    for out in (Path("h100[2] *?.csv"), Path.cwd() / "測定 (1).csv"):
+        ranks = start_ranks([*SWEEP, "--out", str(out)], folder)
+        assert [rank.status() for rank in ranks] == [0, 0]
+        assert [path.name for path in Path().iterdir()] == [out.name]
+        assert sorted_keys(out) == sorted_keys(whole)
+        assert set(schema.read(out).ranks) == {2}
+        out.unlink()
+
+
+@pytest.mark.parametrize("ending", ["killed", "full"])
+def test_rank_that_dies_ends_the_other_and_its_rows_are_collected(
+    ending: str, whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.csv"
+    parts = [part_of(out, Rank(index, index, 2)) for index in range(2)]
+    room = 10_000 if ending == "full" else None
+    ranks = start_ranks([*SWEEP, "--out", str(out)], folder, room)
+    wait_for_lines(parts[1], 5)
+    if ending == "killed":
+        ranks[1].kill()
+    assert [rank.status() for rank in ranks] == [
+        IO_ERROR,
+        -signal.SIGKILL if ending == "killed" else IO_ERROR,
+    ]
+    assert "another rank is gone; --resume collects" in ranks[0].errors.read_text()
+    done = sum(lines_in(part) - 1 for part in parts)
+    assert ROWS // 2 < done < ROWS
+    assert main([*SWEEP, "--out", str(out), "--resume"]) == 0
+    assert sorted_keys(out) == sorted_keys(whole)
+    assert parts_of(out) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("in", "in is a folder"), ("x" * 250, "File name too long")]
+)
+def test_mistake_under_ranks_is_said_once_and_leaves_nothing(
+    name: str, said: str, folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "in"
+    place.mkdir()
+    out = tmp_path / name if name == "in" else place / name
+    ranks = start_ranks([*SWEEP, "--out", str(out)], folder)
+    assert [rank.status() for rank in ranks] == [2, 2]
+    errors = "".join(rank.errors.read_text() for rank in ranks)
+    assert said in errors
+    assert errors.count("\n") == 1
+    assert list(place.iterdir()) == []
+
+
+def test_parts_of_a_rank_that_died_are_collected_on_resume(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
     lines = whole.read_text().splitlines(keepends=True)
     ranks = [Rank(index, index, 2) for index in range(2)]
     write_report(out, [])
@@ -93,22 +241,13 @@ def test_parts_of_a_rank_that_died_are_collected_on_resume(
     assert parts_of(out) == []
 
 
-def test_two_ranks_share_the_cases_and_merge_their_parts(tmp_path: Path) -> None:
-    out = tmp_path / "a.csv"
+def test_torchrun_shares_the_cases_of_a_sweep(tmp_path: Path) -> None:
+    out = tmp_path / "h100[2].csv"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     axes = ["--level", "op", "--batch", "1", "2", "--resolution", "32", "--mode", "infer"]
+    chosen = [*axes, "--provider", "ours-pytorch-eager", "--out", str(out)]
     done = subprocess.run(
-        [
-            *torchrun,
-            "-m",
-            "perf",
-            "run",
-            *axes,
-            "--provider",
-            "ours-pytorch-eager",
-            "--out",
-            str(out),
-        ],
+        [*torchrun, "-m", "perf", "run", *chosen],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -122,4 +261,4 @@ def test_two_ranks_share_the_cases_and_merge_their_parts(tmp_path: Path) -> None
     assert len(frame) == 6
     assert set(frame.ranks) == {2}
     assert set(frame.status) == {"ok"}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]

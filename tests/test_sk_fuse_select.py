@@ -515,7 +515,7 @@ def one_pass(case: Case) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("case", TRAFFIC, ids=str)
 def test_traffic(case: Case, device: torch.device) -> None:
     run = section_of(case, device)

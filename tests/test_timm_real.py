@@ -13,6 +13,8 @@ import sknet_triton as skt
 from sknet_triton import Backend, use_backend
 from tests.helpers import EXACT_NETWORK, assert_same, outcome
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 try:
     timm: Any = importlib.import_module("timm")
 except (ImportError, RuntimeError) as error:  # torchvision raises either where it does not fit

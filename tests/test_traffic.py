@@ -15,7 +15,7 @@ PLANS = ("plain-eager", "plain-compile", "ours-pytorch-compile", "ours-triton-ea
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter")
+@pytest.mark.interpreter
 def test_every_plan_is_counted() -> None:
     rows = list(itertools.islice(traffic((2, 8, 14, 14), torch.float32), len(PLANS)))
     assert [row.provider for row in rows] == list(PLANS)

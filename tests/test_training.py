@@ -14,7 +14,7 @@ from sknet_triton import Backend, SKConv, SKNet, StageSpec, use_backend
 from tests.helpers import needs_compiler
 from tests.plain_sknet import largest_error, scramble
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo", "on_the_device")]
 
 # float64: a few steps of the same formulas in another order. See test_layers.py.
 EXACT = 1e-8
@@ -46,12 +46,9 @@ class Tiny(nn.Module):
 
 
 def batches(side: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
     return [
-        (
-            torch.randn(4, 3, side, side, dtype=torch.float64, generator=generator),
-            torch.randint(5, (4,), generator=generator),
-        )
+        (torch.randn(4, 3, side, side, dtype=torch.float64), torch.randint(5, (4,)))
         for _ in range(STEPS)
     ]
 

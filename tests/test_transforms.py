@@ -15,6 +15,8 @@ from sknet_triton.functional import BatchNormArgs
 from tests.helpers import BACKENDS, EXACT
 from tests.plain_sknet import scramble
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 # float64; the same formulas in another order of operations.
 
 SHAPE = (2, 3, 2, 2)

@@ -8,6 +8,7 @@ from perf.commands import (
     check,
     compare,
     env,
+    host,
     kernels,
     plot,
     publish,
@@ -43,6 +44,7 @@ COMMANDS: tuple[Command, ...] = (
     publish,
     summary,
     traffic,
+    host,
     kernels,
     env,
 )

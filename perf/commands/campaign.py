@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--minutes", type=duration("minutes"), default=30.0, metavar="N", help="default: 30")
     add("--dry-run", action="store_true", help="print the plan and do nothing")
+    names = [part.name for part in parts(which=str)]
+    add("--part", nargs="+", choices=names, metavar="NAME", help=f"only: {', '.join(names)}")
     add("--device", choices=DEVICES, default="cuda", help="cpu rehearses it at small sizes")
     add("--out", type=Path, default=Path("campaign.csv"), metavar="FILE.csv")
     add("--resume", action="store_true", help="go on with --out and skip the rows it has")
@@ -46,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the parts and prints the report; exits with 1 where a part failed."""
-    planned = parts()
+    planned = [part for part in parts() if part.name in (args.part or (part.name,))]
+    if not planned:
+        raise UsageError("--part: compute-sanitizer is not installed")
     print(plan(planned, 60 * args.minutes))
     if args.dry_run:
         return 0
@@ -74,7 +78,8 @@ def _carry_out(planned: Sequence[Part], args: argparse.Namespace) -> int:
                 left = deadline - time.monotonic()
                 seconds = share(left, part, turn[i + 1 :])
                 if not seconds:
-                    print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
+                    if turn is planned:
+                        print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
                     continue
                 start = time.monotonic()
                 status = _run(part, command(part, args, seconds), seconds, log)
@@ -82,9 +87,14 @@ def _carry_out(planned: Sequence[Part], args: argparse.Namespace) -> int:
                 statuses.append(status)
                 if part.rows and turn is planned and not status and took > seconds - 2 * GRACE:
                     cut.append(part)
-                how = "cut off" if status is None else f"ended with {status}"
-                print(f"{part.name}: {how} after {took:.0f} s", flush=True)
+                print(f"{part.name}: {_ending(status)} after {took:.0f} s", flush=True)
     return int(any(statuses))
+
+
+def _ending(status: int | None) -> str:
+    if status is None:
+        return "cut off"
+    return f"failed with {status}" if status else "done"
 
 
 def plan(planned: Sequence[Part], seconds: float) -> str:

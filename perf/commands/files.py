@@ -12,13 +12,14 @@ import pandas as pd
 import torch
 
 from perf.rows import env, schema
+from perf.rows.clock import by_the_clock_that_counts
 from perf.rows.errors import StopError, UsageError
 from perf.rows.typed_csv import SchemaError
 from perf.sweep.providers import PROVIDERS
 
 
 def read_report(path: Path) -> pd.DataFrame:
-    """Reads a report that the user named.
+    """Reads a report that the user named; its ms are by the clock that counts.
 
     Raises:
         UsageError: it cannot be read, is damaged, has other columns, or names a provider that
@@ -26,7 +27,7 @@ def read_report(path: Path) -> pd.DataFrame:
     """
     report = schema.read(path)
     check_providers(path, report)
-    return report
+    return by_the_clock_that_counts(report)
 
 
 def check_providers(path: Path, report: pd.DataFrame) -> None:

@@ -4,6 +4,7 @@ import pandas as pd
 
 from perf.report.text import Align, text_table
 from perf.rows.cases import LEVELS
+from perf.rows.clock import by_the_clock_that_counts, counts_call_to_call
 from perf.rows.schema import CASE_COLUMNS
 from perf.sweep.providers import BASELINE, BEFORE
 
@@ -62,6 +63,7 @@ def not_measured(frame: pd.DataFrame) -> list[str]:
 
 def by_case(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Returns the rows of each case under its label, ordered by level and the other axes."""
+    frame = by_the_clock_that_counts(frame)
     ordered = frame.assign(level=pd.Categorical(frame.level, LEVELS, ordered=True))
     groups = ordered.groupby(list(CASE_COLUMNS), sort=True, observed=True)
     return [(case_label(rows.iloc[0]), rows) for _, rows in groups]
@@ -134,6 +136,8 @@ def _change(before: float, after: float) -> str:
 
 def _note(row: pd.Series) -> str:
     notes = []
+    if counts_call_to_call(row.B, row.call_ms_p50):
+        notes.append("from call to call")
     if pd.notna(row.accuracy):
         notes.append(f"held-out accuracy {row.accuracy:.1%}")
     if pd.notna(row.compile_s):

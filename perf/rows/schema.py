@@ -26,7 +26,8 @@ class Result:
         ms_p20: its 20 % quantile.
         ms_p80: its 80 % quantile.
         n: samples that the quantiles are over.
-        images_per_s: images in a second at the median, for all but ops.
+        images_per_s: images in a second at the median of the time that counts (`rows.clock`), for
+            all but ops and passes.
         compile_s: seconds of the first call, where it compiles, with cold caches.
         bytes_needed: bytes that the mathematics has to move, where no convolution moves more.
         gbps: those bytes over the median time; None where they are 0.

@@ -70,7 +70,7 @@ def parts(which: Callable[[str], str | None] = shutil.which) -> tuple[Part, ...]
         Part("environment", "device, driver, versions, commit", (*PERF, "env"), START, rows=False),
         _swept("copy", "copies at the sizes of the stages", "gpu-passes", "copy"),
         _swept("checks", "twenty chosen cases against float64", "gpu-checks"),
-        *((_watched(sanitizer),) if sanitizer else ()),
+        *(_watched(sanitizer, tool) for tool in ("memcheck", "racecheck") if sanitizer),
         _swept(
             "passes",
             "every streaming kernel alone, at the four stages",
@@ -84,12 +84,12 @@ def parts(which: Callable[[str], str | None] = shutil.which) -> tuple[Part, ...]
     )
 
 
-def _watched(sanitizer: str) -> Part:
+def _watched(sanitizer: str, tool: str) -> Part:
     return Part(
-        "sanitizer",
-        "the twenty cases again, every access watched",
-        (sanitizer, "--error-exitcode", "1", *PERF, "check"),
-        240.0,
+        tool,
+        "the twenty cases again, every access watched by the sanitizer",
+        (sanitizer, "--tool", tool, "--error-exitcode", "1", *PERF, "check"),
+        150.0,
         rows=False,
         # Between the blocks of PyTorch's cache an access beyond a tensor would go unseen.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},

@@ -165,7 +165,7 @@ def _evaluate_plain(
     module: nn.Module, case: Case, inputs: tuple[Tensor, ...], seed: int
 ) -> Evaluation:
     step = Step(case, module, module, tuple(workloads.laid_out(x, case) for x in inputs), seed)
-    with settings(case):
+    with settings(case, benchmark=False):
         return evaluate(step, step)
 
 

@@ -153,13 +153,18 @@ def arriving_gradient(out: Tensor, case: Case, seed: int) -> Tensor:
     return workloads.laid_out(workloads.repeated(drawn, len(out)), case)
 
 
-def settings(case: Case) -> ExitStack:
-    """Returns a context that computes as the case says: TF32 or not, with gradients or without."""
+def settings(case: Case, *, benchmark: bool = True) -> ExitStack:
+    """Returns a context that computes as the case says: TF32 or not, with gradients or without.
+
+    Args:
+        case: the case.
+        benchmark: whether cuDNN times its algorithms at first, which pays for what is repeated.
+    """
     stack = ExitStack()
     tf32 = case.dtype == "tf32"
     stack.enter_context(
         torch.backends.cudnn.flags(
-            enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32
+            enabled=True, benchmark=benchmark, deterministic=False, allow_tf32=tf32
         )
     )
     previous = torch.get_float32_matmul_precision()

@@ -1,10 +1,13 @@
 """Checkpoints: of other implementations, of files, and, in `hub`, of the Hugging Face Hub."""
 
-from sknet_triton.checkpoints.convert import convert_state_dict
-from sknet_triton.checkpoints.diff import CheckpointMismatchError, Difference, StateDiff
-from sknet_triton.checkpoints.files import read_checkpoint
-from sknet_triton.checkpoints.heads import fold_fc2_bias
-from sknet_triton.checkpoints.load import load_checkpoint
+from sknet_triton.checkpoints.convert import convert_state_dict, fold_fc2_bias
+from sknet_triton.checkpoints.load import (
+    CheckpointMismatchError,
+    Difference,
+    StateDiff,
+    load_checkpoint,
+    read_checkpoint,
+)
 
 __all__ = [
     "CheckpointMismatchError",

@@ -1,18 +1,141 @@
-"""Loading another implementation's checkpoint into a model of this package."""
+"""Loading another implementation's checkpoint into a model of this package.
+
+Files are told by their content and not by their names. What keeps a checkpoint from loading is
+listed key by key.
+"""
 
 import os
-from collections.abc import Mapping
-from typing import Any
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sknet_triton.checkpoints.convert import convert_state_dict
-from sknet_triton.checkpoints.detect import Source
-from sknet_triton.checkpoints.diff import CheckpointMismatchError, StateDiff, diff_states
-from sknet_triton.checkpoints.files import read_checkpoint
-from sknet_triton.checkpoints.hints import hints
+from sknet_triton.checkpoints.convert import Source, convert_state_dict
 from sknet_triton.checkpoints.layouts import LAYOUTS
+
+Kind = Literal["missing", "unexpected", "different"]
+
+# As many lines as a terminal shows at once.
+_MOST_LINES = 20
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+
+
+class Entry(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key.
+
+    Attributes:
+        key: in this package's names, or as the checkpoint has it where it is no such name.
+        model: what the model has there, None for nothing.
+        checkpoint: what the checkpoint has there, None for nothing.
+    """
+
+    key: str
+    model: Entry | None
+    checkpoint: Entry | None
+
+    @property
+    def kind(self) -> Kind:
+        """``"missing"`` from the checkpoint, ``"unexpected"`` in it, or ``"different"``."""
+        if self.checkpoint is None:
+            return "missing"
+        return "unexpected" if self.model is None else "different"
+
+    def __str__(self) -> str:
+        line = f"{self.kind:<10}  {self.key}: {self.checkpoint or self.model}"
+        return f"{line}, the model has {self.model}" if self.kind == "different" else line
+
+
+@dataclass(frozen=True)
+class StateDiff:
+    """The differences in the model's order, then what only the checkpoint has.
+
+    Printing it gives a line a key, at most twenty. It is false where there are none.
+    """
+
+    rows: tuple[Difference, ...]
+
+    def __iter__(self) -> Iterator[Difference]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keys(self, kind: Kind) -> list[str]:
+        """Returns the keys of that kind."""
+        return [row.key for row in self.rows if row.kind == kind]
+
+    def __str__(self) -> str:
+        kinds: tuple[Kind, ...] = ("missing", "unexpected", "different")
+        counts = {kind: len(self.keys(kind)) for kind in kinds}
+        head = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        lines = [head or "no differences", *map(str, self.rows[:_MOST_LINES])]
+        if len(self) > _MOST_LINES:
+            lines.append(f"... and {len(self) - _MOST_LINES} more")
+        return "\n".join(lines)
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint does not fit a model.
+
+    Attributes:
+        diff: every difference; the message shows the first.
+    """
+
+    def __init__(self, diff: StateDiff, hints: tuple[str, ...] = ()) -> None:
+        self.diff = diff
+        text = "\n".join([f"the checkpoint does not fit the model: {diff}", *hints])
+        super().__init__(text)
+        self.hints = hints
+
+    def __reduce__(
+        self,
+    ) -> tuple[type["CheckpointMismatchError"], tuple[StateDiff, tuple[str, ...]]]:
+        # The default would call the class with the message.
+        return type(self), (self.diff, self.hints)
+
+
+def diff_states(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> StateDiff:
+    """Compares keys, shapes, and whether the tensors are of floating point.
+
+    A count of batches that the checkpoint lacks is no difference: PyTorch before 0.4.1 had none.
+    """
+    rows = []
+    for key, tensor in model.items():
+        found = checkpoint.get(key)
+        if found is None:
+            if not key.endswith(".num_batches_tracked"):
+                rows.append(Difference(key, _entry(tensor), None))
+        elif not _fits(tensor, found):
+            rows.append(Difference(key, _entry(tensor), _entry(found)))
+    extra = [key for key in checkpoint if key not in model]
+    rows += [Difference(key, None, _entry(checkpoint[key])) for key in extra]
+    return StateDiff(tuple(rows))
+
+
+def _fits(tensor: Tensor, found: Tensor) -> bool:
+    same_kind = tensor.is_floating_point() == found.is_floating_point()
+    return tensor.shape == found.shape and same_kind
+
+
+def _entry(tensor: Tensor) -> Entry:
+    return Entry(tuple(tensor.shape), tensor.dtype)
 
 
 def load_checkpoint(
@@ -37,7 +160,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointMismatchError: with ``strict``, a key or a shape does not agree; a ValueError
-            with the list of them, and the published network that the checkpoint does fit.
+            with the list of them.
         ImportError, OSError, TypeError, ValueError: as in `convert_state_dict` and
             `read_checkpoint`; or ``model`` has other names, or is on the meta device.
     """
@@ -48,7 +171,7 @@ def load_checkpoint(
         tensors = convert_state_dict(checkpoint, source)
     diff = diff_states(state, tensors)
     if diff and strict:
-        raise CheckpointMismatchError(diff, hints(diff, tensors))
+        raise CheckpointMismatchError(diff, hints(diff))
     differing = {row.key for row in diff}
     model.load_state_dict({k: v for k, v in tensors.items() if k not in differing}, strict=False)
     return diff
@@ -69,3 +192,94 @@ def _state(model: nn.Module) -> Mapping[str, Tensor]:
             "model.to_empty(device=...) gives it some"
         )
     return state
+
+
+def hints(diff: StateDiff) -> tuple[str, ...]:
+    """Returns what a person can do about ``diff``, a line each."""
+    return (*_about_head(diff), *_about_bias(diff))
+
+
+def _about_head(diff: StateDiff) -> Iterator[str]:
+    rows = {row.key: row for row in diff}
+    if rows.keys() != {"head.weight", "head.bias"}:
+        return
+    found, wanted = rows["head.weight"].checkpoint, rows["head.weight"].model
+    yield (
+        f"only the head differs: num_classes is {found.shape[0] if found else 0} in the checkpoint "
+        f"and {wanted.shape[0] if wanted else 0} in the model; strict=False loads all the rest"
+    )
+
+
+def _about_bias(diff: StateDiff) -> Iterator[str]:
+    if any(key.endswith(".sk.fc2.bias") for key in diff.keys("unexpected")):
+        yield (
+            "fc2 of SKConv has no bias: fold_fc2_bias(convert_state_dict(...)) moves it into one "
+            "more channel of fc1, for which d of a StageSpec makes room"
+        )
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Reads a safetensors file or one that torch.save wrote, onto the CPU.
+
+    A torch file is read with ``weights_only=True``: a pickle that wants more than tensors and plain
+    containers is refused, and nothing of it is run.
+
+    Returns:
+        What the file holds, for `convert_state_dict` or `load_checkpoint`.
+
+    Raises:
+        ImportError: safetensors is needed and not installed.
+        OSError: the file cannot be opened.
+        ValueError: it is a folder, is neither kind of file, is damaged, or holds more than tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path}: expected a file, got a folder; SKNetHub.from_pretrained of "
+            "sknet_triton.checkpoints.hub reads one that save_pretrained wrote"
+        )
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith((_ZIP, _PICKLE)):
+        return _read_torch(path)
+    # A header of JSON after its length in eight bytes.
+    if head[8:] == b"{":
+        return read_safetensors(path)
+    raise ValueError(
+        f"{path}: expected a safetensors file or one that torch.save wrote, got "
+        f"{f'one that begins with {head!r}' if head else 'an empty one'}"
+    )
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file onto the CPU; raises as `read_checkpoint`."""
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: a safetensors file needs safetensors: pip install 'sknet-triton[hub]'"
+        ) from error
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: the safetensors file is damaged: {error}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # A file and no path: of a path, torch.load would go by the suffix.
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for {asked[1]}" if asked else "is damaged or asks for more than tensors"
+        # Not chained: torch's message advises to load it all the same.
+        raise ValueError(
+            f"{path}: the pickle {what}, and only tensors are loaded, since anything else could "
+            "run code. Of a file that you trust, pass the state dict that torch.load returns"
+        ) from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes torch.load raise all kinds of exceptions
+        raise ValueError(f"{path}: the torch file cannot be read: {error}") from error
