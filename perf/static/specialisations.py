@@ -59,8 +59,14 @@ class Setting:
         """Returns M of them."""
         return tuple(self.branch() for _ in range(self.M))
 
+    def training(self, facts: DeviceFacts) -> list[Launch]:
+        """Returns what the section launches in a training step on a device of ``facts``."""
+        with _recorded(facts) as launches:
+            _section(self, batch_stats=True)
+        return launches
+
     def launches(self, facts: DeviceFacts) -> list[Launch]:
-        """Returns what a training step and an inference launch on a device of ``facts``."""
+        """Returns the same and what inference and the stages by themselves launch."""
         with _recorded(facts) as launches:
             _stages(self)
             for batch_stats in (True, False):
