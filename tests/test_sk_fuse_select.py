@@ -110,7 +110,7 @@ def test_sums_split_over_programs(splits: int, device: torch.device) -> None:
 def test_gradients(case: Case, drifts: bool, device: torch.device) -> None:
     xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
     norm, logits = launchers.norm_rows(norms), case.logits(device)
-    share = torch.randn(case.shape[:2], device=device).to(norms.mean[0].dtype)
+    share = torch.randn(case.shape[:2], device=device).to(cast(Tensor, norms.mean[0]).dtype)
     drift = torch.randn(2, case.M, case.shape[1], device=device).to(share.dtype)
     got = launchers.dx(dout, xs, norms, logits, share, drift if drifts else None)
 
@@ -528,6 +528,16 @@ def test_traffic(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.slow
+def recording(names: list[str], call: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns ``call`` such that it leaves its name at every call."""
+
+    def recorded(*args: Any) -> Any:
+        names.append(call.__name__)
+        return call(*args)
+
+    return recorded
+
+
 @pytest.mark.parametrize("M", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_launches(
@@ -537,8 +547,7 @@ def test_launches(
     x = Case((2, 4, 5, 5), 1, layout).tensor(device)
     foreach: list[str] = []
     for name in ("_foreach_add_", "_foreach_mul_", "_foreach_lerp_"):
-        call = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, f=call, n=name: (foreach.append(n), f(*a)))
+        monkeypatch.setattr(torch, name, recording(foreach, getattr(torch, name)))
     with use_backend("triton"):
         for again in range(2):  # what is remembered launches the same
             foreach.clear()

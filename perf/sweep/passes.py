@@ -20,10 +20,10 @@ from perf.sweep.workloads import DTYPE_OF
 
 OURS = "ours-triton-eager"
 # The kernel that makes a pass, as the specialisations call it.
-STAGE_OF = {
+KERNEL_OF = {
     "moments": "sk_moments",
-    "fuse": "sk_fuse_norm",
-    "select": "sk_select_norm",
+    "fuse": "sk_fuse",
+    "select": "sk_select_fwd",
     "sums": "sk_fuse_select_sums",
     "dx": "sk_fuse_select_dx",
 }
@@ -103,11 +103,10 @@ def pass_of(case: Case, device: torch.device) -> tuple[measure.Run, int]:
         target = torch.empty_like(source)
         return lambda: target.copy_(source), 2 * source.nbytes
     # Here, since it imports triton, which only a kernel needs.
-    from perf.static.specialisations import streaming_launch
+    from perf.static.specialisations import Setting, streaming_launch
 
-    launch = streaming_launch(
-        STAGE_OF[case.workload], case.M, LAYOUT_OF[case.layout], dtype, shape, device
-    )
+    setting = Setting(case.M, LAYOUT_OF[case.layout], dtype, shape, device)
+    launch = streaming_launch(setting, KERNEL_OF[case.workload])
     tensors = [x for x in tree_leaves(dict(launch.arguments)) if isinstance(x, Tensor)]
     for x in tensors:
         x.uniform_(0.5, 1.5)
