@@ -10,6 +10,8 @@ from platform import python_version
 import pytest
 import torch
 
+from tests.processes import fill_fresh_memory_with_nan
+
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -30,11 +32,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan() -> None:
-    """Fills what is allocated with NaN, so that an element nobody writes is seen.
-
-    The public `torch.use_deterministic_algorithms` would change what Inductor compiles as well.
-    """
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    fill_fresh_memory_with_nan()
 
 
 @pytest.fixture

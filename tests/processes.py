@@ -30,8 +30,17 @@ def in_two_processes(work: Callable[..., Any], folder: Path, *args: Any) -> list
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
+def fill_fresh_memory_with_nan() -> None:
+    """Fills what is allocated from now on with NaN, so that an element nobody writes is seen.
+
+    The public `torch.use_deterministic_algorithms` would change what Inductor compiles as well.
+    """
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+
+
 def _process(rank: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    fill_fresh_memory_with_nan()
     dist.init_process_group(
         "gloo",
         init_method=(Path(folder) / "rendezvous").as_uri(),

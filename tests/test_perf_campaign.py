@@ -17,7 +17,8 @@ from perf.commands import campaign as command
 from perf.commands.campaign import GRACE, plan
 from perf.rows import schema
 from perf.rows.cases import make_case
-from perf.sweep import campaign, passes
+from perf.rows.schema import Result
+from perf.sweep import campaign, contest, passes
 from perf.sweep.campaign import LEAST, Part, parts, share
 from perf.sweep.contest import BudgetSpentError, Conditions, measure_case
 from perf.sweep.presets import CHECKS, PRESETS, jobs
@@ -289,3 +290,24 @@ def test_check_says_who_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 20
     assert all(line.startswith("unsupported") for line in lines)
+
+
+@pytest.mark.interpreter
+def test_a_pass_is_timed_after_its_section_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Provider, "unavailable", lambda *_: None)
+    case = make_case("select", "infer", batch=2, resolution=32, stage=4)
+    ours = PROVIDERS["ours-triton-eager"]
+    passes._judged.cache_clear()
+    result = passes.measure_pass(case, (ours,), CONDITIONS)[ours.name]
+    assert (result.status, result.reason) == ("ok", "")
+    assert result.grad_err is not None
+    assert result.bytes_needed == 3 * 4 * case.B * case.C * case.H * case.W
+    assert result.gbps is not None
+
+    wrong = Result("unverified", "output off")
+    monkeypatch.setattr(contest, "judge_case", lambda *_: {ours.name: wrong})
+    passes._judged.cache_clear()
+    try:
+        assert passes.measure_pass(case, (ours,), CONDITIONS)[ours.name] == wrong
+    finally:
+        passes._judged.cache_clear()
