@@ -121,22 +121,18 @@ def _add(text: str, kernel: Kernel) -> None:
 
 
 def _compiled() -> Iterator[tuple[str, str]]:
-    """Yields name and IR of every kernel with three branches, in both layouts."""
+    """Yields name and IR of every kernel with three branches, in every way to read them."""
     import torch
 
     from perf.static.aot import TARGETS, compile_launch
-    from perf.static.specialisations import FAST_SHAPE, specialisations
+    from perf.static.specialisations import FAST_SHAPE, LAYOUTS, Setting
 
     target = next(t for t in TARGETS if t.name == "sm_90")
-    for s in specialisations(target.facts):
-        if (s.M, s.dtype, s.shape) == (3, torch.bfloat16, FAST_SHAPE):
-            compile_launch(s.launch, target)
-            launch = s.launch  # compiled by now: what follows looks it up
-            arguments = {**launch.arguments, **launch.constants}
-            compiled = launch.kernel.warmup(
-                **arguments, num_warps=launch.num_warps, grid=(launch.programs,)
-            )
-            yield launch.kernel.__name__, compiled.asm["ttir"]
+    settings = [Setting(3, layout, torch.bfloat16, FAST_SHAPE) for layout in LAYOUTS]
+    settings.append(Setting(3, "contiguous", torch.bfloat16, (128, 1024, 49)))
+    for setting in settings:
+        for launch in setting.launches(target.facts):
+            yield launch.kernel.__name__, compile_launch(launch, target).ttir
 
 
 def main() -> None:

@@ -142,7 +142,8 @@ def _times(counts: tuple[int, int], num_branches: int) -> int:
     return a_branch * num_branches + beside
 
 
-MOMENTS = Stage("sk_moments", (1, 0), (0, 0), sums=(2, 0), vectors=(1, 0), joins_images=True)
+# In moments, what finds a tile's image and position takes as much as a second vector.
+MOMENTS = Stage("sk_moments", (1, 0), (0, 0), sums=(2, 0), vectors=(2, 0), joins_images=True)
 FUSE = Stage("sk_fuse", (1, 0), (0, 0), sums=(0, 1), vectors=(3, 0))
 SELECT = Stage("sk_select_fwd", (1, 0), (0, 1), sums=(0, 0), vectors=(4, 0))
 SELECT_BWD = Stage("sk_select_bwd", (1, 1), (1, 0), sums=(1, 0), vectors=(1, 0))

@@ -51,6 +51,15 @@ TARGETS = (
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """A kernel as compiled: what it takes, and its machine code where that is NVIDIA's."""
+
+    resources: "Resources"
+    sass: str | None
+    ttir: str
+
+
+@dataclass(frozen=True)
 class Resources:
     """What a compiled kernel takes: registers a thread, bytes of spills, stack and shared memory.
 
@@ -81,7 +90,11 @@ class _TargetOnlyDriver:
         return 0
 
 
-def compile_launch(launch: Launch, target: Target) -> Resources:
+# By the hash of the compiled kernel: launches of many sizes share one.
+_COMPILED: dict[str, Compiled] = {}
+
+
+def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compiles the kernel of ``launch`` for ``target``; its tensors may lie on the meta device."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -89,17 +102,25 @@ def compile_launch(launch: Launch, target: Target) -> Resources:
     driver.set_active(
         _TargetOnlyDriver(GPUTarget(target.backend, target.arch, target.facts.warp_size))
     )
-    compiled = launch.kernel.warmup(
+    kernel = launch.kernel.warmup(
         **launch.arguments,
         **launch.constants,
         num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
         grid=(launch.programs,),
     )
-    return _nvidia(compiled.asm) if target.backend == "cuda" else _amd(compiled.asm)
+    if kernel.hash not in _COMPILED:
+        ttir = kernel.asm["ttir"]
+        if target.backend == "cuda":
+            sass = _cuobjdump(kernel.asm["cubin"], "--dump-sass")
+            _COMPILED[kernel.hash] = Compiled(_nvidia(kernel.asm), sass, ttir)
+        else:
+            _COMPILED[kernel.hash] = Compiled(_amd(kernel.asm), None, ttir)
+    return _COMPILED[kernel.hash]
 
 
 def _nvidia(asm: dict[str, Any]) -> Resources:
-    usage = _cuobjdump(asm["cubin"])
+    usage = _cuobjdump(asm["cubin"], "--dump-resource-usage")
     widths = {"ld": 0, "st": 0}
     for kind, lanes, bits in _LOAD_STORE_PTX.findall(asm["ptx"]):
         widths[kind] = max(widths[kind], int(lanes or 1) * int(bits) // 8)
@@ -114,16 +135,14 @@ def _nvidia(asm: dict[str, Any]) -> Resources:
     )
 
 
-def _cuobjdump(cubin: bytes) -> str:
+def _cuobjdump(cubin: bytes, option: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        done = subprocess.run(
-            [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
     return done.stdout
 
 

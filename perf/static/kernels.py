@@ -8,39 +8,63 @@ from typing import Any
 import pandas as pd
 
 from perf.static.aot import TARGETS, Target, compile_launch
-from perf.static.specialisations import specialisations
+from perf.static.model import ceiling
+from perf.static.specialisations import (
+    Setting,
+    kernel_name,
+    settings,
+    streaming_stage,
+)
+from sknet_kernels.launch import Launch
+
+# The target whose machine code the model reads.
+MODELLED = "sm_90"
 
 
 def kernel_table() -> pd.DataFrame:
-    """Compiles every specialisation for every target: one row each, by target and kernel."""
+    """Compiles every launch of every setting for every target: a row each, modelled for one."""
     # Spawned, because compilers keep threads that a fork would lose.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return pd.DataFrame([row for rows in pool.map(_rows, TARGETS) for row in rows])
 
 
 def _rows(target: Target) -> list[dict[str, Any]]:
-    rows = []
-    for spec in specialisations(target.facts):
-        B, C, S = spec.shape
-        rows.append(
-            {
-                "target": target.name,
-                "kernel": spec.launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-                "stage": spec.stage,
-                "M": spec.M,
-                "layout": spec.layout,
-                "dtype": str(spec.dtype).removeprefix("torch."),
-                "B": B,
-                "C": C,
-                "S": S,
-                "splits": spec.splits,
-                "block_c": spec.launch.constants.get("BLOCK_C"),
-                "block_s": spec.launch.constants.get("BLOCK_S"),
-                "num_warps": spec.launch.num_warps,
-                "fast": spec.is_fast,
-                "reduces": spec.is_reduction,
-                "streaming": spec.is_streaming,
-                **asdict(compile_launch(spec.launch, target)),
-            }
-        )
-    return rows
+    return [
+        _row(setting, launch, target)
+        for setting in settings()
+        if target.name == MODELLED or setting.is_compiled_everywhere
+        for launch in setting.launches(target.facts)
+    ]
+
+
+def _row(setting: Setting, launch: Launch, target: Target) -> dict[str, Any]:
+    compiled, stage = compile_launch(launch, target), streaming_stage(launch)
+    B, C, S = setting.shape
+    constants = launch.constants
+    row = {
+        "target": target.name,
+        "kernel": kernel_name(launch),
+        "norm": bool(constants.get("HAS_NORM", True)),
+        "M": setting.M,
+        "layout": setting.layout,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "B": B,
+        "C": C,
+        "S": S,
+        "splits": launch.scalars.get("splits"),
+        "block_c": constants.get("BLOCK_C"),
+        "block_s": constants.get("BLOCK_S"),
+        "num_warps": launch.num_warps,
+        "num_stages": constants.get("NUM_STAGES"),
+        "access": constants.get("ALIGN"),
+        "reading": constants.get("LAYOUT"),
+        "fast": setting.is_fast,
+        "streaming": stage is not None,
+        "writes": stage is not None and any(stage.writes),
+        **asdict(compiled.resources),
+    }
+    if stage is None or compiled.sass is None or target.name != MODELLED:
+        return row
+    used = compiled.resources
+    modelled = ceiling(setting, stage, launch, compiled.sass, used.registers, used.shared_bytes)
+    return {**row, **asdict(modelled)}

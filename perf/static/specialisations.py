@@ -1,217 +1,167 @@
 """The launches to compile ahead of time: every kernel, as a call with real shapes makes it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from sknet_kernels.arguments import problem_of
-from sknet_kernels.config import DeviceFacts, LaunchConfig
+from sknet_kernels import arguments
+from sknet_kernels import launch as launching
+from sknet_kernels.config import STAGES, DeviceFacts, Stage
 from sknet_kernels.launch import Launch
-from sknet_kernels.sk_fuse import sk_fuse_fwd_launches
-from sknet_kernels.sk_fuse_select import (
-    NUM_SUMS,
-    sk_fuse_select_dx_launch,
-    sk_fuse_select_sums_launch,
-)
-from sknet_kernels.sk_moments import sk_moments_launches
-from sknet_kernels.sk_select import sk_select_bwd_launches, sk_select_fwd_launch
+from sknet_kernels.norms import Norms
+from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_partials
+from sknet_kernels.sk_fuse_mlp import sk_channels_bwd, sk_hidden, sk_hidden_bwd, sk_logits
+from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
+from sknet_kernels.sk_moments import sk_moments
+from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
 
-# 128 channels of 56 x 56: the first stage at 224 x 224, whose rows are aligned in both layouts.
-FAST_SHAPE = (128, 128, 3136)
-# What Triton specialises apart: rows aligned to 4 or to nothing, and sizes of one.
-OTHER_SHAPES = ((128, 512, 196), (128, 1024, 49), (1, 1, 1))
-DTYPES = (torch.bfloat16, torch.float32)
 LAYOUTS = ("contiguous", "channels_last")
+# Channels and positions of SKNet-50's stages at 224 x 224.
+NETWORK_STAGES = ((128, 3136), (256, 784), (512, 196), (1024, 49))
+BATCHES = (32, 128)
+# Whose rows are aligned in both layouts.
+FAST_SHAPE = (128, 128, 3136)
+_REDUCTION = 16
 
 
 @dataclass(frozen=True)
-class Specialisation:
-    """One launch to compile and what it is a launch of."""
+class Setting:
+    """M branches [B, C, S] of one dtype and layout, on a device that may have no memory.
 
-    stage: str
-    M: int
-    layout: str
-    dtype: torch.dtype
-    shape: tuple[int, int, int]
-    launch: Launch
+    A layout is as memory formats are called.
+    """
 
-    @property
-    def splits(self) -> int:
-        """Programs that share a row of the branches, or parts that share a channel."""
-        arguments = {**self.launch.arguments, **self.launch.constants}
-        return int(next(arguments[k] for k in ("splits", "SPLITS", "PARTS") if k in arguments))
-
-    @property
-    def is_fast(self) -> bool:
-        """Whether every access to a branch must be 16 bytes wide."""
-        return self.shape == FAST_SHAPE and self.dtype == torch.bfloat16
-
-    @property
-    def is_reduction(self) -> bool:
-        """Whether the kernel writes nothing of full size."""
-        return self.stage in _REDUCTIONS
-
-    @property
-    def is_streaming(self) -> bool:
-        """Whether the kernel reads branches, rather than combining partial sums."""
-        return "combine" not in self.launch.kernel.__name__
-
-
-@dataclass(frozen=True)
-class _Setting:
     M: int
     layout: str
     dtype: torch.dtype
     shape: tuple[int, int, int]
     device: str | torch.device = "meta"
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether every access to a branch must be 16 bytes wide."""
+        return (self.shape, self.dtype, self.M) == (FAST_SHAPE, torch.bfloat16, 2)
+
+    @property
+    def is_compiled_everywhere(self) -> bool:
+        """Whether it shows more than a model of one machine: another kernel."""
+        alike = self.shape[0] == BATCHES[0] or (self.M, self.dtype) != (2, torch.bfloat16)
+        return not alike or self.shape == FAST_SHAPE
+
     def branch(self) -> Tensor:
+        """Returns a new branch [B, C, S]."""
         B, C, S = self.shape
         if self.layout == "contiguous":
             return torch.empty(B, C, S, dtype=self.dtype, device=self.device)
         return torch.empty(B, S, C, dtype=self.dtype, device=self.device).transpose(1, 2)
 
-    def branches(self) -> list[Tensor]:
-        return [self.branch() for _ in range(self.M)]
+    def branches(self) -> tuple[Tensor, ...]:
+        """Returns M of them."""
+        return tuple(self.branch() for _ in range(self.M))
 
-    def pooled(self) -> Tensor:
-        return torch.empty(self.shape[:2], dtype=self.dtype, device=self.device)
-
-    def logits(self) -> Tensor:
-        B, C, _ = self.shape
-        return torch.empty(B, self.M, C, dtype=self.dtype, device=self.device)
-
-    def small(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
-
-    def norm(self) -> Tensor:
-        return self.small(self.M, 4, self.shape[1])
+    def launches(self, facts: DeviceFacts) -> list[Launch]:
+        """Returns what a training step and an inference launch on a device of ``facts``."""
+        with _recorded(facts) as launches:
+            _stages(self)
+            for batch_stats in (True, False):
+                _section(self, batch_stats)
+        return launches
 
 
-def specialisations(facts: DeviceFacts) -> Iterator[Specialisation]:
-    """Yields the launches to compile for a device of ``facts``."""
-    for setting in _settings():
-        for stage, launches in _STAGES.items():
-            for launch in launches(setting, facts):
-                yield Specialisation(
-                    stage, setting.M, setting.layout, setting.dtype, setting.shape, launch
-                )
+def settings() -> Iterator[Setting]:
+    """Yields what to compile for."""
+    for layout in LAYOUTS:
+        for C, S in NETWORK_STAGES:
+            for B in BATCHES:
+                yield Setting(2, layout, torch.bfloat16, (B, C, S))
+            for M, dtype in ((3, torch.bfloat16), (2, torch.float32)):
+                yield Setting(M, layout, dtype, (BATCHES[-1], C, S))
+        # As many branches as the kernels take, and sizes of one.
+        yield Setting(8, layout, torch.bfloat16, FAST_SHAPE)
+    yield Setting(2, "contiguous", torch.bfloat16, (1, 1, 1))
+
+
+def kernel_name(launch: Launch) -> str:
+    """Returns the name of the kernel, as files and figures use it."""
+    name: str = launch.kernel.__name__
+    return name.strip("_").removesuffix("_kernel")
+
+
+def streaming_stage(launch: Launch) -> Stage | None:
+    """Returns what a kernel that reads branches is known as, None of those that do not."""
+    return next((stage for stage in STAGES if stage.name == kernel_name(launch)), None)
 
 
 def streaming_launch(
-    stage: str,
+    kernel: str,
     M: int,
     layout: str,
     dtype: torch.dtype,
     shape: tuple[int, int, int],
     device: torch.device,
 ) -> Launch:
-    """Returns the launch that reads the branches in ``stage``, on new tensors of ``device``."""
-    setting = _Setting(M, layout, dtype, shape, device)
-    specs = (
-        Specialisation(stage, M, layout, dtype, shape, launch)
-        for launch in _STAGES[stage](setting, DeviceFacts.of(device))
-    )
-    return next(spec.launch for spec in specs if spec.is_streaming)
+    """Returns the launch of ``kernel`` in a training step, on new tensors of ``device``."""
+    setting = Setting(M, layout, dtype, shape, device)
+    launches = setting.training(DeviceFacts.of(device))
+    return next(launch for launch in launches if kernel_name(launch) == kernel)
 
 
-def _settings() -> Iterator[_Setting]:
-    for M in (2, 3):
-        for layout in LAYOUTS:
-            for dtype in DTYPES:
-                yield _Setting(M, layout, dtype, FAST_SHAPE)
-    for shape in OTHER_SHAPES:
-        yield _Setting(2, "contiguous", torch.bfloat16, shape)
+@contextmanager
+def _recorded(facts: DeviceFacts) -> Iterator[list[Launch]]:
+    """Collects launches in place of running them, for a device of ``facts``."""
+    launches: list[Launch] = []
+
+    def compiled(first: Launch) -> Callable[..., None]:
+        launches.append(first)
+        return lambda *pointers: None
+
+    arguments._configuration.cache_clear()
+    with (
+        mock.patch.object(DeviceFacts, "of", return_value=facts),
+        mock.patch.object(launching, "_PLANS", {}),
+        mock.patch.object(launching, "_compiled", compiled),
+        mock.patch.object(launching, "current", return_value=nullcontext()),
+    ):
+        yield launches
+    arguments._configuration.cache_clear()
 
 
-def _fuse(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
-    xs = setting.branches()
-    return [
-        launch
-        for config in _reductions(xs, facts, sums=1)
-        for launch in sk_fuse_fwd_launches(setting.pooled(), xs, config=config)
-    ]
+def _stages(setting: Setting) -> None:
+    """The stages by themselves, on branches that are activated already."""
+    xs, (B, C, _) = setting.branches(), setting.shape
+    logits = torch.empty(B, setting.M, C, dtype=setting.dtype, device=setting.device)
+    sk_fuse_fwd(xs)
+    sk_select_fwd(setting.branch(), xs, logits)
+    sk_select_bwd(setting.branches(), setting.branch(), xs, logits)
 
 
-def _select(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
-    xs = setting.branches()
-    config = LaunchConfig.elementwise(problem_of(xs), facts)
-    return [sk_select_fwd_launch(setting.branch(), xs, setting.logits(), config=config)]
+def _section(setting: Setting, batch_stats: bool) -> None:
+    """The section, forward and backward."""
+    xs, out, (_, C, S), M = setting.branches(), setting.branch(), setting.shape, setting.M
+    d = max(32, C // _REDUCTION)
 
+    def vectors(*sizes: int) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(size, device=setting.device) for size in sizes)
 
-def _select_bwd(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
-    xs, logits = setting.branches(), setting.logits()
-    return [
-        launch
-        for config in _reductions(xs, facts, sums=setting.M)
-        for launch in sk_select_bwd_launches(
-            setting.branches(), logits, setting.branch(), xs, logits, config
-        )
-    ]
+    if batch_stats:
+        (mean, var), _ = sk_moments(xs)
+    else:
+        mean, var = torch.empty(2, M, C, device=setting.device)
+    norms = Norms(tuple(mean), tuple(var), vectors(*[C] * M), vectors(*[C] * M), 1e-5)
+    fc1_norm = Norms(vectors(d), vectors(d), vectors(d), vectors(d), 1e-5)
+    given = fc1_norm._replace(mean=(None,), var=(None,)) if batch_stats else fc1_norm
+    fc1, fc2 = torch.empty(d, C, device=setting.device), torch.empty(M * C, d, device=setting.device)
 
-
-def _reductions(xs: list[Tensor], facts: DeviceFacts, sums: int) -> list[LaunchConfig]:
-    """Returns the configuration whole and split in two, which are different kernels."""
-    config = LaunchConfig.reduction(problem_of(xs), facts, sums)
-    return [
-        LaunchConfig(config.block_c, config.block_s, splits, config.num_warps) for splits in (1, 2)
-    ]
-
-
-def _moments(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
-    xs = setting.branches()
-    mean, var = setting.small(setting.M, setting.shape[1]), setting.small(*setting.shape[:1])
-    return sk_moments_launches(mean, var, xs, LaunchConfig.moments(problem_of(xs), facts))
-
-
-def _fuse_norm(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
-    xs = setting.branches()
-    config = LaunchConfig.reduction(problem_of(xs), facts, sums=1)
-    pooled = setting.small(*setting.shape[:2])
-    return sk_fuse_fwd_launches(pooled, xs, setting.norm(), config)
-
-
-def _select_norm(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
-    xs = setting.branches()
-    config = LaunchConfig.elementwise(problem_of(xs), facts)
-    return [sk_select_fwd_launch(setting.branch(), xs, setting.logits(), setting.norm(), config)]
-
-
-def _sums(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
-    xs = setting.branches()
-    config = LaunchConfig.reduction(problem_of(xs), facts, sums=NUM_SUMS * setting.M)
-    return [sk_fuse_select_sums_launch(setting.branch(), xs, setting.norm(), config)]
-
-
-def _dx(setting: _Setting, facts: DeviceFacts) -> list[Launch]:
-    xs, (B, C, _), M = setting.branches(), setting.shape, setting.M
-    config = LaunchConfig.elementwise(problem_of(xs), facts)
-    return [
-        sk_fuse_select_dx_launch(
-            setting.branches(),
-            setting.branch(),
-            xs,
-            setting.norm(),
-            setting.small(B, M, C),
-            setting.small(B, C),
-            drift,
-            config,
-        )
-        for drift in (setting.small(M, 2, C), None)
-    ]
-
-
-_REDUCTIONS = frozenset({"sk_fuse", "sk_moments", "sk_fuse_norm", "sk_fuse_select_sums"})
-
-_STAGES: dict[str, Callable[[_Setting, DeviceFacts], list[Launch]]] = {
-    "sk_fuse": _fuse,
-    "sk_select": _select,
-    "sk_select_bwd": _select_bwd,
-    "sk_moments": _moments,
-    "sk_fuse_norm": _fuse_norm,
-    "sk_select_norm": _select_norm,
-    "sk_fuse_select_sums": _sums,
-    "sk_fuse_select_dx": _dx,
-}
+    pooled, hidden = sk_hidden(sk_fuse_partials(xs, norms), S, fc1, None)
+    logits, _, _ = sk_logits(hidden, given, fc2, None, M)
+    sk_select_fwd(out, xs, logits, norms)
+    partials = sk_fuse_select_sums(out, xs, norms)
+    sums, dlogits, dz = sk_hidden_bwd(partials, logits, norms, fc2)
+    small = (sums, dlogits, dz, logits, pooled, hidden, norms, fc1_norm, fc1, None, fc2, None)
+    gradients = sk_channels_bwd(*small, S, batch_stats, batch_stats)
+    dxs = setting.branches()
+    sk_fuse_select_dx(dxs, out, xs, norms, logits, gradients.share, gradients.drift)
