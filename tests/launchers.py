@@ -1,7 +1,7 @@
 """The launchers on tensors [B, C, *spatial], as operators call them, for the tests."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,6 +87,7 @@ def random_norms(M: int, C: int, like: Tensor) -> Norms:
 
 def norm_rows(norms: Norms) -> Tensor:
     """Returns mean, rstd, scale = gamma * rstd and beta [M, 4, C] in float64, as formulas do."""
-    mean, var, gamma, beta = (torch.stack([t.double() for t in ts]) for ts in norms[:4])
+    rows = (norms.mean, norms.var, norms.weight, norms.bias)
+    mean, var, gamma, beta = (torch.stack([cast(Tensor, t).double() for t in ts]) for ts in rows)
     rstd = (var + norms.eps).rsqrt()
     return torch.stack([mean, rstd, gamma * rstd, beta], 1)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pandas as pd
 import pytest
@@ -11,11 +10,6 @@ import pytest
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow
-
-
-# Specialisations in which a version's compiler keeps one pointer, 8 bytes, outside of the loop:
-# stored once before it and loaded once after it.
-KEPT = {"3.6": 1, "3.8": 4}.get(version("triton")[:3], 0)
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +44,55 @@ def test_every_kernel_was_compiled_for_every_target(table: pd.DataFrame) -> None
 
 
 def test_nothing_spills(table: pd.DataFrame) -> None:
-    kept = table[table.spill_bytes + table.stack_bytes > 0]
-    assert (kept.spill_bytes + kept.stack_bytes <= 8).all(), kept.to_string()
-    assert len(kept) <= KEPT, kept.to_string()
+    spilled = table[(table.spill_bytes > 0) | (table.stack_bytes > 0)]
+    assert spilled.empty, spilled.to_string()
+    assert set(table.M) == {2, 3, 8}
 
 
 def test_fast_layouts_move_16_bytes_at_a_time(table: pd.DataFrame) -> None:
     fast = table[table.fast & table.streaming]
-    assert len(fast) >= 4 * 2 * 2 * 3
-    narrow = fast[fast.load_bytes < 16]
-    assert narrow.empty, narrow.to_string()
-    writers = fast[~fast.reduces]
-    narrow = writers[writers.store_bytes < 16]
-    assert narrow.empty, narrow.to_string()
-    assert len(writers) >= 4 * 2 * 2 * 2
+    assert len(fast) >= 4 * 2 * 6
+    assert (fast.load_bytes >= 16).all(), fast.to_string()
+    assert (fast[fast.writes].store_bytes >= 16).all(), fast.to_string()
+    assert set(fast.writes) == {True, False}
 
 
-def test_rows_of_14_by_14_move_8_bytes_at_a_time(table: pd.DataFrame) -> None:
-    rows = table[(table.S == 196) & (table.layout == "contiguous") & table.streaming]
-    assert len(rows) >= 4 * 3
-    assert (rows.load_bytes >= 8).all(), rows.to_string()
+def test_rows_of_odd_length_are_read_by_8_bytes_and_more(table: pd.DataFrame) -> None:
+    rows = table[(table.layout == "contiguous") & table.streaming & (table.dtype == "bfloat16")]
+    for S, reading, width in ((196, "rows", 8), (49, "shifted", 16)):
+        odd = rows[(rows.S == S) & (rows.M == 2)]
+        assert set(odd.reading) == {reading}
+        assert (odd.load_bytes >= width).all(), odd.to_string()
+
+
+# What the model of perf/static/model.py allows for at least, in TB/s: what an H100 copies, and in
+# the two stages that move most, at a large batch, what an H200 copies. Modelled, not measured.
+LEAST, LEAST_FULL = 3.0, 4.3
+
+
+def section_rows(table: pd.DataFrame, M: int, dtype: str) -> pd.DataFrame:
+    """The five kernels of the section that read branches, at the network's stages."""
+    rows = table[table.tb_s.notna() & table.norm & (table.kernel != "sk_select_bwd")]
+    return rows[(rows.M == M) & (rows.dtype == dtype)].drop_duplicates(
+        ["kernel", "layout", "B", "C", "S"]
+    )
+
+
+def test_every_kernel_can_ask_for_what_a_copy_moves(table: pd.DataFrame) -> None:
+    rows = section_rows(table, 2, "bfloat16")
+    assert len(rows) == 5 * 2 * 4 * 2
+    full = rows[(rows.B == 128) & (rows.C <= 256)]
+    low = pd.concat([rows[rows.tb_s < LEAST], full[full.tb_s < LEAST_FULL]])
+    assert low.empty, low.to_string()
+
+
+@pytest.mark.parametrize(("M", "dtype"), [(3, "bfloat16"), (2, "float32")])
+def test_so_do_nearly_all_with_more_branches_and_wider_ones(
+    table: pd.DataFrame, M: int, dtype: str
+) -> None:
+    rows = section_rows(table, M, dtype)
+    low = rows[rows.tb_s < LEAST]
+    assert len(rows) >= 5 * 2 * 4
+    assert len(low) <= len(rows) / 20, low.to_string()
+    # 7 x 7 by three branches: twelve sums of 8 elements leave room for two programs.
+    assert low.empty or (set(low.kernel), set(low.S)) == ({"sk_fuse_select_sums"}, {49})

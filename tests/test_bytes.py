@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from perf.static.bytes import counted_bytes
+from sknet_kernels.config import LaunchConfig
 from tests.helpers import Case
 from tests.launchers import fuse, select, select_bwd
 
@@ -13,6 +14,8 @@ pytestmark = pytest.mark.skipif(
 
 LAYOUTS = ("contiguous", "channels_last")
 SIZES = ((14, 14), (28, 28))
+# One split, as large batches have: what is counted beside the branches is their sums, once.
+WHOLE = LaunchConfig(block_c=8, block_s=64)
 
 
 def one_pass(case: Case) -> int:
@@ -33,7 +36,7 @@ def cases() -> list[Case]:
 def test_fuse_reads_every_branch_once(case: Case, device: torch.device) -> None:
     xs = case.branches(device)
     with counted_bytes() as count:
-        fuse(xs)
+        fuse(xs, config=WHOLE)
     assert count.passes(one_pass(case)) == pytest.approx(case.M, rel=0.02)
 
 
@@ -50,5 +53,5 @@ def test_select_reads_every_branch_and_writes_one(case: Case, device: torch.devi
 def test_select_backward_reads_everything_once(case: Case, device: torch.device) -> None:
     xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=9)
     with counted_bytes() as count:
-        select_bwd(dout, xs, logits)
+        select_bwd(dout, xs, logits, config=WHOLE)
     assert count.passes(one_pass(case)) == pytest.approx(2 * case.M + 1, rel=0.02)

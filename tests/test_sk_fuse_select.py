@@ -109,7 +109,7 @@ def test_sums_split_over_programs(splits: int, device: torch.device) -> None:
 def test_gradients(case: Case, drifts: bool, device: torch.device) -> None:
     xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
     norm, logits = launchers.norm_rows(norms), case.logits(device)
-    share = torch.randn(case.shape[:2], device=device).to(norms.mean[0].dtype)
+    share = torch.randn(case.shape[:2], device=device).to(cast(Tensor, norms.mean[0]).dtype)
     drift = torch.randn(2, case.M, case.shape[1], device=device).to(share.dtype)
     got = launchers.dx(dout, xs, norms, logits, share, drift if drifts else None)
 

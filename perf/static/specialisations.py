@@ -63,8 +63,14 @@ class Setting:
         """Returns M of them."""
         return tuple(self.branch() for _ in range(self.M))
 
+    def training(self, facts: DeviceFacts) -> list[Launch]:
+        """Returns what the section launches in a training step on a device of ``facts``."""
+        with _recorded(facts) as launches:
+            _section(self, batch_stats=True)
+        return launches
+
     def launches(self, facts: DeviceFacts) -> list[Launch]:
-        """Returns what a training step and an inference launch on a device of ``facts``."""
+        """Returns the same and what inference and the stages by themselves launch."""
         with _recorded(facts) as launches:
             _stages(self)
             for batch_stats in (True, False):
@@ -154,7 +160,10 @@ def _section(setting: Setting, batch_stats: bool) -> None:
     norms = Norms(tuple(mean), tuple(var), vectors(*[C] * M), vectors(*[C] * M), 1e-5)
     fc1_norm = Norms(vectors(d), vectors(d), vectors(d), vectors(d), 1e-5)
     given = fc1_norm._replace(mean=(None,), var=(None,)) if batch_stats else fc1_norm
-    fc1, fc2 = torch.empty(d, C, device=setting.device), torch.empty(M * C, d, device=setting.device)
+    fc1, fc2 = (
+        torch.empty(d, C, device=setting.device),
+        torch.empty(M * C, d, device=setting.device),
+    )
 
     pooled, hidden = sk_hidden(sk_fuse_partials(xs, norms), S, fc1, None)
     logits, _, _ = sk_logits(hidden, given, fc2, None, M)

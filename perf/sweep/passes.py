@@ -19,11 +19,11 @@ from perf.sweep.providers import BASELINE, PROVIDERS, Provider
 from perf.sweep.workloads import DTYPE_OF
 
 OURS = "ours-triton-eager"
-# The kernel that makes a pass, as the specialisations call it.
-STAGE_OF = {
+# The kernel that makes a pass.
+KERNEL_OF = {
     "moments": "sk_moments",
-    "fuse": "sk_fuse_norm",
-    "select": "sk_select_norm",
+    "fuse": "sk_fuse",
+    "select": "sk_select_fwd",
     "sums": "sk_fuse_select_sums",
     "dx": "sk_fuse_select_dx",
 }
@@ -106,7 +106,7 @@ def pass_of(case: Case, device: torch.device) -> tuple[measure.Run, int]:
     from perf.static.specialisations import streaming_launch
 
     launch = streaming_launch(
-        STAGE_OF[case.workload], case.M, LAYOUT_OF[case.layout], dtype, shape, device
+        KERNEL_OF[case.workload], case.M, LAYOUT_OF[case.layout], dtype, shape, device
     )
     tensors = [x for x in tree_leaves(dict(launch.arguments)) if isinstance(x, Tensor)]
     for x in tensors:
