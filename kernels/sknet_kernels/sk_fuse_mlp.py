@@ -64,7 +64,7 @@ def _joined(
     return totals
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "B", "S"])
 def _sk_hidden_kernel(
     pooled_ptr,
     hidden_ptr,
@@ -168,7 +168,7 @@ def _activated(hidden, norm):
     return hhat, relu(hhat * gamma[None, :] + beta[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _sk_logits_kernel(
     logits_ptr,
     stats_ptr,
@@ -245,7 +245,7 @@ def _store_sums(ptr, offs_c, sums, masks, is_first, row, C, VECTORS: tl.constexp
         tl.store(ptr + offs, sums[j], mask=masks[j] & is_first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "B"])
 def _sk_hidden_bwd_kernel(
     dlogits_ptr,
     dz_ptr,
@@ -438,41 +438,39 @@ def _norms_bwd(
     norm = _fc1_norm(fc1_norm_ptrs, offs_d, mask_d, EPS, ACC)
     sums = _fc1_norm_bwd(hidden_ptr, dz_ptr, B, d, offs_d, mask_d, norm, ACC, BLOCK_B, BLOCK_D)
     positions = tl.cast(S, ACC)
-    for first in range(0, B, BLOCK_B):
-        offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
-        dhidden = _dhidden_block(
-            hidden_ptr, dz_ptr, first, B, d, offs_d, mask_d, norm, sums, BATCH_STATS, BLOCK_B
-        )
-        share = tl.dot(dhidden, weight, input_precision="ieee", out_dtype=ACC) / positions
-        share_ptrs = share_ptr + offs_b[:, None] * C + offs_c[None, :]
-        tl.store(share_ptrs, share, mask=(offs_b < B)[:, None] & mask_c[None, :])
-    # Now share is read by other threads of this program than have written it. Kept in registers it
-    # would impose a product's layout on all that is read below: a wait and two barriers a tile.
-    tl.debug_barrier()
-    dbetas = zero_tiles(NUM_BRANCHES, ACC, BLOCK_B, BLOCK_C)
-    dgammas = zero_tiles(NUM_BRANCHES, ACC, BLOCK_B, BLOCK_C)
     row = tl.cast(B, tl.int64) * NUM_BRANCHES * C
+    # The terms of a_i and those of share apart: a product has a layout of its own, and what meets
+    # it is laid out anew, a wait for memory each time.
+    tiles = zero_tiles(4 * NUM_BRANCHES, ACC, BLOCK_B, BLOCK_C)
     for first in range(0, B, BLOCK_B):
         offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
         mask = (offs_b < B)[:, None] & mask_c[None, :]
         offs = offs_b[:, None] * NUM_BRANCHES * C + offs_c[None, :]
-        share_ptrs = share_ptr + offs_b[:, None] * C + offs_c[None, :]
-        share = tl.load(share_ptrs, mask=mask, other=0.0)
+        dhidden = _dhidden_block(
+            hidden_ptr, dz_ptr, first, B, d, offs_d, mask_d, norm, sums, BATCH_STATS, BLOCK_B
+        )
+        share = tl.dot(dhidden, weight, input_precision="ieee", out_dtype=ACC) / positions
+        tl.store(share_ptr + offs_b[:, None] * C + offs_c[None, :], share, mask=mask)
         attn = branch_weights(logits_ptr, C, 1, offs, mask, NUM_BRANCHES, "softmax", ACC)
-        grown_betas, grown_gammas = (), ()
+        grown = ()
         for i in tl.static_range(NUM_BRANCHES):
             ptrs = sums_ptr + tl.cast(C, tl.int64) * i + offs
             p1 = tl.load(ptrs, mask=mask, other=0.0)
-            p2 = tl.load(ptrs + row, mask=mask, other=0.0)
             p3 = tl.load(ptrs + 2 * row, mask=mask, other=0.0)
+            p2 = tl.load(ptrs + row, mask=mask, other=0.0)
             p4 = tl.load(ptrs + 3 * row, mask=mask, other=0.0)
-            grown_betas = grown_betas + (dbetas[i] + attn[i] * p1 + share * p2,)
-            grown_gammas = grown_gammas + (dgammas[i] + attn[i] * p3 + share * p4,)
-        dbetas, dgammas = grown_betas, grown_gammas
+            grown = grown + (
+                tiles[4 * i] + attn[i] * p1,
+                tiles[4 * i + 1] + share * p2,
+                tiles[4 * i + 2] + attn[i] * p3,
+                tiles[4 * i + 3] + share * p4,
+            )
+        tiles = grown
     m = tl.maximum(tl.cast(B, ACC), 1.0) * positions
     for i in tl.static_range(NUM_BRANCHES):
         offs_n = tl.cast(C, tl.int64) * i + offs_c
-        dbeta, dgamma = tl.sum(dbetas[i], axis=0), tl.sum(dgammas[i], axis=0)
+        dbeta = tl.sum(tiles[4 * i], axis=0) + tl.sum(tiles[4 * i + 1], axis=0)
+        dgamma = tl.sum(tiles[4 * i + 2], axis=0) + tl.sum(tiles[4 * i + 3], axis=0)
         _store(dbeta_ptr, offs_n, dbeta, mask_c)
         _store(dgamma_ptr, offs_n, dgamma, mask_c)
         _store(drift_ptr, offs_n, dbeta / m, mask_c)
@@ -566,7 +564,7 @@ def _fc2_bwd(
     _store(dbias_ptr, offs_n, dbias, mask_n & (pid % blocks_d == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "S"])
 def _sk_channels_bwd_kernel(
     share_ptr,
     drift_ptr,
