@@ -25,7 +25,6 @@ FLOORS = (
         "sknet_triton.acceleration",
         "sknet_triton.checkpoints",
         "sknet_triton.inference",
-        "sknet_triton.warmup",
     },
     {"sknet_triton.timm"},
     {"sknet_triton"},
