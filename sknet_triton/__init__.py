@@ -11,7 +11,6 @@ from sknet_triton.checkpoints import convert_state_dict, load_checkpoint
 from sknet_triton.inference import fuse_bn
 from sknet_triton.layers import BranchSpec, SKConv, SKUnit
 from sknet_triton.models import SKNet, SKNetFeatures, StageSpec, sknet26, sknet50, sknet101
-from sknet_triton.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -36,5 +35,4 @@ __all__ = [
     "sknet50",
     "sknet101",
     "use_backend",
-    "warmup",
 ]

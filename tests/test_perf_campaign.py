@@ -142,9 +142,15 @@ def test_a_part_that_fails_is_said_and_the_rest_runs(
     printed = capsys.readouterr().out
     assert "failed with 1 after" in printed
     assert "done after" in printed
-    log = (tmp_path / "a.log").read_text()
+    log = (tmp_path / "a.csv.log").read_text()
     assert "no device" in log
     assert "found" in log
+
+
+def test_the_log_is_never_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.log", "a", ".log", "a.csv.log"):
+        assert run(tmp_path / name, python("print(1)"), minutes=1, monkeypatch=monkeypatch) == 0
+        assert schema.read(tmp_path / name).empty
 
 
 def test_what_a_part_has_started_ends_with_the_campaign(tmp_path: Path) -> None:
@@ -173,7 +179,7 @@ def test_a_part_that_appends_rows_gets_a_budget_below_its_time() -> None:
     args = argparse.Namespace(out=Path("a.csv"), device="cuda")
     swept = next(part for part in parts() if part.name == "section")
     line = command.command(swept, args, 100.0)
-    assert line[-5:] == ("--out", "a.csv", "--resume", "--budget", f"{100 - 2 * GRACE:.0f}")
+    assert line[-4:] == ("--out=a.csv", "--resume", "--budget", f"{100 - 2 * GRACE:.0f}")
     args.device = "cpu"
     assert command.command(swept, args, 100.0)[-6:] == (
         *("--device", "cpu"),

@@ -389,3 +389,17 @@ def test_figures_follow_from_the_median_time() -> None:
     assert of_layer.images_per_s == pytest.approx(layer.B / seconds)
     tflops = cast(float, of_layer.gflops) / 1e3 / seconds
     assert of_layer.tflops_per_s == pytest.approx(tflops)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_error_or_a_bound_that_is_no_number_is_no_proof(value: float) -> None:
+    assert gate.Verdict(0.0, 1.0, 0.0, 1.0).passed
+    for verdict in (
+        gate.Verdict(value, 1.0, 0.0, 1.0),
+        gate.Verdict(0.0, value, 0.0, 1.0),
+        gate.Verdict(value, value, None, None),
+        gate.Verdict(0.0, 1.0, value, 1.0),
+        gate.Verdict(0.0, 1.0, 0.0, value),
+        gate.Verdict(0.0, 1.0, value, value),
+    ):
+        assert not verdict.passed

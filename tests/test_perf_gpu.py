@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from perf.__main__ import main
+from perf.commands.arguments import chosen_device
 from perf.commands.files import read_report
-from perf.commands.run import chosen_device
 from perf.peers import baseline
 from perf.report import tables
 from perf.rows import env, schema
@@ -530,6 +530,7 @@ def test_memory_is_given_back_after_running_out(monkeypatch: pytest.MonkeyPatch)
 
 def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     second = Rank(index=1, local=1, count=2)
     assert chosen_device(None, second) == chosen_device("cuda", second) == torch.device("cuda", 1)
     assert chosen_device("cpu", second) == CPU

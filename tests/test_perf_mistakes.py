@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from perf.__main__ import SOFTWARE_ERROR, main
 from perf.sweep import ranks
@@ -172,6 +173,22 @@ def test_ranks_that_are_none_and_ranks_that_never_come(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert said in refused("run", "--level", "op", "--out", "a.csv")
+
+
+def test_rank_without_a_gpu_of_its_own_is_said(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    said = refused("run", "--level", "op", "--out", "a.csv")
+    assert "LOCAL_RANK: expected less than the number of GPUs, which is 1, got 1" in said
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32), "1e3", "9" * 5000])
+def test_check_takes_the_seeds_of_run(seed: str, refused: Refused) -> None:
+    assert "is not a whole number from 0 to 4,294,967,295" in refused("check", "--seed", seed)
 
 
 def test_a_minute_is_the_patience() -> None:

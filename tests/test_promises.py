@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils import parametrizations, parametrize
@@ -500,6 +501,42 @@ def test_what_could_be_traced_and_scripted_still_can(build: Callable[[], nn.Modu
     assert before[0].code == after[0].code
     assert before[1].code == after[1].code
     assert all(torch.equal(program(x), before[0](x)) for program in (*before, *after))
+
+
+def compiled_operators(module: nn.Module, inputs: Any) -> list[str]:
+    torch._dynamo.reset()
+    recorded = EagerAndRecordGraphs()
+    torch.compile(module, fullgraph=True, backend=recorded)(inputs)
+    nodes = recorded.graphs[0].graph.nodes
+    names = [str(node.target) for node in nodes if node.op.startswith("call")]
+    # torch.compile notes what a function asked of it; the note computes nothing.
+    return [name for name in names if "_are_functorch_transforms_active" not in name]
+
+
+@pytest.mark.parametrize("stacks", [False, True])
+@pytest.mark.parametrize("copied", [lambda module: module, copy.deepcopy], ids=["itself", "copy"])
+def test_compiled_code_holds_the_stages_where_they_pay_and_the_row_says_where(
+    stacks: bool, copied: Callable[[Any], Any], fresh_dynamo: None
+) -> None:
+    builds: list[nn.Module] = [
+        rebuilt.SplitAttn(8, 4),
+        rebuilt.SplitAttn(8, 4, radix=1, groups=2),
+        rebuilt.SplitAttn(8, 4, one_relu=True),
+    ]
+    if stacks:
+        builds = [rebuilt.SelectiveKernel(8, 4), rebuilt.SKConv(8, 4), rebuilt.SKFF(8)]
+    for module in builds:
+        x: Any = images().float()
+        inputs = [x, x + 1, x * 2] if isinstance(module, rebuilt.SKFF) else x
+        own = compiled_operators(module, inputs)
+        remark = row_of(module).reason
+        assert remark == (
+            "" if stacks else "but for torch.compile without kernels, which needs no help"
+        )
+        assert (compiled_operators(copied(module), inputs) == own) != stacks
+        with skt.use_backend("triton"):
+            called = compiled_operators(copied(module), inputs)
+        assert any(name.startswith("sknet_triton.") for name in called)
 
 
 # restore, and what was put on top.

@@ -19,7 +19,8 @@ from typing import IO, NoReturn
 
 import torch
 
-from perf.commands.run import DEVICES, STATUSES, duration
+from perf.commands.arguments import DEVICES, duration
+from perf.commands.run import STATUSES
 from perf.report import tables
 from perf.rows import schema
 from perf.rows.env import CHECKOUT
@@ -72,7 +73,7 @@ def _carry_out(planned: Sequence[Part], args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * args.minutes - GRACE
     statuses: list[int | None] = []
     cut: list[Part] = []
-    with args.out.with_suffix(".log").open("a") as log:
+    with args.out.with_name(f"{args.out.name}.log").open("a") as log:
         for turn in (planned, cut):
             for i, part in enumerate(turn):
                 left = deadline - time.monotonic()
@@ -114,7 +115,7 @@ def command(part: Part, args: argparse.Namespace, seconds: float) -> tuple[str, 
     whole = part.command
     if part.rows:
         budget = max(seconds - 2 * GRACE, 1.0)
-        whole = (*whole, "--out", str(args.out), "--resume", "--budget", f"{budget:.0f}")
+        whole = (*whole, f"--out={args.out}", "--resume", "--budget", f"{budget:.0f}")
     if args.device == "cpu" and part.rows:
         whole = (*whole, "--device", "cpu", *REHEARSAL)
     return whole

@@ -5,7 +5,7 @@ Meant to run under compute-sanitizer as well, which slows every access down.
 
 import argparse
 
-from perf.commands.run import DEVICES, chosen_device
+from perf.commands.arguments import DEVICES, chosen_device, seed
 from perf.sweep.contest import Conditions, judge_case
 from perf.sweep.presets import PRESETS, jobs
 from perf.sweep.providers import PROVIDERS
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help="not the preset's"
     )
     parser.add_argument("--device", choices=DEVICES, help="default: a GPU where there is one")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0, metavar="N")
 
 
 def main(args: argparse.Namespace) -> int:

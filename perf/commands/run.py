@@ -1,23 +1,24 @@
 """Measure: a sweep over cases and providers, written to one CSV and shown as a table.
 
 Without arguments it runs the preset quick. The preset family has the modules of other packages
-before (plain-...) and after accelerate (ours-...). --level
-and --workload pick from the preset; every other choice replaces the preset's own values, in every
-case that has such a value. A range START:STOP:STEP includes STOP. Under torchrun the cases are
-shared out over the processes.
+before (plain-...) and after accelerate (ours-...). --level and --workload pick from the preset;
+every other choice replaces the preset's own values, in every case that has such a value. A range
+START:STOP:STEP includes STOP. Under torchrun the cases are shared out over the processes. Exits
+with 1 where the device was lost.
 """
 
 import argparse
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from perf.commands.arguments import DEVICES, chosen_device, duration, seed, sizes, whole_number
 from perf.report import tables
 from perf.rows import cases, env, schema
 from perf.rows.errors import UsageError
@@ -26,10 +27,9 @@ from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, Grid, Job, jobs
 from perf.sweep.progress import Progress
 from perf.sweep.providers import PROVIDERS
-from perf.sweep.ranks import Rank, Team, part_of, parts_of, this_rank, together
+from perf.sweep.ranks import Team, part_of, parts_of, this_rank, together
 from perf.sweep.sweep import Ending, sweep, unfinished
 
-DEVICES = ("cuda", "cpu")
 STATUSES: dict[Ending, int] = {
     "complete": 0,
     "budget": 0,
@@ -37,11 +37,7 @@ STATUSES: dict[Ending, int] = {
     "lost": 1,
 }
 MOST_CASES = 10_000
-# What a column of 64 bits holds as a product with every other size, and what seeds are.
-_LARGEST_SIZE = 1_000_000
-_LARGEST_SEED = 2**32 - 1
 _MOST_THREADS = 1024
-_LONGEST_BUDGET = 1e7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with --out and skip the rows it has")
     add(
         "--seed",
-        type=whole_number(0, _LARGEST_SEED),
+        type=seed,
         default=0,
         metavar="N",
         help="of inputs, parameters and the order (default: 0)",
@@ -118,17 +114,6 @@ def main(args: argparse.Namespace) -> int:
             collect(report, parts_of(path))
             _show(report, todo, ending)
     return STATUSES[ending]
-
-
-def chosen_device(name: str | None, rank: Rank) -> torch.device:
-    """Returns the device that ``--device`` names, this rank's one where there are several.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: there is no GPU")
-    return torch.device("cpu") if name == "cpu" else env.default_device(rank.local)
 
 
 def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...]:
@@ -178,58 +163,11 @@ def default_name(args: argparse.Namespace, device: torch.device) -> str:
     return f"perf-{what}-{where}-torch{torch.__version__.partition('+')[0]}.csv"
 
 
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """Returns a parser of whole numbers from ``least`` to ``most``."""
-
-    def parse(text: str) -> int:
-        # Python refuses to parse thousands of digits.
-        if not text.isdecimal() or len(text) > len(str(most)) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(
-                f"{_short(text)} is not a whole number from {least} to {most:,}"
-            )
-        return int(text)
-
-    return parse
-
-
-def sizes(text: str) -> range:
-    """Parses a positive number, or a range START:STOP:STEP that includes STOP."""
-    parts = text.split(":")
-    if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{_short(text)} is neither a positive number nor a range")
-    numbers = [whole_number(1, _LARGEST_SIZE)(part) for part in parts]
-    start, stop, step = numbers if len(numbers) == 3 else (*numbers, *numbers, 1)
-    if start > stop:
-        raise argparse.ArgumentTypeError(f"the range {text!r} is empty")
-    return range(start, stop + 1, step)
-
-
-def duration(unit: str) -> Callable[[str], float]:
-    """Returns a parser of positive numbers of a unit of time."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not 0 < value <= _LONGEST_BUDGET:
-            raise argparse.ArgumentTypeError(
-                f"{_short(text)} is not a positive number of {unit} up to {_LONGEST_BUDGET:,.0f}"
-            )
-        return value
-
-    return parse
-
-
 def _flat(option: str, ranges: list[range] | None) -> list[int]:
     values = sum(map(len, ranges or ()))
     if values > MOST_CASES:
         raise UsageError(f"{option}: {values:,} values are more than the {MOST_CASES:,} of a sweep")
     return [size for sizes in ranges or () for size in sizes]
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 @contextmanager

@@ -55,8 +55,8 @@ class Verdict:
 
     @property
     def out_passed(self) -> bool:
-        """Whether the output's error is within its bound; NaN is not."""
-        return self.out_err <= self.out_err_bound
+        """Whether the output's error is within its bound; NaN is not, nor a bound without end."""
+        return self.out_err <= self.out_err_bound < math.inf
 
     @property
     def passed(self) -> bool:
@@ -65,7 +65,7 @@ class Verdict:
             return False
         if self.grad_err is None or self.grad_err_bound is None:
             return True
-        return self.grad_err <= self.grad_err_bound
+        return self.grad_err <= self.grad_err_bound < math.inf
 
     @property
     def reason(self) -> str:

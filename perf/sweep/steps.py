@@ -1,7 +1,7 @@
 """One call of a case, on tensors that stay where they are: judged, captured and timed alike."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ class Step:
             inputs = tuple(x.detach().requires_grad_() for x in inputs)
             self.tensors |= {f"input {i}": x for i, x in enumerate(inputs)}
         self.inputs = inputs
+        self._autocast = case.dtype == "autocast" and inputs[0].dtype != torch.float64
         self._wanted = list(self.tensors.values())
         self._seed = seed
         self._dout: Tensor | None = None
@@ -57,7 +58,9 @@ class Step:
 
     def forward(self) -> Tensor:
         """Returns the output, under autocast where the case says so: as a user's step does."""
-        with self._autocast():
+        if not self._autocast:
+            return self.call(*self.inputs)
+        with torch.autocast(self.inputs[0].device.type, torch.bfloat16):
             return self.call(*self.inputs)
 
     def __call__(self) -> Results:
@@ -83,12 +86,6 @@ class Step:
                 self._dout.copy_(arriving_gradient(self._dout, self.case, seed))
         self._seed = seed
         self._out = None
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        x = self.inputs[0]
-        if self.case.dtype != "autocast" or x.dtype == torch.float64:
-            return nullcontext()
-        return torch.autocast(x.device.type, torch.bfloat16)
 
 
 class Captured:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sknet_triton import functional
+from sknet_triton.backend import takes_triton
 from sknet_triton.functional import Activation, Reduction
 from sknet_triton.layers import section
 from sknet_triton.layers.section import Section
@@ -49,6 +50,8 @@ class Family:
             batch norm and ReLU and the MLP likewise: `functional.sk_fuse_select` computes them.
         branch_inputs: the module's input -> the input of every branch's convolution; None where
             each gets the module's own.
+        stacks: whether the module's own forward stacks the branches. Where it does not, and
+            torch.compile fuses it without our kernels, there is nothing to gain: it runs itself.
     """
 
     name: str
@@ -61,11 +64,19 @@ class Family:
     reduction: Reduction = "mean"
     section: Callable[[Any], Section | None] = _no_section
     branch_inputs: Callable[[Any, Any], Sequence[Any] | None] = _same_for_all
+    stacks: bool = True
 
     def forward(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Computes what the module's own forward does."""
         out = self.through_section(module, *inputs)
         return self.through_stages(module, *inputs) if out is None else out
+
+    def pays(self, inputs: tuple[Any, ...]) -> bool:
+        """Tells whether to prefer it to the module's own forward on ``inputs``."""
+        if self.stacks or not torch.compiler.is_dynamo_compiling():
+            return True
+        first = inputs[0][0] if isinstance(inputs[0], (list, tuple)) else inputs[0]
+        return takes_triton(first)
 
     def through_stages(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Calls the module's children, fuse and select."""

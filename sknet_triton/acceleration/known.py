@@ -256,6 +256,7 @@ SPLIT_ATTENTION = Family(
     maps=_resnest_maps,
     logits=_resnest_logits,
     example=_resnest_example,
+    stacks=False,
 )
 SPLIT_ATTENTION_RADIX_1 = replace(
     SPLIT_ATTENTION,
@@ -417,6 +418,7 @@ CYCLE_MLP = Family(
     logits=_reweight_logits,
     example=_cycle_example,
     finish=_reweight_finish,
+    stacks=False,
 )
 VISION_PERMUTATOR = Family(
     name="Vision Permutator reweighting",
@@ -425,6 +427,7 @@ VISION_PERMUTATOR = Family(
     logits=_reweight_logits,
     example=_permutator_example,
     finish=_reweight_finish,
+    stacks=False,
 )
 
 register_built_in(

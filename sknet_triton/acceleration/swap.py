@@ -89,8 +89,9 @@ def accelerate(model: nn.Module) -> Report:
     dtype. channels_last is kept where the original lost it. A second call changes nothing. It works
     before and after torch.compile and DistributedDataParallel; before fully_shard only.
 
-    The module's own forward runs where a child was replaced by one that does not fit, a hook
-    watches what would not be called, an optional argument is given, torch.fx traces, or
+    The module's own forward runs where the family does not pay (where no branches are stacked and
+    torch.compile works without kernels, as its row says), a child was replaced by one that does not
+    fit, a hook watches what would not be called, an optional argument is given, torch.fx traces, or
     TorchScript compiles. Where the original kept a copy of its inputs (SKFF and SKFusion stack
     them), the inputs themselves are kept for the backward now: one that is changed in place before
     it makes autograd say that a variable needed for gradient computation has been modified by an
@@ -201,7 +202,8 @@ def _tried(path: str, module: nn.Module) -> Row | None:
         return None if found is None else Row(path, type(module).__name__, "left", found)
     family, checked = found
     _swap(module, family, checked)
-    return Row(path, family.name, "accelerated")
+    remark = "" if family.stacks else "but for torch.compile without kernels, which needs no help"
+    return Row(path, family.name, "accelerated", remark)
 
 
 def _named(path: str, module: nn.Module, found: list[Row]) -> Row | None:
@@ -232,9 +234,13 @@ def _look_at(module: Any, checked: Checked) -> None:
         read = child is module or path in checked.silent
         children = tuple(child._modules.values())
         if read or children:
-            kind = getattr(child, "_skt_original", type(child))
-            parts.append(_Part(path, child, kind, children, _settings(child) if read else ()))
+            settings = _settings(child) if read else ()
+            parts.append(_Part(path, child, _own_class(child), children, settings))
     module._skt_parts = tuple(parts)
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    return getattr(module, "_skt_original", type(module))
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -255,7 +261,7 @@ def _is_set(part: _Part) -> bool:
 
 def _is_as(module: nn.Module, part: _Part) -> bool:
     """Compares in a way that torch.compile guards on: by class, since a child is no constant."""
-    return type(module) is part.kind and all(
+    return _own_class(module) is part.kind and all(
         getattr(module, name, None) == value for name, value in part.settings
     )
 
@@ -280,6 +286,7 @@ def _accelerated_class(original: Any, family: Family) -> Any:
             or is_symbolic(inputs)
             or any_hook(self._skt_silent)
             or not self._skt_fits()
+            or not family.pays(inputs)
         ):
             return original.forward(self, *args, **kwargs)
         return family.forward(self, *inputs)

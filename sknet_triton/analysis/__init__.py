@@ -1,7 +1,4 @@
-"""How selective-kernel units choose among their branches (Li et al. 2019, figures 3 and 4).
-
-``python -m sknet_triton.analysis digits`` and ``photos`` run the worked examples.
-"""
+"""How selective-kernel units choose among their branches (Li et al. 2019, figures 3 and 4)."""
 
 from sknet_triton.analysis.enlarge import enlarge
 from sknet_triton.analysis.figures import plot_classes, plot_units, save_figure

@@ -1,1 +1,0 @@
-"""Worked examples on real images that a package ships: one module each, run by seed."""
