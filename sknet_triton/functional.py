@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sknet_kernels.config import MAX_BRANCHES
 from sknet_kernels.layout import as_bcs
@@ -272,6 +273,8 @@ def fused(
     if torch.compiler.is_dynamo_compiling():
         tensors = _distinct(tensors)
     steps = "reference" if way != "kernels" else "operators" if _watched(tensors) else "launchers"
+    if steps == "operators" and not torch.compiler.is_compiling() and _counts_flops():
+        steps = "reference"
     settings = Settings(
         len(branches), norms.eps, fc1_norm.eps, batch_stats, fc1_batch_stats, group, steps
     )
@@ -308,6 +311,15 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or any(type(x) not in _PLAIN for x in tensors)
     )
+
+
+def _counts_flops() -> bool:
+    """Tells whether a FlopCounterMode is at work, which knows the formulas' products alone.
+
+    Registering what the operators count would import its module, and with it triton.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
 
 
 def _planned(

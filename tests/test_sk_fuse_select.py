@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from perf.static.bytes import counted_bytes
 from sknet_kernels.config import LaunchConfig
@@ -475,6 +476,17 @@ def test_launchers_run_on_plain_tensors_and_operators_in_graphs(device: torch.de
     assert recorded == [["sk_hidden", "sk_logits", "sk_out"]] * 2
     assert not functional._watched([*xs, None, positional[1]])
     assert functional._watched([xs[0].as_subclass(Subclass)])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_flops_are_those_of_the_modules(training: bool, device: torch.device) -> None:
+    sk, x = SKConv(4, 6, G=2, d=5, device=device).train(training), torch.randn(3, 4, 5, 5)
+    counted = []
+    for backend in BACKENDS:
+        with use_backend(backend), FlopCounterMode(display=False) as counter:
+            torch.autograd.backward(sk(x.to(device)).sum())
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 # --- what it costs ------------------------------------------------------------------------------

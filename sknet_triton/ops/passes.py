@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from sknet_kernels.layout import as_bcs, empty_like_branch
 from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
@@ -123,13 +122,11 @@ class _Operator:
         step: its name in `Passes`; the operator's is ``sk_`` and this.
         schema: as torch.library writes it; NORMS stands for the five fields of a `Norms`.
         fake: takes what the step takes, returns tensors of the sizes and strides that it returns.
-        flops: of the shapes; None for what PyTorch counts nothing for.
     """
 
     step: str
     schema: str
     fake: Callable[..., Any]
-    flops: Callable[..., int] | None = None
 
 
 _NORMS = "Tensor?[] {0}mean, Tensor?[] {0}var, Tensor?[] {0}weight, Tensor?[] {0}bias, float {0}eps"
@@ -232,14 +229,12 @@ _OPERATORS = (
         "hidden",
         "(Tensor[] branches, NORMS, Tensor fc1_weight, Tensor? fc1_bias) -> (Tensor, Tensor)",
         _fake_hidden,
-        lambda branches, norms, fc1_weight, fc1_bias: 2 * branches[0][0] * fc1_weight.numel(),
     ),
     _Operator(
         "logits",
         "(Tensor hidden, FC1_NORM, Tensor fc2_weight, Tensor? fc2_bias, int M)"
         " -> (Tensor, Tensor, Tensor)",
         _fake_logits,
-        lambda hidden, fc1_norm, fc2_weight, fc2_bias, M: 2 * hidden[0] * fc2_weight.numel(),
     ),
     _Operator("out", "(Tensor[] branches, Tensor logits, NORMS) -> Tensor", _fake_out),
     _Operator(
@@ -247,7 +242,6 @@ _OPERATORS = (
         "(Tensor dout, Tensor[] branches, Tensor logits, NORMS, Tensor fc2_weight)"
         " -> (Tensor, Tensor, Tensor)",
         _fake_hidden_bwd,
-        lambda dout, branches, logits, norms, fc2_weight: 2 * dout[0] * fc2_weight.numel(),
     ),
     _Operator(
         "channels_bwd",
@@ -255,7 +249,6 @@ _OPERATORS = (
         " NORMS, FC1_NORM, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight,"
         " Tensor? fc2_bias, int S, bool batch_stats, bool fc1_batch_stats) -> Tensor[]",
         _fake_channels_bwd,
-        lambda *shapes: 2 * shapes[2][0] * (2 * shapes[8].numel() + shapes[10].numel()),
     ),
     _Operator(
         "dx",
@@ -315,12 +308,6 @@ def _registered(operator: _Operator) -> Callable[..., Any]:
         tags=(torch.Tag.flexible_layout,),
     )
     define.register_fake(lambda *args: operator.fake(*grouped(args)))
-    if operator.flops is not None:
-        count = operator.flops
-
-        @register_flop_formula(getattr(torch.ops.sknet_triton, name))
-        def _flops(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
-            return count(*grouped(shapes))
 
     def call(*args: Any) -> Any:
         flat: list[Any] = []
