@@ -39,9 +39,9 @@ _WRAPS: dict[Wrap, tuple[str, str, str]] = {
 
 
 _CODE = {
-    "plain": "plain PyTorch, as tutorials write it",
-    "port": "a network as common ports write it",
-    "ours-pytorch": "this package without Triton",
+    "plain": "PyTorch as in tutorials",
+    "port": "PyTorch as in common ports",
+    "ours-pytorch": "this package, no Triton",
     "ours-triton": "this package, Triton kernels",
     "timm-sk": "timm's selective kernels",
     "timm-se": "timm's squeeze and excitation",
