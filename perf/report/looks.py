@@ -32,6 +32,7 @@ _COLOURS = {
 _WRAPS: dict[Wrap, tuple[str, str, str]] = {
     "eager": ("o", "-", ""),
     "compile": ("s", "--", "///"),
+    "reduce-overhead": ("P", "-.", "++"),
     "max-autotune": ("D", "-.", "xxx"),
     "max-autotune-no-cudagraphs": ("v", ":", "..."),
     "cudagraph": ("^", ":", "|||"),
@@ -49,6 +50,7 @@ _CODE = {
 _CALL: dict[Wrap, str] = {
     "eager": "",
     "compile": ", torch.compile",
+    "reduce-overhead": ", reduce-overhead",
     "max-autotune": ", max-autotune",
     "max-autotune-no-cudagraphs": ", max-autotune, no graphs",
     "cudagraph": ", CUDA graph",
