@@ -57,8 +57,12 @@ def test_the_command_times_both_sides_and_writes_a_report(tmp_path: Path) -> Non
         check=True,
     )
     report = SCHEMA.read(path)
-    assert list(report.workload.unique()) == ["sk_fuse_select", "sk_conv"]
-    assert len(report) == 8
+    assert list(zip(report.M, report["mode"], strict=True)) == [
+        (2, "infer"),
+        (2, "train"),
+        (3, "infer"),
+        (3, "train"),
+    ]
     assert (report[["ours_us", "plain_us", "ratio"]] > 0).all(axis=None)
     # With two rounds both percentiles lie outside of the median's two.
     assert (report.ratio_p20 <= report.ratio).all()

@@ -1,8 +1,10 @@
-"""Count the bytes that fuse_select moves and saves: eager, torch.compile, and the Triton kernels.
+"""Count the bytes and the launches of fuse_select: eager, torch.compile, and the Triton kernels.
 
 Everything between the convolutions and V, in passes over one branch tensor (B * C * H * W
-elements). Runs on a CPU: torch.compile's figure is Inductor's own count of its plan for a CPU, and
-the kernels run in Triton's interpreter, where every load and store is counted.
+elements). Runs on a CPU: torch.compile's figures are Inductor's own count of its plan for a CPU,
+and the kernels run in Triton's interpreter, where every load and store is counted. Launches are
+those of SKConv with its running statistics: of eager PyTorch the operators that a backend carries
+out, of Triton what reaches a driver without a device.
 """
 
 import argparse
@@ -51,11 +53,17 @@ def main(args: argparse.Namespace) -> int:
         # torch may have imported triton by now, which reads the variable only once.
         command = [sys.executable, "-m", "perf", *sys.argv[1:]]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    from perf.static.launches import launches_of
     from perf.static.traffic import traffic
 
     with table_file(args.out) as write:
-        rows = traffic(tuple(args.shape), getattr(torch, args.dtype))
-        table = pd.DataFrame([asdict(row) for row in rows])
+        counted = launches_of(tuple(args.shape), args.dtype)
+        table = pd.DataFrame(
+            [
+                {**asdict(row), **asdict(counted[row.M, row.layout, row.provider])}
+                for row in traffic(tuple(args.shape), getattr(torch, args.dtype))
+            ]
+        )
         print(table.to_string(index=False, float_format="{:.2f}".format))
         write(table.assign(**dict(zip(SIZES, args.shape, strict=True))))
     return 0

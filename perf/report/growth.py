@@ -13,7 +13,7 @@ from perf.report.looks import SMALL, explained, look
 from perf.rows.schema import CASE_COLUMNS
 
 _FIXED = [name for name in CASE_COLUMNS if name not in ("B", "resolution", "H", "W")]
-_COPY = "bytes that must move\n(at the speed of a large copy)"
+_COPY = "bytes that must move\n(at the speed of a large copy;\nless only within a cache)"
 _MEANING = {
     "sk_fuse": "the average over space of the sum of the branches",
     "sk_select": "the weighted sum of the branches",
@@ -49,7 +49,7 @@ def growths(measured: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
 
 def growth(rows: pd.DataFrame, sweeps: list[Sweep]) -> Figure:
     """Draws time over batch and over image size, above what a copy of the bytes would take."""
-    figure = Figure(figsize=(3.6 * len(sweeps) + 2.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(3.8 * len(sweeps) + 2.4, 4.4), layout="constrained")
     panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
     slowest_first = rows.groupby("provider").ms_p50.median().sort_values(ascending=False).index
     for panel, sweep in zip(panels, sweeps, strict=True):
@@ -114,7 +114,7 @@ def _draw_copy(panel: Axes, sweep: Sweep) -> None:
         return
     ms = counted.bytes_needed.astype(float) / counted.copy_gbps / 1e6
     least = ms.groupby(counted[sweep.axis]).median()
-    panel.plot(least.index, least, color="0.5", linewidth=5, alpha=0.5, zorder=1, label=_COPY)
+    panel.plot(least.index, least, color="0.8", linewidth=6, zorder=1.5, label=_COPY)
 
 
 def _scale(panel: Axes, sweep: Sweep) -> None:
@@ -128,6 +128,7 @@ def _scale(panel: Axes, sweep: Sweep) -> None:
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_locator(NullLocator())
     panel.tick_params(labelsize=SMALL + 1)
+    panel.set_axisbelow(True)
     panel.grid(visible=True, color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
 

@@ -32,6 +32,7 @@ _COLOURS = {
 _WRAPS: dict[Wrap, tuple[str, str, str]] = {
     "eager": ("o", "-", ""),
     "compile": ("s", "--", "///"),
+    "reduce-overhead": ("P", "-.", "++"),
     "max-autotune": ("D", "-.", "xxx"),
     "max-autotune-no-cudagraphs": ("v", ":", "..."),
     "cudagraph": ("^", ":", "|||"),
@@ -39,9 +40,9 @@ _WRAPS: dict[Wrap, tuple[str, str, str]] = {
 
 
 _CODE = {
-    "plain": "plain PyTorch, as tutorials write it",
-    "port": "a network as common ports write it",
-    "ours-pytorch": "this package without Triton",
+    "plain": "PyTorch as in tutorials",
+    "port": "PyTorch as in common ports",
+    "ours-pytorch": "this package, no Triton",
     "ours-triton": "this package, Triton kernels",
     "timm-sk": "timm's selective kernels",
     "timm-se": "timm's squeeze and excitation",
@@ -49,6 +50,7 @@ _CODE = {
 _CALL: dict[Wrap, str] = {
     "eager": "",
     "compile": ", torch.compile",
+    "reduce-overhead": ", reduce-overhead",
     "max-autotune": ", max-autotune",
     "max-autotune-no-cudagraphs": ", max-autotune, no graphs",
     "cudagraph": ", CUDA graph",

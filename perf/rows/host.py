@@ -8,10 +8,9 @@ from perf.rows.typed_csv import Schema, columns_of
 
 @dataclass(frozen=True)
 class Host:
-    """One row of the table.
+    """One row of the table: SKConv without its branches' convolutions.
 
     Attributes:
-        workload: ``sk_fuse_select``, or ``sk_conv`` with its branches' convolutions taken away.
         M: branches.
         mode: ``infer``, or ``train`` with the backward pass and the running statistics.
         ours_us: CPU time of one call, median over the rounds.
@@ -21,7 +20,6 @@ class Host:
         ratio_p80: likewise.
     """
 
-    workload: str
     M: int
     mode: str
     ours_us: float
@@ -31,6 +29,4 @@ class Host:
     ratio_p80: float
 
 
-SCHEMA = Schema(
-    columns=(*columns_of(Host), *columns_of(Environment)), key=("workload", "M", "mode")
-)
+SCHEMA = Schema(columns=(*columns_of(Host), *columns_of(Environment)), key=("M", "mode"))

@@ -22,8 +22,7 @@ from perf.peers.ours import SKFuseSelect
 from perf.rows.traffic import Traffic
 from perf.static.bytes import counted_bytes
 from perf.static.saved import MEBI, saved
-
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+from perf.static.section import LAYOUTS
 
 
 class _Operands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

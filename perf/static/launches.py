@@ -1,0 +1,182 @@
+"""Launches between SKConv's convolutions and V, running statistics included; nothing is timed.
+
+Eager PyTorch launches once for each operator that a backend carries out (a lower bound: some are
+several kernels), torch.compile once for each kernel of its plan, here the one for a CPU, and Triton
+what a driver without a device is asked for, beside PyTorch's operators.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch._inductor import config
+from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
+from torch._inductor.utils import fresh_cache
+from torch.profiler import ProfilerActivity, profile
+
+import sknet_triton as skt
+from perf.rows.traffic import Launches
+from perf.static import null_driver
+from perf.static.section import LAYOUTS, Section, sections
+
+# Operators that are neither views nor composed of others, and launch nothing.
+_ALLOCATIONS = ("empty", "new_empty", "_unsafe_view", "resize_", "set_")
+
+Key = tuple[int, str, str]
+Run = Callable[[Section], None]
+
+
+def launches_of(shape: tuple[int, int, int, int], dtype: str) -> dict[Key, Launches]:
+    """Returns the launches by M, layout and provider.
+
+    They are counted in a process of its own: it launches into nothing for good, and where kernels
+    are interpreted none is launched.
+    """
+    counted = subprocess.run(
+        [sys.executable, "-m", __name__, *map(str, shape), dtype],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    rows = json.loads(counted.splitlines()[-1])
+    return {tuple(key): Launches(**found) for key, found in rows}
+
+
+def launches(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> Iterator[tuple[Key, Launches]]:
+    """Yields the launches of every provider, layout and M = 2, 3; installs the null driver."""
+    kernels = null_driver.install()
+    for M in (2, 3):
+        for layout, memory_format in LAYOUTS.items():
+            maps = [
+                torch.randn(shape).to(dtype).to(memory_format=memory_format).requires_grad_()
+                for _ in range(M)
+            ]
+            ours, plain = sections(maps)
+            for provider in (
+                _Provider("plain-eager", "operators", plain, "reference", _operators),
+                _Provider("plain-compile", "CPU plan", plain, "reference", _planned),
+                _Provider("ours-pytorch-compile", "CPU plan", ours, "reference", _planned),
+                _Provider(
+                    "ours-triton-eager",
+                    "driver",
+                    ours,
+                    "triton",
+                    functools.partial(_driven, kernels),
+                ),
+            ):
+                yield (M, layout, provider.name), provider.launches()
+
+
+@dataclass(frozen=True)
+class _Provider:
+    name: str
+    counted: str
+    section: Section
+    backend: skt.Backend
+    count: Callable[[Section, Run], int]
+
+    def launches(self) -> Launches:
+        dout = torch.randn_like(self.section.maps[0])
+        with skt.use_backend(self.backend):
+            training = self.count(self.section, lambda section: section.train(dout))
+            return Launches(training, self.count(self.section, Section.infer), self.counted)
+
+
+def launching_operators(call: Callable[[], object]) -> int:
+    """Returns how many of PyTorch's operators a backend carries out in ``call``."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    return sum(_launching(event) for event in recorded.events() if event.cpu_parent is None)
+
+
+def _operators(section: Section, run: Run) -> int:
+    run(section)  # what is made in the first call alone is not counted
+    return launching_operators(lambda: run(section))
+
+
+def _driven(kernels: list[null_driver.NullLaunch], section: Section, run: Run) -> int:
+    operators, before = _operators(section, run), len(kernels)
+    run(section)
+    return operators + len(kernels) - before
+
+
+def _planned(section: Section, run: Run) -> int:
+    torch.compiler.reset()
+    with fresh_cache(), _counted_plan() as kernels:  # a plan from the cache would not be counted
+        compiled: Any = torch.compile(section.module, fullgraph=True)
+        run(replace(section, module=compiled))
+    return len(kernels)
+
+
+@contextmanager
+def _counted_plan() -> Iterator[list[str]]:
+    """Lists the kernels of every plan that Inductor makes inside, by their names."""
+    kernels: list[str] = []
+
+    def note(nodes: list[BaseSchedulerNode]) -> list[BaseSchedulerNode]:
+        kernels.extend(
+            node.get_name() for node in nodes if not isinstance(node, NopKernelSchedulerNode)
+        )
+        return nodes
+
+    with config.patch(_post_fusion_custom_pass=note):
+        yield kernels
+
+
+def _launching(event: Any) -> int:
+    if event.name.startswith("aten::") and not _is_composed(event.name):
+        return int(not _is_free(event.name))
+    return sum(_launching(child) for child in event.cpu_children)
+
+
+@functools.cache
+def _is_free(name: str) -> bool:
+    """Whether the operator only views or allocates."""
+    views = any(overload.is_view for overload in _overloads(name))
+    return views or name.removeprefix("aten::").startswith(_ALLOCATIONS)
+
+
+@functools.cache
+def _is_composed(name: str) -> bool:
+    """Whether PyTorch makes the operator of others on every device."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in _overloads(name))
+
+
+def _overloads(name: str) -> list[Any]:
+    """Returns the overloads of ``name``, without those that nothing here calls.
+
+    Those take names of dimensions, or the tensor to write to.
+    """
+    packet = getattr(torch.ops.aten, name.removeprefix("aten::"))
+    known = set(torch._C._dispatch_get_all_op_names())
+    every = [getattr(packet, overload) for overload in packet.overloads()]
+    return [
+        each
+        for each in every
+        if each.name() in known
+        and not any(argument.is_out for argument in each._schema.arguments)
+        and "Dimname" not in str(each._schema)
+    ]
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the launches as JSON: sizes and a dtype are the arguments."""
+    *sizes, dtype = arguments
+    B, C, H, W = map(int, sizes)
+    found = launches((B, C, H, W), getattr(torch, dtype))
+    print(json.dumps([(key, asdict(counts)) for key, counts in found]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
