@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sknet_kernels.config import MAX_BRANCHES
+from sknet_kernels.launch import planned
 from sknet_kernels.layout import as_bcs
 from sknet_kernels.norms import Norms
 from sknet_triton import ops, reference
@@ -289,7 +290,7 @@ def fused(
 
 Results: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 
-_STEPS = {"reference": REFERENCE, "launchers": ops.LAUNCHERS, "operators": ops.OPERATORS}
+_STEPS = {"reference": REFERENCE, "operators": ops.OPERATORS}
 _PLAIN = (Tensor, nn.Parameter, type(None))
 
 
@@ -328,8 +329,6 @@ def _planned(
     """Returns a context in which launchers run what they remember for such tensors."""
     if settings.steps != "launchers":
         return nullcontext()
-    from sknet_kernels.launch import planned
-
     # Vectors are contiguous, and as long as the matrices fc1_weight and fc2_weight say.
     read, vectors = tensors[: settings.M + 2], tensors[settings.M + 2 :]
     key = (
@@ -355,7 +354,7 @@ class Settings(NamedTuple):
     @property
     def passes(self) -> Passes:
         """The implementation of the steps."""
-        return _STEPS[self.steps]
+        return ops.launchers() if self.steps == "launchers" else _STEPS[self.steps]
 
 
 class Arguments(NamedTuple):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
 _T = TypeVar("_T")
@@ -155,6 +154,8 @@ def _compiled(first: Launch) -> Callable[..., Any]:
     if compiled is None:  # the interpreter
         interpreted = first.kernel[grid]
         return lambda *pointers: interpreted(*pointers, *rest)
+    import triton
+
     hooked = compiled[grid]
     hooks, driver = triton.knobs.runtime, triton.runtime.driver.active
     device, stream = driver.get_current_device(), driver.get_current_stream

@@ -113,14 +113,8 @@ def run(section: Section, maps: Sequence[Tensor], way: functional.Way) -> Tensor
         fc1_batch_stats,
         (batch_stats and group_of(norms[0])) or (fc1_batch_stats and group_of(fc1_norm)) or "",
     )
-    moved: list[tuple[Any, Tensor, Tensor]] = []
-    if kept is not None:
-        rows = kept.flatten(0, 1).unbind()
-        moved += zip(norms, rows[: len(norms)], rows[len(norms) :], strict=True)
-    if fc1_kept is not None:
-        mean, var = fc1_kept.unbind()
-        moved.append((fc1_norm, mean, var))
-    _move([entry for entry in moved if _keeps(entry[0])])
+    groups = [(norms, kept), ([fc1_norm], None if fc1_kept is None else fc1_kept[:, None])]
+    _move([(moved, statistics) for moved, statistics in groups if statistics is not None])
     return out
 
 
@@ -186,33 +180,39 @@ def _keeps(bn: Any) -> bool:
     return bool(bn.training and bn.track_running_stats and _buffer(bn, "running_mean") is not None)
 
 
-def _move(moved: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
+def _move(groups: Sequence[tuple[Sequence[Any], Tensor]]) -> None:
     """Moves running statistics towards the batch's, as ``nn.BatchNorm2d`` in training does.
 
-    ``moved`` holds norms with the batch's mean and unbiased variance, which are overwritten.
+    ``groups`` are n norms with the batch's mean and unbiased variance [2, n, C], overwritten.
     """
-    if len({id(bn) for bn, _, _ in moved}) < len(moved):
-        for entry in moved:  # one norm of several branches moves once for each
-            _move([entry])
+    norms = [bn for group, _ in groups for bn in group]
+    momenta = {bn.momentum for bn in norms}
+    together = len(momenta) == 1 and None not in momenta and len(set(map(id, norms))) == len(norms)
+    if not (together and all([_keeps(bn) for bn in norms])):  # noqa: C419 - at every call
+        for group, statistics in groups:
+            for bn, mean, var in zip(group, *statistics, strict=True):
+                _move_one(bn, mean, var)
         return
-    if not moved:
+    (momentum,) = momenta
+    torch._foreach_add_([_buffer(bn, "num_batches_tracked") for bn in norms], 1)
+    running: list[Tensor] = []
+    batch: list[Tensor] = []
+    for group, statistics in groups:
+        running += [_buffer(bn, "running_mean") for bn in group]
+        running += [_buffer(bn, "running_var") for bn in group]
+        batch += statistics.flatten(0, 1).unbind()
+    taken = [statistics for _, statistics in groups]
+    weights = [1 - momentum] * len(running) + [momentum] * len(taken)
+    torch._foreach_mul_(running + taken, weights)
+    torch._foreach_add_(running, batch)
+
+
+def _move_one(bn: Any, mean: Tensor, var: Tensor) -> None:
+    if not _keeps(bn):
         return
-    counters = [_buffer(bn, "num_batches_tracked") for bn, _, _ in moved]
-    torch._foreach_add_(counters, 1)
-    running, batch, kept, taken = [], [], [], []
-    for (bn, mean, var), counter in zip(moved, counters, strict=True):
-        momentum = bn.momentum
-        for name, new in (("running_mean", mean), ("running_var", var)):
-            old = _buffer(bn, name)
-            new = new if new.dtype == old.dtype else new.to(old.dtype)
-            if momentum is None:
-                weight = counter.double().reciprocal()
-                old.mul_(1 - weight).add_(new * weight)
-                continue
-            running.append(old)
-            batch.append(new)
-            kept.append(1 - momentum)
-            taken.append(momentum)
-    if running:
-        torch._foreach_mul_(running + batch, kept + taken)
-        torch._foreach_add_(running, batch)
+    bn.num_batches_tracked.add_(1)
+    weight = bn.momentum
+    if weight is None:
+        weight = bn.num_batches_tracked.double().reciprocal()
+    for running, batch in ((bn.running_mean, mean), (bn.running_var, var)):
+        running.mul_(1 - weight).add_(batch * weight)

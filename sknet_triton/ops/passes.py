@@ -1,6 +1,6 @@
 """The steps of `reference.passes` on Triton's launchers, and as operators for graphs.
 
-`LAUNCHERS` runs at once. `OPERATORS` is what torch.compile, exports, tracers, dispatch modes and
+`launchers` runs at once. `OPERATORS` is what torch.compile, exports, tracers, dispatch modes and
 tensor subclasses see; where an operator's tensors have no kernels, it computes the formulas.
 They are ``torch.library.custom_op``s rather than ``triton_op``s: a custom op is checked whole on a
 machine without a GPU (opcheck, fake tensors, compile, under Triton's interpreter too), and Inductor
@@ -8,6 +8,7 @@ cannot relaunch its kernels with arguments of its own choosing. Any strides will
 `torch.Tag.flexible_layout` tells Inductor: it then adds no copies.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,83 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sknet_kernels.layout import as_bcs, empty_like_branch
-from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
+from sknet_kernels.layout import empty_like_branch
+from sknet_kernels.norms import Norms, common_dtype
 from sknet_triton.backend import has_kernels
 from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
 from sknet_triton.reference.common import accumulation_dtype, no_autocast
-from sknet_triton.reference.passes import REFERENCE, Passes, positions
-
-# The launchers import triton, which a machine without kernels may not have.
+from sknet_triton.reference.passes import REFERENCE, Passes
 
 
-def _views(branches: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple([as_bcs(x) for x in branches])
+@functools.cache
+def launchers() -> Passes:
+    """Returns the steps on Triton's launchers, whose import a machine without kernels is spared."""
+    from sknet_kernels import steps
 
-
-def _moments(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    from sknet_kernels.sk_moments import sk_moments
-
-    return sk_moments(_views(branches))
-
-
-def _hidden(
-    branches: Sequence[Tensor], norms: Norms, fc1_weight: Tensor, fc1_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    from sknet_kernels.sk_fuse import sk_fuse_partials
-    from sknet_kernels.sk_fuse_mlp import sk_hidden
-
-    partials = sk_fuse_partials(_views(branches), norms)
-    return sk_hidden(partials, positions(branches[0]), fc1_weight, fc1_bias)
-
-
-def _logits(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    from sknet_kernels.sk_fuse_mlp import sk_logits
-
-    return sk_logits(*args)
-
-
-def _out(branches: Sequence[Tensor], logits: Tensor, norms: Norms) -> Tensor:
-    from sknet_kernels.sk_select import sk_select_fwd
-
-    out = empty_like_branch(branches[0])
-    sk_select_fwd(as_bcs(out), _views(branches), logits, norms)
-    return out
-
-
-def _hidden_bwd(
-    dout: Tensor, branches: Sequence[Tensor], logits: Tensor, norms: Norms, fc2_weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    from sknet_kernels.sk_fuse_mlp import sk_hidden_bwd
-    from sknet_kernels.sk_fuse_select import sk_fuse_select_sums
-
-    partials = sk_fuse_select_sums(as_bcs(dout), _views(branches), norms)
-    return sk_hidden_bwd(partials, logits, norms, fc2_weight)
-
-
-def _channels_bwd(*args: Any) -> ChannelGradients:
-    from sknet_kernels.sk_fuse_mlp import sk_channels_bwd
-
-    return sk_channels_bwd(*args)
-
-
-def _dx(
-    dout: Tensor,
-    branches: Sequence[Tensor],
-    logits: Tensor,
-    norms: Norms,
-    share: Tensor,
-    drift: Tensor | None,
-) -> list[Tensor]:
-    from sknet_kernels.sk_fuse_select import sk_fuse_select_dx
-
-    dbranches = [empty_like_branch(x) for x in branches]
-    views, dviews = _views(branches), _views(dbranches)
-    sk_fuse_select_dx(dviews, as_bcs(dout), views, norms, logits, share, drift)
-    return dbranches
-
-
-LAUNCHERS = Passes(_moments, _hidden, _logits, _out, _hidden_bwd, _channels_bwd, _dx)
+    return Passes(
+        steps.moments,
+        steps.hidden,
+        steps.logits,
+        steps.out,
+        steps.hidden_bwd,
+        steps.channels_bwd,
+        steps.dx,
+    )
 
 
 def _in_layout_of(x: Tensor, out: Tensor) -> Tensor:
@@ -292,7 +238,7 @@ def _registered(operator: _Operator) -> Callable[..., Any]:
         refuse_forward_mode(name)
         arguments = grouped(args)
         first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
-        passes = LAUNCHERS if has_kernels(first) else _FORMULAS
+        passes = launchers() if has_kernels(first) else _FORMULAS
         with no_autocast(first):
             results = getattr(passes, operator.step)(*arguments)
         if isinstance(results, Tensor):
