@@ -35,7 +35,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [n if n != "SKNet" else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
+)
 def test_a_training_step_is_one_graph_and_equals_eager(name: str) -> None:
     build, shape = MODULES[name]
     eager = build()

@@ -347,6 +347,7 @@ def test_a_folded_model_compiles_to_one_graph(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_can_be_folded_afterwards() -> None:
     torch._dynamo.reset()
     model = build("SKUnit")

@@ -32,6 +32,7 @@ def section(xs: list[Tensor], logits: Tensor) -> Tensor:
     return functional.sk_select(xs, logits + pooled[:, None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiled_section_equals_eager(layout: str, device: torch.device) -> None:
     case = Case((2, 4, 5, 3), M=2, layout=layout)

@@ -153,6 +153,7 @@ def test_the_log_is_never_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert schema.read(tmp_path / name).empty
 
 
+@pytest.mark.slow
 def test_what_a_part_has_started_ends_with_the_campaign(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"

@@ -69,6 +69,7 @@ def test_the_command_times_both_sides_and_writes_a_report(tmp_path: Path) -> Non
     assert (report.ratio <= report.ratio_p80).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "interpret", "line"),
     [

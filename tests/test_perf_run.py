@@ -19,6 +19,7 @@ from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS, Provider
 from tests.helpers import ROOT
+from tests.sweeps import make_up
 
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-eager"]
@@ -27,16 +28,7 @@ UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-ea
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """Replaces measuring by made-up rows and returns the list of cases that were asked for."""
-    asked: list[Case] = []
-
-    def made_up(
-        case: Case, providers: tuple[Provider, ...], conditions: Conditions
-    ) -> dict[str, Result]:
-        asked.append(case)
-        return {provider.name: Result("ok", ms_p50=1.0) for provider in providers}
-
-    monkeypatch.setattr(sweep, "measure_case", made_up)
-    return asked
+    return make_up(monkeypatch).asked
 
 
 def test_a_small_sweep_end_to_end(tmp_path: Path) -> None:

@@ -319,6 +319,7 @@ def test_parts_stay_where_their_rows_do_not_fit(tmp_path: Path) -> None:
     assert parts_of(path) == []
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_shown_is_no_verdict(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     with open_store(path, resume=False) as store:
@@ -360,6 +361,7 @@ def test_second_run_on_one_report_is_refused_by_name(
     assert main([*SWEEP, "--out", str(path), "--resume"]) == 0
 
 
+@pytest.mark.slow
 @forks
 def test_writers_that_start_at_once_leave_each_row_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

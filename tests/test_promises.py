@@ -530,9 +530,7 @@ def test_compiled_code_holds_the_stages_where_they_pay_and_the_row_says_where(
         inputs = [x, x + 1, x * 2] if isinstance(module, rebuilt.SKFF) else x
         own = compiled_operators(module, inputs)
         remark = row_of(module).reason
-        assert remark == (
-            "" if stacks else "but for torch.compile without kernels, which needs no help"
-        )
+        assert remark == ("" if stacks else "its own forward under torch.compile without kernels")
         assert (compiled_operators(copied(module), inputs) == own) != stacks
         with skt.use_backend("triton"):
             called = compiled_operators(copied(module), inputs)

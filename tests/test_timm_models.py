@@ -217,6 +217,18 @@ def test_features_by_hooks_are_the_same(timm: Any) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("indices", [(0, 2), (1, 3, 4), (4,)], ids=str)
+def test_features_by_torch_fx_are_the_same(indices: tuple[int, ...], timm: Any) -> None:
+    options = {"features_only": True, "out_indices": indices}
+    traced = timm.create_model("sknet26.triton", feature_cls="fx", **options).eval()
+    getter = timm.create_model("sknet26.triton", **options).eval()
+    shared = {k.removeprefix("graph_module."): v for k, v in traced.state_dict().items()}
+    assert not getter.model.load_state_dict(shared, strict=False).unexpected_keys
+    x = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(getter(x), traced(x), strict=True):
+        torch.testing.assert_close(theirs, ours)
+
+
 @pytest.mark.parametrize("indices", [(5,), (0, -6), (), 0, 6], ids=str)
 def test_indices_out_of_range_are_refused(indices: Any, timm: Any) -> None:
     with pytest.raises(ValueError, match="indices: expected"):

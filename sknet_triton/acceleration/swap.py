@@ -202,7 +202,7 @@ def _tried(path: str, module: nn.Module) -> Row | None:
         return None if found is None else Row(path, type(module).__name__, "left", found)
     family, checked = found
     _swap(module, family, checked)
-    remark = "" if family.stacks else "but for torch.compile without kernels, which needs no help"
+    remark = "" if family.stacks else "its own forward under torch.compile without kernels"
     return Row(path, family.name, "accelerated", remark)
 
 
