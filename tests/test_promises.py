@@ -507,7 +507,8 @@ def compiled_operators(module: nn.Module, inputs: Any) -> list[str]:
     torch._dynamo.reset()
     recorded = EagerAndRecordGraphs()
     torch.compile(module, fullgraph=True, backend=recorded)(inputs)
-    nodes = recorded.graphs[0].graph.nodes
+    graphs = [g for g in recorded.graphs[0].modules() if isinstance(g, torch.fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
     names = [str(node.target) for node in nodes if node.op.startswith("call")]
     # torch.compile notes what a function asked of it; the note computes nothing.
     return [name for name in names if "_are_functorch_transforms_active" not in name]

@@ -114,7 +114,7 @@ def test_first_and_second_derivatives_agree_with_finite_differences(
 
 
 @both
-@pytest.mark.parametrize("name", [name for name in SUBJECTS if "fuse_select" not in name])
+@every_subject
 def test_a_batch_of_gradients_is_one_gradient_after_the_other(name: str, backend: Backend) -> None:
     subject = SUBJECTS[name]
     inputs = tuple(x.requires_grad_() for x in subject.inputs())
