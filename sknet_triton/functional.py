@@ -528,8 +528,10 @@ def _differentiable_backward(
             "derivatives in reverse mode only"
         )
     create_graph = torch.is_grad_enabled()
-    wanted = [x for x in tensors if x is not None and x.requires_grad]
     with torch.enable_grad():
+        # A view for every argument: a tensor that is two of them has a gradient as each.
+        tensors = [None if x is None else x.view_as(x) for x in tensors]
+        wanted = [x for x in tensors if x is not None and x.requires_grad]
         a = Arguments.of(settings._replace(steps="reference"), tensors)
         out = reference.composed(
             a.branches,
