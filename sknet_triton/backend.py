@@ -180,8 +180,9 @@ def needs_plain_backward(dout: Tensor) -> bool:
     It is where a graph of the backward is asked for, and where ``dout`` is a batch of gradients
     (``is_grads_batched``, vectorised Jacobians, vmap), for which a custom operator has no rule.
     """
-    batched = torch._C._dispatch_keys(dout).has("Batched")
-    return torch.is_grad_enabled() or batched or torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dout)
 
 
 def has_kernels(tensor: Tensor) -> bool:

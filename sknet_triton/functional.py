@@ -291,7 +291,7 @@ def fused(
 Results: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 
 _STEPS = {"reference": REFERENCE, "operators": ops.OPERATORS}
-_PLAIN = (Tensor, nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 def _distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -310,7 +310,7 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(x) not in _PLAIN for x in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
