@@ -6,6 +6,7 @@ A table stands between the lines ``<!-- name: begin -->`` and ``<!-- name: end -
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -100,14 +101,28 @@ def compiled_steps(report: pd.DataFrame) -> list[str]:
 
 def traffic_of_providers(report: pd.DataFrame) -> list[str]:
     """Passes in training and inference and branch tensors saved, a column for each provider."""
-    header = ("passes in training / inference, saved", *_TRAFFIC_PROVIDERS)
+    return _by_provider(
+        report,
+        "passes in training / inference, saved",
+        lambda row: f"{row.training:.1f} / {row.inference:.1f}, {row.saved:.2f}",
+    )
+
+
+def launches_of_providers(report: pd.DataFrame) -> list[str]:
+    """Launches in training and inference, a column for each provider."""
+    return _by_provider(
+        report,
+        "launches in training / inference",
+        lambda row: f"{row.launches_training} / {row.launches_inference}",
+    )
+
+
+def _by_provider(report: pd.DataFrame, title: str, cell: Callable[[Any], str]) -> list[str]:
+    header = (title, *_TRAFFIC_PROVIDERS)
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for (M, layout), rows in report.groupby(["M", "layout"], sort=False):
-        by_provider = rows.set_index("provider")
-        cells = [
-            f"{row.training:.1f} / {row.inference:.1f}, {row.saved:.2f}"
-            for row in (by_provider.loc[provider] for provider in _TRAFFIC_PROVIDERS)
-        ]
+        by_provider = {row.provider: row for row in rows.itertuples()}
+        cells = [cell(by_provider[provider]) for provider in _TRAFFIC_PROVIDERS]
         lines.append(f"| M = {M}, {layout} | {' | '.join(cells)} |")
     return lines
 
@@ -157,6 +172,13 @@ TABLES = (
         "traffic-cpu-torch2.13.0.csv",
         traffic.SCHEMA,
         traffic_of_providers,
+    ),
+    Table(
+        "kernels/README.md",
+        "launches",
+        "traffic-cpu-torch2.13.0.csv",
+        traffic.SCHEMA,
+        launches_of_providers,
     ),
     Table(
         "perf/reports/README.md",
