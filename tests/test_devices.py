@@ -16,11 +16,13 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sknet_kernels import launch as launching
 from sknet_kernels.launch import Launch, launch, planned
-from sknet_triton import SKConv, SKNet, StageSpec, backend, functional, ops, use_backend
+from sknet_triton import SKConv, SKNet, StageSpec, backend, functional, use_backend
 from sknet_triton.backend import Backend
 from tests.helpers import BACKENDS, assert_same, laid_out, outcome
 from tests.plain_sknet import scramble
@@ -180,10 +182,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the kernels and lets none of them run."""
     counts: Counter[str] = Counter()
 
-    def count(launch: Launch, device: torch.device) -> None:
-        counts[launch.kernel.__name__] += 1
+    def counted(first: Launch) -> Callable[..., None]:
+        def again(*pointers: Any) -> None:
+            counts[first.kernel.__name__] += 1
 
-    monkeypatch.setattr(Launch, "run", count)
+        again()
+        return again
+
+    monkeypatch.setattr(launching, "_PLANS", {})
+    monkeypatch.setattr(launching, "_compiled", counted)
     return counts
 
 
@@ -227,6 +234,20 @@ WAITING = {
 }
 
 
+OPERATORS = (
+    *("sk_fuse", "sk_select", "sk_select_bwd"),
+    *(
+        "sk_moments",
+        "sk_hidden",
+        "sk_logits",
+        "sk_out",
+        "sk_hidden_bwd",
+        "sk_channels_bwd",
+        "sk_dx",
+    ),
+)
+
+
 class NoSynchronisation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own hook
     """Fails where an operator would wait for the device, inside of our own operators too."""
 
@@ -234,8 +255,8 @@ class NoSynchronisation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.ours: Counter[str] = Counter()
         self.bodies = {
-            getattr(torch.ops.sknet_triton, name).default: cast(Any, getattr(ops, name))._init_fn
-            for name in ops.__all__
+            getattr(torch.ops.sknet_triton, name).default: OPDEFS[f"sknet_triton::{name}"]._init_fn
+            for name in OPERATORS
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -269,7 +290,7 @@ def refusing_to_wait() -> Iterator[NoSynchronisation]:
         yield mode
 
 
-STEMS = ("sk_fuse", "sk_select", "sk_fuse_select")
+STEMS = ("sk_fuse", "sk_select", "passes")
 
 
 @pytest.fixture
@@ -277,6 +298,7 @@ def kernels_for_meta(launched: Counter[str], monkeypatch: pytest.MonkeyPatch) ->
     """Sends tensors without memory along the way of those on a GPU, up to the launches."""
     for module in (backend, *(importlib.import_module(f"sknet_triton.ops.{n}") for n in STEMS)):
         monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    monkeypatch.setattr(launching, "current", lambda device: nullcontext())
     return launched
 
 
