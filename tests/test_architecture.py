@@ -19,7 +19,7 @@ FLOORS = (
     {"sknet_triton.backend", "sknet_triton.checks", "sknet_triton.reference"},
     {"sknet_triton.ops"},
     {"sknet_triton.functional"},
-    {"sknet_triton.layers"},
+    {"sknet_triton.layers", "sknet_triton.hf_kernel"},
     {"sknet_triton.models"},
     {
         "sknet_triton.acceleration",

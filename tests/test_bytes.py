@@ -1,4 +1,4 @@
-"""The traffic that MATH.md promises, counted in the interpreter."""
+"""The passes that kernels/README.md promises, counted in the interpreter."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernel repository that kernels/hub builds, as Hugging Face `kernels` loads it, offline.
+"""The kernel repository of sknet_triton.hf_kernel, as Hugging Face `kernels` loads it, offline.
 
 Loading happens in processes of its own. The functions called ``child_...`` are handed to them as
 text, so nothing that runs there leans on this process.
@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import pytest
+import torch
 
-from hub.build import PACKAGES, ROOT, VARIANT, build_repository, collect, rewrite
+from sknet_triton.hf_kernel.__main__ import PACKAGES, VARIANT, build_repository, collect, rewrite
+from tests.helpers import ROOT
 
 # Without a file of its own, what was found is this checkout's folder of that name.
 needs_kernels = pytest.mark.skipif(
@@ -80,7 +82,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What a loaded kernel does
 
 
-def child_functions(repository: str, backend: str, checkout: str) -> None:
+def child_functions(repository: str, backend: str, checkout: str, *names: str) -> None:
     import functools
     import importlib
     import sys
@@ -142,10 +144,7 @@ def child_functions(repository: str, backend: str, checkout: str) -> None:
         compare(section.out, plain_section(), *branches, *affine, fc1, fc2)
 
     operators = {n for n in torch._C._dispatch_get_all_op_names() if "::sk_" in n}
-    names = ("sk_fuse", "sk_select", "sk_select_bwd", "sk_fuse_select", "sk_fuse_select_bwd")
-    assert operators == {
-        f"{loaded.metadata.id}::{name}" for name in names if backend == "triton"
-    }, operators
+    assert operators == {f"{loaded.metadata.id}::{name}" for name in names}, operators
     files = {str(getattr(m, "__file__", None)) for m in sys.modules.values()}
     ours = tuple(f"{checkout}/{folder}/" for folder in ("sknet_triton", "kernels"))
     assert not {file for file in files if file.startswith(ours)}
@@ -158,7 +157,9 @@ def child_functions(repository: str, backend: str, checkout: str) -> None:
 def test_a_loaded_kernel_equals_plain_pytorch_without_this_package(
     backend: str, repository: Path, tmp_path: Path
 ) -> None:
-    in_a_child(child_functions, str(repository), backend, str(ROOT), tmp_path=tmp_path)
+    names = [n.split("::") for n in torch._C._dispatch_get_all_op_names()]
+    ours = [name for namespace, name in names if namespace == "sknet_triton"]
+    in_a_child(child_functions, str(repository), backend, str(ROOT), *ours, tmp_path=tmp_path)
 
 
 def child_layers(repository: str) -> None:
@@ -262,14 +263,14 @@ def child_beside(*repositories: str) -> None:
     assert namespaces == {"sknet_triton", *ids}
 
 
-def changed_source(folder: Path) -> Path:
+def changed_packages(folder: Path) -> dict[str, Path]:
     """Copies what is built to ``folder``, with one comment more."""
-    for part in ("sknet_triton", "kernels"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, package in PACKAGES.items():
+        shutil.copytree(package, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "LICENSE", folder)
-    with (folder / "kernels" / "sknet_kernels" / "layout.py").open("a") as file:
+    with (folder / "sknet_kernels" / "layout.py").open("a") as file:
         file.write("# another version\n")
-    return folder
+    return {name: folder / name for name in PACKAGES}
 
 
 @pytest.mark.slow
@@ -278,7 +279,7 @@ def test_kernels_live_beside_the_package_another_version_and_a_copy(
     repository: Path, tmp_path: Path
 ) -> None:
     other, copy = tmp_path / "other", tmp_path / "copy"
-    build_repository(other, changed_source(tmp_path / "source"))
+    build_repository(other, changed_packages(tmp_path / "source"))
     shutil.copytree(repository, copy)
     paths = [str(path) for path in (repository, other, copy)]
     in_a_child(child_beside, *paths, tmp_path=tmp_path, beside=True)
@@ -296,8 +297,10 @@ def written(folder: Path) -> dict[PurePosixPath, bytes]:
 
 
 def test_building_twice_gives_the_same_bytes(repository: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "kernels" / "hub" / "build.py"), str(tmp_path / "again")]
-    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    command = [sys.executable, "-m", "sknet_triton.hf_kernel", str(tmp_path / "again")]
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment |= {"PYTHONHASHSEED": "7"}
+    subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | environment)
     # Loading left compiled files beside the first.
     first = {p: b for p, b in written(repository).items() if p.suffix != ".pyc"}
     assert written(tmp_path / "again") == first
@@ -309,7 +312,7 @@ def test_only_imports_and_the_namespace_differ_from_the_sources(repository: Path
     changed = re.compile(
         rf"\s*from \.+({'|'.join(PACKAGES)})[.\w]* import .*|NAMESPACE = .*|.*torch\.ops\._sknet.*"
     )
-    for path, source in collect(ROOT).items():
+    for path, source in collect().items():
         lines = (build / path).read_text().splitlines()
         pairs = zip(lines, source.splitlines(), strict=True)
         different = [line for line, original in pairs if line != original]
@@ -322,8 +325,9 @@ def test_only_imports_and_the_namespace_differ_from_the_sources(repository: Path
 
 
 def test_the_kernel_takes_no_layers_and_models_along() -> None:
-    folders = {path.parts[1] for path in collect(ROOT) if path.parts[0] == "sknet_triton"}
-    assert folders == {"__init__.py", "backend.py", "functional.py", "ops", "reference"}
+    folders = {path.parts[1] for path in collect() if path.parts[0] == "sknet_triton"}
+    assert {"functional.py", "ops", "reference"} <= folders
+    assert not folders & {"layers", "models", "acceleration", "checkpoints", "analysis"}
 
 
 PATH = PurePosixPath("sknet_triton/ops/x.py")
@@ -372,10 +376,10 @@ def test_a_name_that_an_edit_cannot_find_is_refused() -> None:
 def test_an_import_that_a_kernel_cannot_have_is_refused(
     line: str, got: str, tmp_path: Path
 ) -> None:
-    source = changed_source(tmp_path / "source")
-    (source / "kernels" / "hub" / "package" / "layers.py").write_text(f"\n{line}\n")
+    packages = changed_packages(tmp_path / "source")
+    (packages["sknet_triton"] / "hf_kernel" / "layers.py").write_text(f"\n{line}\n")
     with pytest.raises(ValueError, match=rf"layers\.py:2: expected imports .*, got {got}"):
-        build_repository(tmp_path / "out", source)
+        build_repository(tmp_path / "out", packages)
     assert not (tmp_path / "out").exists()
 
 

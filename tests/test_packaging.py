@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sknet_triton.hf_kernel.__main__ import build_repository
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow
@@ -114,6 +115,28 @@ def test_the_installed_wheel_imports_from_its_own_place(installed: Path) -> None
     code = FRESH + FORWARD_AND_BACKWARD
     out = run(sys.executable, "-I", "-S", "-c", code, installed, *site, cwd=installed)
     assert out == "trained False\n"
+
+
+WRITE_HF_KERNEL = """
+import runpy
+sys.argv[1:] = ["repository"]
+runpy.run_module("sknet_triton.hf_kernel", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_the_installed_wheel_writes_the_kernel_repository_of_the_checkout(
+    installed: Path, tmp_path: Path
+) -> None:
+    site = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    code = FRESH + WRITE_HF_KERNEL
+    run(sys.executable, "-I", "-S", "-c", code, installed, *site, cwd=tmp_path)
+    build_repository(tmp_path / "checkout")
+    written, expected = (
+        {path.relative_to(top): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+        for top in (tmp_path / "repository", tmp_path / "checkout")
+    )
+    assert written == expected
+    assert written[Path("LICENSE")] == (ROOT / "LICENSE").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
-"""Writes this source tree's kernel repository, which Hugging Face `kernels` loads.
+"""Writes the kernel repository of this package, which Hugging Face `kernels` loads.
 
-``python kernels/hub/build.py FOLDER`` writes FOLDER/build/torch-universal: the files of
-kernels/hub/package, and whatever of sknet_triton and sknet_kernels they import, at the same paths.
-Equal sources give equal bytes.
+``python -m sknet_triton.hf_kernel FOLDER`` writes FOLDER/build/torch-universal: sknet_triton's
+hf_kernel, and whatever of sknet_triton and sknet_kernels it imports, at the same paths. Equal
+sources give equal bytes.
 
 A loaded kernel is one package under a name that `kernels` gives it, so imports have to be relative
 and operators need a namespace of their own. Both are edited in the text, at the places that the
@@ -14,18 +14,27 @@ import argparse
 import ast
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parents[2]
+import sknet_kernels
 
 # The one name by which kernels takes a build for every device, version of torch and system.
 VARIANT = "torch-universal"
 
 OWN = "sknet_triton"
-PACKAGES = (OWN, "sknet_kernels")
+# Where the sources lie, in a checkout and where a wheel put them.
+PACKAGES = {
+    OWN: Path(__file__).resolve().parents[1],
+    "sknet_kernels": Path(sknet_kernels.__path__[0]).resolve(),
+}
+ENTRANCE = '''"""Fuse and select of selective-kernel networks, loaded by Hugging Face `kernels`."""
+
+from sknet_triton.hf_kernel import *
+from sknet_triton.hf_kernel import __all__
+'''
 # In place of the package's own, which would bring the layers and the models along.
 OWN_INIT = '"""What the kernel takes of sknet_triton."""\n'
 
@@ -41,8 +50,12 @@ METADATA = {
 }
 
 
-def build_repository(folder: Path, source: Path = ROOT) -> Path:
-    """Writes the kernel repository of the source tree at ``source`` into ``folder``.
+def build_repository(folder: Path, packages: Mapping[str, Path] = PACKAGES) -> Path:
+    """Writes the kernel repository into ``folder``.
+
+    Args:
+        folder: where to; made if it is not there.
+        packages: the folders of sknet_triton and sknet_kernels by name.
 
     Returns:
         The folder of the build, which holds ``__init__.py`` and ``metadata.json``.
@@ -53,7 +66,7 @@ def build_repository(folder: Path, source: Path = ROOT) -> Path:
     build = folder / "build" / VARIANT
     if build.exists():
         raise ValueError(f"folder: expected one without build/{VARIANT}, got {folder}")
-    files = collect(source)
+    files = collect(packages)
     namespace = _namespace(files)
     rewritten = {path: rewrite(path, text, namespace) for path, text in files.items()}
     rewritten[PurePosixPath("metadata.json")] = (
@@ -61,25 +74,22 @@ def build_repository(folder: Path, source: Path = ROOT) -> Path:
     )
     for path, text in rewritten.items():
         _write(build / path, text)
-    _write(folder / "LICENSE", _read(source / "LICENSE"))
+    _write(folder / "LICENSE", _license(packages[OWN]))
     return build
 
 
-def collect(source: Path) -> dict[PurePosixPath, str]:
-    """Returns the texts of kernels/hub/package and of all that it imports of ours, by path.
+def collect(packages: Mapping[str, Path] = PACKAGES) -> dict[PurePosixPath, str]:
+    """Returns the texts of the kernel's entrance and of all that it imports of ours, by path.
 
     Raises:
         ValueError: an import has no relative form, or leads to no file.
     """
-    files = {
-        PurePosixPath(path.name): _read(path)
-        for path in sorted((source / "kernels" / "hub" / "package").glob("*.py"))
-    }
+    files = {PurePosixPath("__init__.py"): ENTRANCE}
     pending = list(files.items())
     while pending:
         importer, text = pending.pop()
-        for module in _imported(importer, text, source):
-            path, file = _located(module, source)
+        for module in _imported(importer, text, packages):
+            path, file = _located(module, packages)
             if path not in files:
                 files[path] = OWN_INIT if module == OWN else _read(file)
                 pending.append((path, files[path]))
@@ -151,7 +161,7 @@ class _Rewriter(ast.NodeTransformer):
         self.edits.append(_Edit(node.lineno, node.col_offset, old, new))
 
 
-def _imported(importer: PurePosixPath, text: str, source: Path) -> Iterator[str]:
+def _imported(importer: PurePosixPath, text: str, packages: Mapping[str, Path]) -> Iterator[str]:
     """Yields the modules of ours that a file imports, with the packages that they lie in."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -163,7 +173,7 @@ def _imported(importer: PurePosixPath, text: str, source: Path) -> Iterator[str]
             yield from _with_parents(module)
             for alias in node.names:
                 inner = f"{module}.{alias.name}"
-                if _located(inner, source)[1].exists():
+                if _located(inner, packages)[1].exists():
                     yield inner
                 elif module == OWN:
                     _refuse(importer, node, f"{alias.name} from {OWN} itself")
@@ -185,14 +195,18 @@ def _with_parents(module: str) -> Iterator[str]:
     return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
-def _located(module: str, source: Path) -> tuple[PurePosixPath, Path]:
-    """Returns where a module lies in the kernel and in the source tree, if there is such a one."""
-    parts = module.split(".")
-    root = source if parts[0] == OWN else source / "kernels"
-    path = PurePosixPath(*parts)
-    is_package = (root / path).is_dir()
-    path = path / "__init__.py" if is_package else path.with_suffix(".py")
-    return path, root / path
+def _located(module: str, packages: Mapping[str, Path]) -> tuple[PurePosixPath, Path]:
+    """Returns where a module lies in the kernel and in the sources, if there is such a one."""
+    package, *inner = module.split(".")
+    file = packages[package].joinpath(*inner)
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    return PurePosixPath(package, file.relative_to(packages[package]).as_posix()), file
+
+
+def _license(own: Path) -> str:
+    """Returns the licence: a wheel installs it with the metadata, a checkout has it at its top."""
+    installed = own.parent.glob(f"{OWN}-*.dist-info/licenses/LICENSE")
+    return _read(next(installed, own.parent / "LICENSE"))
 
 
 def _namespace(files: dict[PurePosixPath, str]) -> str:
@@ -212,7 +226,10 @@ def _write(path: Path, text: str) -> None:
 
 def main() -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(description="Writes the kernel repository of this source tree")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {OWN}.hf_kernel",
+        description="Writes the kernel repository that Hugging Face kernels loads",
+    )
     parser.add_argument("folder", type=Path, help="where to, such as /tmp/sknet-triton")
     try:
         print(build_repository(parser.parse_args().folder))
