@@ -140,8 +140,10 @@ def child_functions(repository: str, backend: str, checkout: str, *names: str) -
         compare(
             kernel.sk_select(branches, logits), plain_select(branches, logits), *branches, logits
         )
-        section = kernel.sk_fuse_select(branches, norms, fc1, norm, fc2)
-        compare(section.out, plain_section(), *branches, *affine, fc1, fc2)
+        compiled = torch.compile(kernel.sk_fuse_select, fullgraph=True, backend="aot_eager")
+        for run in (kernel.sk_fuse_select, compiled):
+            section = run(branches, norms, fc1, norm, fc2)
+            compare(section.out, plain_section(), *branches, *affine, fc1, fc2)
 
     operators = {n for n in torch._C._dispatch_get_all_op_names() if "::sk_" in n}
     assert operators == {f"{loaded.metadata.id}::{name}" for name in names}, operators

@@ -96,7 +96,7 @@ def check(
     what the module keeps on itself and what else the forward does (`effects`).
     """
     try:
-        with _undisturbed():
+        with _isolated():
             return _compared(module, family, cls or type(module), besides)
     except _UnfitError as error:
         return Checked(str(error))
@@ -157,8 +157,8 @@ _one_at_a_time = threading.RLock()
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Leaves gradients, modes, random states and the backend of the caller as they are.
+def _isolated() -> Iterator[None]:
+    """Computes on the CPU, in plain PyTorch, and puts the caller's random states back.
 
     Seeded is the CPU's generator alone: ``torch.manual_seed`` reseeds those of all devices.
     """

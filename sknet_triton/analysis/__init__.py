@@ -1,9 +1,14 @@
 """How selective-kernel units choose among their branches (Li et al. 2019, figures 3 and 4)."""
 
-from sknet_triton.analysis.enlarge import enlarge
-from sknet_triton.analysis.figures import plot_classes, plot_units, save_figure
-from sknet_triton.analysis.record import SCALES, record_attention, record_sizes
-from sknet_triton.analysis.table import over_classes, read_csv, write_csv
+from sknet_triton.analysis.record import SCALES, enlarge, record_attention, record_sizes
+from sknet_triton.analysis.table import (
+    over_classes,
+    plot_classes,
+    plot_units,
+    read_csv,
+    save_figure,
+    write_csv,
+)
 from sknet_triton.analysis.units import Unit, sk_units
 
 __all__ = [

@@ -1,7 +1,8 @@
-"""Recording the weights of every selective-kernel unit while a model sees a data set."""
+"""Recording how selective-kernel units weigh while a model sees images, as such or enlarged."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,11 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from sknet_triton.analysis.enlarge import enlarge
-from sknet_triton.analysis.means import Means
-from sknet_triton.analysis.table import to_frame, with_change
-from sknet_triton.analysis.undisturbed import undisturbed, unwrapped
-from sknet_triton.analysis.units import sk_units
+from sknet_triton.analysis.table import Label, Row, to_frame, with_change
+from sknet_triton.analysis.units import Unit, sk_units, undisturbed, unwrapped
+from sknet_triton.reference import accumulation_dtype
 
 # Those of the paper's Figure 3; its Figure 4 has the first two.
 SCALES = (1.0, 1.5, 2.0)
@@ -92,17 +91,123 @@ def record_sizes(
     return with_change(to_frame(_record(model, loader, views, device).rows()))
 
 
+def enlarge(images: Tensor, scale: float) -> Tensor:
+    """Enlarges images around their centre and keeps their size (Li et al. 2019, figure 3).
+
+    The paper crops the centre and resizes the crop. Here the crop is exactly H / scale by
+    W / scale, not rounded to whole pixels, and the resizing is bilinear: with pixel i covering
+    [i, i + 1), the middle of output pixel i reads position n / 2 + (i + 1/2 - n / 2) / scale of a
+    side of n pixels. So the centre stays the centre at odd and even sizes, every position read
+    lies within the image, and 1.0 returns the same values. Beside ``F.interpolate`` of a crop of
+    whole pixels only the outermost pixels differ: they read on across the border of the crop,
+    where ``F.interpolate`` repeats its last pixel.
+
+    Args:
+        images: [..., H, W], floating point.
+        scale: at least 1.
+
+    Returns:
+        Images of the same shape, dtype and device.
+
+    Raises:
+        TypeError: ``images`` is not a floating-point tensor.
+        ValueError: ``scale`` is below 1, which would need pixels outside the image, or not finite;
+            or ``images`` has fewer than two axes.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images: expected a floating-point tensor, got {got}")
+    if images.dim() < 2:
+        raise ValueError(f"images: expected shape [..., H, W], got {tuple(images.shape)}")
+    if not 1 <= scale < float("inf"):
+        raise ValueError(f"scale: expected a finite number of at least 1, got {scale}")
+    dtype = accumulation_dtype(images.dtype)
+    rows, columns = (_reading(n, scale).to(images.device, dtype) for n in images.shape[-2:])
+    return (rows @ images.to(dtype) @ columns.T).to(images.dtype)
+
+
+@dataclass
+class _Sum:
+    images: int
+    weights: Tensor
+
+
+@dataclass
+class _Means:
+    """Sums over images of the weights' means over channels."""
+
+    _sums: dict[tuple[float, Unit, Label], _Sum] = field(default_factory=dict)
+    _units: dict[Unit, None] = field(default_factory=dict)
+    _scale: float = 1.0
+    _labels: list[Label] = field(default_factory=list)
+
+    def begin(self, scale: float, labels: list[Label]) -> None:
+        """Says whose weights the reports until the next `begin` are about."""
+        self._scale, self._labels = scale, labels
+
+    def reporter(self, unit: Unit) -> Callable[[Tensor], None]:
+        """Returns what takes the weights [B, M, C] of ``unit``.
+
+        Raises:
+            ValueError: (the function) B is not the number of labels.
+        """
+        self._units[unit] = None
+        return lambda weights: self._add(unit, weights)
+
+    def rows(self) -> list[Row]:
+        """Returns the means, by scale, then unit, then class."""
+        units = list(self._units)
+        order = sorted(
+            self._sums.items(),
+            key=lambda item: (item[0][0], units.index(item[0][1]), _sortable(item[0][2])),
+        )
+        return [
+            Row(
+                scale,
+                unit.path,
+                unit.stage,
+                unit.index,
+                label,
+                total.images,
+                tuple((total.weights / total.images).tolist()),
+            )
+            for (scale, unit, label), total in order
+        ]
+
+    def _add(self, unit: Unit, weights: Tensor) -> None:
+        if len(weights) != len(self._labels):
+            raise ValueError(
+                f"model: expected weights for each of {len(self._labels)} images in {unit.path!r}, "
+                f"got {len(weights)}, which no class can be told for"
+            )
+        by_image = weights.mean(2)
+        places: dict[Label, list[int]] = {}
+        for i, label in enumerate(self._labels):
+            places.setdefault(label, []).append(i)
+        for label, at in places.items():
+            key = (self._scale, unit, label)
+            new = _Sum(len(at), by_image[at].sum(0))
+            if key in self._sums:
+                new.images += self._sums[key].images
+                new.weights += self._sums[key].weights
+            self._sums[key] = new
+
+
+def _sortable(label: Label) -> tuple[bool, int]:
+    return (label is not None, label or 0)
+
+
 def _record(
     model: nn.Module,
     loader: Iterable[Any],
     views: Mapping[float, View],
     device: torch.device | str | None,
-) -> Means:
+) -> _Means:
     _check_model(model)
     inner = unwrapped(model)
     units = sk_units(inner)
     where = next(inner.parameters()).device if device is None else torch.device(device)
-    means = Means()
+    means = _Means()
     images_seen = 0
     with ExitStack() as stack:
         stack.enter_context(undisturbed(inner))
@@ -131,7 +236,7 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError("model: expected a module in Python, got a TorchScript module")
 
 
-def _split(batch: Any) -> tuple[Tensor, list[int | None]]:
+def _split(batch: Any) -> tuple[Tensor, list[Label]]:
     """Returns the images of a batch, and a label for each, None where there are none."""
     images, labels = batch, None
     if isinstance(batch, (list, tuple)) and len(batch) in (1, 2):
@@ -162,3 +267,12 @@ def _described(x: Any) -> str:
             f"a {type(x).__name__} of {', '.join(type(part).__name__ for part in x) or 'nothing'}"
         )
     return type(x).__name__
+
+
+def _reading(n: int, scale: float) -> Tensor:
+    """Returns the weights [n, n] with which each output pixel of a side reads the input's."""
+    out = torch.arange(n, dtype=torch.float64)
+    # Counted from the middle of the first pixel.
+    position = (n - 1) / 2 + (out - (n - 1) / 2) / scale
+    distance = (position[:, None] - torch.arange(n, dtype=torch.float64)).abs()
+    return (1 - distance).clamp_min(0)

@@ -1,15 +1,60 @@
-"""The table of recorded weights: its columns, means over classes, and its CSV."""
+"""The table of recorded weights: its rows, means over classes, its CSV and the paper's figures."""
+
+from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
 
-from sknet_triton.analysis.means import Row
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# None where images have none.
+Label: TypeAlias = int | None
 
 _WEIGHT = "weight_"
+# Those of Okabe and Ito, which differ under every common colour blindness.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+_MARKERS = "osD^vP*"
+_LABEL = "last branch - first branch"
+_PANELS_PER_ROW = 3
+_TICKS = 10
+_SMALL = 8
+_DPI = 150
+
+
+@dataclass(frozen=True)
+class Row:
+    """Means over the images of one class at one scale, and over channels, for one unit.
+
+    Attributes:
+        scale: how much the images were enlarged.
+        path: as in `Unit`.
+        stage: as in `Unit`.
+        index: as in `Unit`.
+        label: the class; None where images have none.
+        images: how many.
+        weights: of every branch.
+    """
+
+    scale: float
+    path: str
+    stage: int
+    index: int
+    label: Label
+    images: int
+    weights: tuple[float, ...]
+
+    @property
+    def difference(self) -> float:
+        """The last branch's weight minus the first's."""
+        return self.weights[-1] - self.weights[0]
 
 
 def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
@@ -64,7 +109,7 @@ def write_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
     The means keep every digit, so that `read_csv` returns the same table.
     """
-    with replaced(Path(path)) as draft:
+    with _replaced(Path(path)) as draft:
         table.to_csv(draft, index=False, lineterminator="\n")
 
 
@@ -98,8 +143,67 @@ def _number(text: str) -> float:
     return float(text or "nan")
 
 
+def plot_units(table: pd.DataFrame) -> Figure:
+    """Draws the mean difference of every unit, a line for each scale (Figure 3).
+
+    Where rows differ in a column of one's own, such as a seed, the line is the mean over it and
+    the band goes from the least to the greatest.
+
+    Args:
+        table: from `record_sizes`, or from `record_attention` for a single line.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the table has no row.
+    """
+    units = _units(table)
+    figure = _new_figure(4 + 0.4 * len(units), 3.5)
+    panel = figure.subplots()
+    _draw(panel, _scaled(over_classes(table)), "path", list(units))
+    panel.set_xticks(range(len(units)), labels=list(units.values()), fontsize=_SMALL)
+    panel.set_xlabel("unit: stage.index", fontsize=_SMALL)
+    _add_legend(figure, panel)
+    return figure
+
+
+def plot_classes(table: pd.DataFrame) -> Figure:
+    """Draws the mean difference of every class, a panel for each unit (Figure 4).
+
+    Rows that differ in a column of one's own are drawn as in `plot_units`.
+
+    Args:
+        table: from `record_sizes` or `record_attention`, with labels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the images had no labels, or the table has no row.
+    """
+    table = table[table.label.notna()]
+    units, labels = _units(table), sorted(table.label.unique())
+    across = min(_PANELS_PER_ROW, len(units))
+    down = -(-len(units) // across)
+    figure = _new_figure(4 * across, 2.5 * down + 0.6)
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    step = -(-len(labels) // _TICKS)
+    for panel, (path, name) in zip(panels, units.items(), strict=False):
+        _draw(panel, _scaled(table[table.path == path]), "label", labels)
+        panel.set_title(f"{name}  ({path})", fontsize=_SMALL)
+        panel.set_xticks(range(0, len(labels), step), labels=[str(x) for x in labels[::step]])
+        panel.set_xlabel("class", fontsize=_SMALL)
+    for panel in panels[len(units) :]:
+        panel.set_axis_off()
+    _add_legend(figure, panels[0])
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure whole or not at all, in the format that the ending of ``path`` names."""
+    with _replaced(Path(path)) as draft:
+        figure.savefig(draft, dpi=_DPI)
+
+
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def _replaced(path: Path) -> Iterator[Path]:
     """Gives a draft to write to, which takes the place of ``path`` at the end, if it gets there."""
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -109,3 +213,58 @@ def replaced(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "a figure needs matplotlib: pip install 'sknet-triton[analysis]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _units(table: pd.DataFrame) -> dict[str, str]:
+    """Returns the paths of the units in the table's order, each with its short name."""
+    if table.empty:
+        raise ValueError("table: expected at least one row to draw (with a label for classes)")
+    first = table.drop_duplicates("path")
+    names = first.stage.astype(str) + "." + first["index"].astype(str)
+    return dict(zip(first.path, names, strict=True))
+
+
+def _scaled(table: pd.DataFrame) -> pd.DataFrame:
+    return table if "scale" in table else table.assign(scale=1.0)
+
+
+def _draw(panel: Axes, table: pd.DataFrame, axis: str, ticks: Sequence[Any]) -> None:
+    """Draws the difference over ``axis``, whose values stand at ``ticks``, for each scale."""
+    panel.axhline(0, color="0.5", linewidth=1)
+    for i, (scale, rows) in enumerate(table.groupby("scale")):
+        spread = rows.groupby(axis).difference.agg(["mean", "min", "max"]).reindex(list(ticks))
+        at, colour = range(len(ticks)), _COLOURS[i % len(_COLOURS)]
+        panel.plot(
+            at,
+            spread["mean"],
+            color=colour,
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=4,
+            label=f"{scale:g}x",
+        )
+        panel.fill_between(at, spread["min"], spread["max"], color=colour, alpha=0.15)
+    panel.set_ylabel(_LABEL, fontsize=_SMALL)
+    panel.tick_params(labelsize=_SMALL)
+    panel.grid(visible=True, color="0.9")
+
+
+def _add_legend(figure: Figure, panel: Axes) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=len(labels),
+        frameon=False,
+        fontsize=_SMALL,
+    )
