@@ -1,27 +1,54 @@
-"""The README: its code prints what stands below it, and its commands are whole."""
+"""The documents for users: their code prints what stands below it, their commands are whole."""
 
+import argparse
 import contextlib
 import io
 import re
+import shlex
 import shutil
 import subprocess
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from perf.commands import COMMANDS
 from sknet_triton import backend
 from sknet_triton.acceleration import family
 from tests.helpers import ROOT
 
-README = (ROOT / "README.md").read_text()
-
-# A python block, and the text block after it if nothing but blank lines stands between.
-EXAMPLES = re.findall(r"```python\n(.*?)```\n(?:\s*```text\n(.*?)```)?", README, re.DOTALL)
+README = ROOT / "README.md"
+DOCUMENTS = (README, *sorted((ROOT / "sknet_triton").rglob("README.md")))
 
 
-def heading_of(code: str) -> str:
-    before = README[: README.index(code)]
-    headings: list[str] = re.findall(r"^#+ (.*)$", before, re.MULTILINE)
-    return headings[-1].replace(" ", "-")
+@dataclass(frozen=True)
+class Example:
+    """A block of code, and the text block after it if nothing but blank lines stands between."""
+
+    document: Path
+    heading: str
+    code: str
+    printed: str
+
+    def __str__(self) -> str:
+        return f"{self.document.parent.name}-{self.heading}".replace(" ", "-")
+
+
+def examples(document: Path) -> list[Example]:
+    text = document.read_text()
+    found = re.finditer(r"```python\n(.*?)```\n(?:\s*```text\n(.*?)```)?", text, re.DOTALL)
+    return [
+        Example(
+            document,
+            re.findall(r"^#+ (.*)$", text[: match.start()], re.MULTILINE)[-1],
+            match[1],
+            match[2] or "",
+        )
+        for match in found
+    ]
+
+
+EXAMPLES = [example for document in DOCUMENTS for example in examples(document)]
 
 
 @pytest.fixture(autouse=True)
@@ -31,26 +58,27 @@ def _the_package_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=[heading_of(c) for c, _ in EXAMPLES])
-def test_the_code_prints_what_the_readme_says(code: str, printed: str) -> None:
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_the_code_prints_what_the_document_says(example: Example) -> None:
+    code = example.code
     if "torch.compile" in code and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("Inductor compiles for the CPU with a C++ compiler, and there is none")
     if "import timm" in code:
         pytest.importorskip("timm", reason="timm cannot be imported")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    assert out.getvalue() == printed
+        exec(compile(code, str(example.document), "exec"), {"__name__": "__main__"})
+    assert out.getvalue() == example.printed
 
 
 def test_every_printing_example_shows_its_result() -> None:
-    assert len(EXAMPLES) == README.count("```python")
-    for code, printed in EXAMPLES:
-        assert ("print(" in code) == bool(printed), code
+    assert len(EXAMPLES) == sum(path.read_text().count("```python") for path in DOCUMENTS)
+    for example in EXAMPLES:
+        assert ("print(" in example.code) == bool(example.printed), example.code
 
 
 def test_the_commands_start_from_a_bare_python() -> None:
-    commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    commands = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(commands) == 2
     for command, last in zip(commands, ("perf run --preset quick", "pytest"), strict=True):
         assert command.startswith("python3 -m venv .venv &&\n")
@@ -58,3 +86,16 @@ def test_the_commands_start_from_a_bare_python() -> None:
         # One command: a step that fails ends it.
         assert all(line.endswith("&&") for line in command.rstrip().splitlines()[:-1])
         assert subprocess.run(["sh", "-n", "-c", command], check=False).returncode == 0
+
+
+def test_the_harness_takes_the_commands_that_are_shown() -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    subparsers = parser.add_subparsers(required=True)
+    for command in COMMANDS:
+        command.add_arguments(subparsers.add_parser(command.__name__.rpartition(".")[2]))
+    text = "".join(path.read_text() for path in (*DOCUMENTS, *(ROOT / "perf").rglob("*.md")))
+    shown = re.findall(r"python -m perf (\w[^`\n#]*)", text)
+    assert len(shown) >= 10
+    for line in shown:
+        if not line.endswith("--help"):
+            parser.parse_args(shlex.split(line))
