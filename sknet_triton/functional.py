@@ -217,11 +217,13 @@ def way_of(x: Tensor) -> Way:
 
     "composed" is PyTorch's own operators, one after the other. It is where nothing fuses our
     formulas: in eager PyTorch, in torch.func's transforms, and in an exported program, whose
-    readers know batch norms and nothing of autograd functions.
+    readers know batch norms and nothing of autograd functions; and in torch.jit.trace, which knows
+    no lists of optional tensors.
     """
     if takes_triton(x):
         exports_gradients = torch.compiler.is_exporting() and torch.is_grad_enabled()
-        return "composed" if exports_gradients else "kernels"
+        traces = torch._C._get_tracing_state() is not None
+        return "composed" if exports_gradients or traces else "kernels"
     fuses = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
     return "formulas" if fuses and not in_transform() else "composed"
 
@@ -308,7 +310,6 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
     """Tells whether somebody makes a graph of what is called, or has a rule of his own for it."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or not _PLAIN.issuperset(map(type, tensors))
     )
@@ -550,7 +551,7 @@ def _applied(norms: Norms, stats: Tensor | None) -> Norms:
     """Returns ``norms`` with the statistics [2, n, C] of the batch, where there are any."""
     if stats is None:
         return norms
-    rows = stats.reshape(-1, stats.shape[-1]).unbind()
+    rows = stats.flatten(0, -2).unbind()
     n = len(rows) // 2
     return Norms(rows[:n], rows[n:], norms.weight, norms.bias, norms.eps)
 

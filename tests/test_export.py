@@ -144,12 +144,23 @@ def test_a_program_of_fewer_sizes_refuses_the_others(sizes: dict[str, Any] | Non
 
 def test_a_triton_program_runs_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     module, images = CONV.module(), CONV.images()
+
+    def exported() -> ExportedProgram:
+        return torch.export.export(module, (images[0],), dynamic_shapes=EVERY_SIZE)
+
     with use_backend("triton"):
-        program = torch.export.export(module, (images[0],), dynamic_shapes=EVERY_SIZE)
-    assert our_operators(program) == {"sknet_triton.sk_fuse_select.default"}
+        program = exported()
+        with torch.no_grad():
+            fused = exported()
+    stages, steps = ("sk_fuse", "sk_select"), ("sk_hidden", "sk_logits", "sk_out")
+    assert our_operators(program) == {f"sknet_triton.{name}.default" for name in stages}
+    assert our_operators(fused) == {f"sknet_triton.{name}.default" for name in steps}
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with use_backend("reference"):
         assert_same(program.module(), module, images)
+        with torch.no_grad():
+            for x in images:
+                assert largest_error(fused.module()(x), module(x)) < EXACT_NETWORK
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
