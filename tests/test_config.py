@@ -18,7 +18,9 @@ from sknet_kernels.config import (
     LaunchConfig,
     Problem,
     Stage,
+    candidates,
     cdiv,
+    next_power_of_two,
 )
 
 H200 = DeviceFacts(multiprocessors=132, warp_size=32)
@@ -66,6 +68,38 @@ def test_configurations_are_legal(device: DeviceFacts, stage: Stage) -> None:
         assert each * config.splits >= tiles, problem
         # Every split has a tile, and none is left over.
         assert config.splits == 1 or each * (config.splits - 1) < tiles, problem
+
+
+@stages
+def test_candidates_are_legal_and_few_and_begin_with_the_heuristics(stage: Stage) -> None:
+    for problem in PROBLEMS:
+        found = candidates(stage, problem, H200)
+        assert found[0] == LaunchConfig.from_heuristic(stage, problem, H200), problem
+        assert len(set(found)) == len(found) <= 17, problem
+        for config in found[1:]:
+            for size in (config.block_c, config.block_s, config.num_warps, config.access):
+                assert is_power_of_two(size), problem
+            assert config.block_c <= next_power_of_two(problem.C), problem
+            assert config.block_s <= next_power_of_two(problem.row), problem
+            assert config.access <= problem.align, problem
+            assert 1 <= config.num_stages <= 4, problem
+            assert config.num_warps <= 8, problem
+            elements, threads = config.block_c * config.block_s, 32 * config.num_warps
+            assert config.num_warps == 1 or elements >= threads * config.access, problem
+            held = max(config.access, elements // threads)
+            assert stage.registers(problem, held) <= 200, problem
+            tiles = stage.tiles(problem, config)
+            each = cdiv(tiles, config.splits)
+            assert config.splits == 1 or each * (config.splits - 1) < tiles, problem
+            assert config.splits == 1 or config.splits * stage.partial_bytes(problem) <= 8 << 20
+
+
+def test_candidates_differ_in_every_field_where_the_heuristics_leave_room() -> None:
+    problem = problem_of([branch(32, 256, 784, 2, True)] * 2, 2)
+    first, *rest = candidates(FUSE, problem, H200)
+    assert len(rest) >= 10
+    for name in ("block_c", "block_s", "splits", "num_warps", "num_stages", "access"):
+        assert any(getattr(config, name) != getattr(first, name) for config in rest), name
 
 
 @stages

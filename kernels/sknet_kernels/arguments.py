@@ -13,6 +13,7 @@ from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, Stage, cdiv
 from sknet_kernels.launch import Launch, Pointer, remembered
 from sknet_kernels.layout import is_channels_last
 from sknet_kernels.norms import Norms
+from sknet_kernels.tuned import choice
 
 _ACCESS_BYTES = 16
 # Rows whose own alignment allows less are read along with their neighbours' ends.
@@ -87,7 +88,7 @@ def _configuration(
     device: torch.device,
 ) -> LaunchConfig:
     xs = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for stride in strides]
-    return LaunchConfig.from_heuristic(stage, problem_of(xs, len(xs)), DeviceFacts.of(device))
+    return choice(stage, problem_of(xs, len(xs)), DeviceFacts.of(device))
 
 
 def norm_pointers(norms: Norms | None) -> tuple[Pointer, Pointer, Pointer, Pointer]:

@@ -43,10 +43,11 @@ FINISH_PARTS, FINISH_CHANNELS = 64, 8
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What the heuristics know of a device."""
+    """What the heuristics know of a device; its table is found by ``name``, where it has one."""
 
     multiprocessors: int
     warp_size: int
+    name: str = ""
 
     @classmethod
     @functools.cache
@@ -55,7 +56,8 @@ class DeviceFacts:
         if device.type in ("cpu", "meta"):
             return cls(multiprocessors=1, warp_size=32)
         properties = torch.get_device_module(device).get_device_properties(device)
-        return cls(properties.multi_processor_count, getattr(properties, "warp_size", 32))
+        warp_size = getattr(properties, "warp_size", 32)
+        return cls(properties.multi_processor_count, warp_size, properties.name)
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,93 @@ def _tile(stage: Stage, problem: Problem, device: DeviceFacts) -> LaunchConfig:
     warps = max(1, min(_NUM_WARPS, block_c * block_s // (device.warp_size * access)))
     stages = _NUM_STAGES if access * problem.itemsize >= _LEAST_COPY_BYTES else 1
     return LaunchConfig(block_c, block_s, 1, warps, stages, access)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Where a candidate differs: exponents of two, and of ``num_stages`` the difference."""
+
+    block_c: int = 0
+    block_s: int = 0
+    splits: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+    access: int = 0
+
+
+_CHANGES = (
+    # Fewer and more tiles under way.
+    _Change(num_stages=-2),
+    _Change(num_stages=-1),
+    _Change(num_stages=1),
+    # Fewer and more programs.
+    _Change(splits=-2),
+    _Change(splits=-1),
+    _Change(splits=1),
+    # Programs of fewer and of more threads that each hold the same.
+    _Change(num_warps=-1, block_s=-1),
+    _Change(num_warps=-1, block_c=-1),
+    _Change(num_warps=1, block_s=1),
+    _Change(num_warps=1, block_c=1),
+    # As large a tile of another form.
+    _Change(block_c=-1, block_s=1),
+    _Change(block_c=1, block_s=-1),
+    # Threads that hold two accesses, and half of one.
+    _Change(block_s=1),
+    _Change(num_warps=-1),
+    _Change(access=-1, block_s=-1),
+    _Change(access=-1, block_c=-1),
+)
+_MOST_NUM_WARPS, _MOST_NUM_STAGES = 8, 4
+
+
+def candidates(stage: Stage, problem: Problem, device: DeviceFacts) -> tuple[LaunchConfig, ...]:
+    """Returns what is worth timing: the heuristics' configuration first, then its neighbours.
+
+    Each is legal, differs from all others, and is expected to spill nothing.
+    """
+    first = LaunchConfig.from_heuristic(stage, problem, device)
+    changed = [_changed(first, change, stage, problem, device) for change in _CHANGES]
+    legal = [config for config in changed if config and _fits(config, stage, problem, device)]
+    return tuple(dict.fromkeys([first, *legal]))
+
+
+def _changed(
+    first: LaunchConfig, change: _Change, stage: Stage, problem: Problem, device: DeviceFacts
+) -> LaunchConfig | None:
+    """Returns ``first`` after ``change``, None where a size would come below one."""
+
+    def shifted(name: str) -> int:
+        value, exponent = getattr(first, name), getattr(change, name)
+        return int(value << exponent if exponent >= 0 else value >> -exponent)
+
+    sizes = {name: shifted(name) for name in ("block_c", "block_s", "num_warps", "access")}
+    num_stages = first.num_stages + change.num_stages
+    if min(*sizes.values(), num_stages) < 1:
+        return None
+    tile = LaunchConfig(**sizes, num_stages=num_stages)
+    splits = _splits(stage, problem, device, tile) * 2.0**change.splits
+    tiles = max(1, stage.tiles(problem, tile))
+    even = cdiv(tiles, cdiv(tiles, max(1, min(int(splits), tiles))))
+    return dataclasses.replace(tile, splits=even)
+
+
+def _fits(config: LaunchConfig, stage: Stage, problem: Problem, device: DeviceFacts) -> bool:
+    """Whether the tile is no larger than the tensor, every thread busy, and nothing spilled."""
+    elements, threads = config.block_c * config.block_s, config.num_warps * device.warp_size
+    held = max(config.access, elements // threads)
+    return (
+        config.block_c <= next_power_of_two(max(1, problem.C))
+        and config.block_s <= next_power_of_two(max(1, problem.row))
+        and (config.num_warps == 1 or elements >= threads * config.access)
+        and config.num_warps <= _MOST_NUM_WARPS
+        and config.num_stages <= _MOST_NUM_STAGES
+        and stage.registers(problem, held) <= _MOST_REGISTERS
+        and (
+            config.splits == 1
+            or config.splits * stage.partial_bytes(problem) <= _MOST_PARTIAL_BYTES
+        )
+    )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -15,6 +15,7 @@ from perf.commands import (
     run,
     summary,
     traffic,
+    tune,
 )
 
 
@@ -46,5 +47,6 @@ COMMANDS: tuple[Command, ...] = (
     traffic,
     host,
     kernels,
+    tune,
     env,
 )

@@ -115,7 +115,8 @@ def command(part: Part, args: argparse.Namespace, seconds: float) -> tuple[str, 
     whole = part.command
     if part.rows:
         budget = max(seconds - 2 * GRACE, 1.0)
-        whole = (*whole, f"--out={args.out}", "--resume", "--budget", f"{budget:.0f}")
+        out = args.out.with_name(f"{args.out.stem}{part.beside}{args.out.suffix}")
+        whole = (*whole, f"--out={out}", "--resume", "--budget", f"{budget:.0f}")
     if args.device == "cpu" and part.rows:
         whole = (*whole, "--device", "cpu", *REHEARSAL)
     return whole

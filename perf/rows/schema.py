@@ -8,7 +8,7 @@ import pandas as pd
 
 from perf.rows.cases import Case
 from perf.rows.env import Environment
-from perf.rows.typed_csv import Column, Schema, SchemaError, columns_of
+from perf.rows.typed_csv import Column, Schema, columns_of
 
 Status = Literal["ok", "unverified", "unsupported", "oom", "error"]
 
@@ -148,17 +148,3 @@ def keys(path: Path) -> set[Key]:
     """Returns the keys of the rows in a report, as `read` reads it."""
     frame = read(path)[list(KEY_COLUMNS)].astype(str)
     return set(frame.itertuples(index=False, name=None))
-
-
-def lines_by_key(text: str, path: Path) -> dict[Key, str]:
-    """Returns the lines of ``text``, a report that can be gone on with, by key.
-
-    Raises:
-        SchemaError: a line is damaged, or the columns are not exactly those of this version.
-    """
-    rows = SCHEMA.rows(text, path)
-    header, *lines = text.split("\n")[:-1]
-    if f"{header}\n" != SCHEMA.header():
-        raise SchemaError(path, 1, "not exactly the columns of this version; choose another --out")
-    keys = (tuple(str(row[name]) for name in KEY_COLUMNS) for row in rows)
-    return dict(zip(keys, (f"{line}\n" for line in lines), strict=True))

@@ -13,7 +13,7 @@ from types import TracebackType
 from perf.rows import schema
 from perf.rows.errors import StopError, UsageError
 from perf.rows.schema import SCHEMA, Key, Row
-from perf.rows.typed_csv import decode
+from perf.rows.typed_csv import Schema, decode
 
 
 class Store:
@@ -23,8 +23,9 @@ class Store:
     between leaves at most one torn line at the end, which `open_store` cuts off.
     """
 
-    def __init__(self, path: Path, file: FileIO) -> None:
+    def __init__(self, path: Path, file: FileIO, columns: Schema) -> None:
         self.path = path
+        self.columns = columns
         self.keys: set[Key] = set()
         self._file = file
         self._size = 0
@@ -55,7 +56,7 @@ class Store:
         self.append_lines({schema.key_of(row.case, row.provider): schema.line(row) for row in rows})
 
     def append_lines(self, lines: dict[Key, str]) -> None:
-        """Appends lines of a report as `append` does."""
+        """Appends lines of the file, by key, as `append` does."""
         self._write("".join(lines.values()))
         self.keys |= lines.keys()
 
@@ -69,12 +70,12 @@ class Store:
         self._file.seek(0)
         data = self._file.readall()
         whole = data[: data.rfind(b"\n") + 1]
-        lines = schema.lines_by_key(decode(whole, self.path), self.path) if whole else {}
+        lines = self.columns.lines_by_key(decode(whole, self.path), self.path) if whole else {}
         self._size = len(whole)
         if len(data) > len(whole):
             os.ftruncate(self._file.fileno(), self._size)
         if not whole:
-            self._write(SCHEMA.header())
+            self._write(self.columns.header())
         self.keys |= lines.keys()
         return lines
 
@@ -102,8 +103,10 @@ class Store:
             raise StopError(f"{self.path}: removed or changed by somebody else during the run")
 
 
-def open_store(path: Path, *, resume: bool) -> Store:
+def open_store(path: Path, *, resume: bool, columns: Schema = SCHEMA) -> Store:
     """Opens a new report, or with ``resume`` one that may exist, for this run alone.
+
+    ``columns`` are those of the file: a report's, or those of another kind of file.
 
     Raises:
         UsageError: it exists and is not to be resumed, another run has it open, or it cannot be
@@ -122,7 +125,7 @@ def open_store(path: Path, *, resume: bool) -> Store:
         ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-    store = Store(path, file)
+    store = Store(path, file, columns)
     try:
         _lock(path, file.fileno())
         store.load()

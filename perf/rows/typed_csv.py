@@ -189,6 +189,21 @@ class Schema:
             rows.append(row)
         return rows
 
+    def lines_by_key(self, text: str, path: Path) -> dict[tuple[str, ...], str]:
+        """Returns the lines of ``text``, a file that can be gone on with, by key.
+
+        Raises:
+            SchemaError: a line is damaged, or the columns are not exactly those of this version.
+        """
+        rows = self.rows(text, path)
+        header, *lines = text.split("\n")[:-1]
+        if f"{header}\n" != self.header():
+            raise SchemaError(
+                path, 1, "not exactly the columns of this version; choose another --out"
+            )
+        keys = (tuple(str(row[name]) for name in self.key) for row in rows)
+        return dict(zip(keys, (f"{line}\n" for line in lines), strict=True))
+
     def _columns(self, header: str, path: Path) -> list[Column]:
         """Returns the columns that a file has; those that are younger than it may be missing."""
         try:

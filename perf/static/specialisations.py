@@ -65,13 +65,13 @@ class Setting:
 
     def training(self, facts: DeviceFacts) -> list[Launch]:
         """Returns what the section launches in a training step on a device of ``facts``."""
-        with _recorded(facts) as launches:
+        with recorded(facts) as launches:
             _section(self, batch_stats=True)
         return launches
 
     def launches(self, facts: DeviceFacts) -> list[Launch]:
         """Returns the same and what inference and the stages by themselves launch."""
-        with _recorded(facts) as launches:
+        with recorded(facts) as launches:
             _stages(self)
             for batch_stats in (True, False):
                 _section(self, batch_stats)
@@ -109,7 +109,7 @@ def streaming_launch(setting: Setting, kernel: str) -> Launch:
 
 
 @contextmanager
-def _recorded(facts: DeviceFacts) -> Iterator[list[Launch]]:
+def recorded(facts: DeviceFacts) -> Iterator[list[Launch]]:
     """Collects launches in place of running them, for a device of ``facts``."""
     launches: list[Launch] = []
 

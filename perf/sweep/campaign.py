@@ -36,6 +36,9 @@ COMPILATION: dict[tuple[Level, Mode], float] = {
     ("model", "infer"): 45.0,
     ("model", "train"): 90.0,
 }
+# Seconds of a kernel's candidates at one size, compilation included; as little measured. Kernels by
+# layouts, stages and batches.
+TUNING, _TUNED = 6.0, 6 * 2 * 4 * 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Part:
         command: to run, without what the campaign adds.
         seconds: estimated.
         rows: whether it appends to the report, as ``run`` does, and takes a budget.
+        beside: what tells the name of the file that it appends to from the report's.
         environment: variables of its own.
     """
 
@@ -56,6 +60,7 @@ class Part:
     command: tuple[str, ...]
     seconds: float
     rows: bool = True
+    beside: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -81,6 +86,14 @@ def parts(which: Callable[[str], str | None] = shutil.which) -> tuple[Part, ...]
         _swept("conv", "SKConv, against torch.compile and timm", "gpu-conv"),
         _swept("network", "SKNet-50, against timm's networks", "gpu-network"),
         _swept("small", "small batches, in CUDA graphs and without", "gpu-small"),
+        Part(
+            "tune",
+            "launch configurations of every streaming kernel, against the heuristics'",
+            (*PERF, "tune"),
+            START + _TUNED * TUNING,
+            beside="-tuned",
+            environment={"TRITON_INTERPRET": "0"},
+        ),
     )
 
 

@@ -39,7 +39,7 @@ def sweep(
         # What times and synchronises takes the current device.
         torch.cuda.set_device(conditions.device)
     try:
-        with _deadline(budget):
+        with deadline(budget):
             for job in unfinished(jobs, store):
                 with progress.working_on(job):
                     _measure(job, store, conditions, ranks)
@@ -74,7 +74,7 @@ def _measure(job: Job, store: Store, conditions: Conditions, ranks: int) -> None
 
 
 @contextmanager
-def _deadline(seconds: float | None) -> Iterator[None]:
+def deadline(seconds: float | None) -> Iterator[None]:
     """Raises `BudgetSpentError` inside the block after ``seconds``, in the middle of a case too."""
     if seconds is None:
         yield

@@ -1,0 +1,134 @@
+"""Time the launch configurations of every streaming kernel and write this GPU's table.
+
+Each candidate's results are compared with float64 and with the heuristics' before it is timed. The
+table is appended to row by row, and lies where the kernels read it; --out puts it elsewhere. Then
+it says what the choices gain over the heuristics. Exits with 1 where the device was lost, or where
+the heuristics' own results were wrong.
+
+Without a GPU nothing is timed or written: candidates are listed in the order of
+perf/static/model.py for an H100, which is modelled, not measured.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from perf.commands.arguments import DEVICES, chosen_device, duration, seed, sizes, whole_number
+from perf.commands.run import STATUSES
+from perf.rows import cases, env, tuned
+from perf.rows.errors import UsageError
+from perf.rows.store import open_store
+from perf.sweep.contest import BudgetSpentError, Conditions
+from perf.sweep.ranks import this_rank
+from perf.sweep.sweep import deadline
+from sknet_kernels.config import MAX_BRANCHES, STAGES
+from sknet_kernels.tuned import table_path
+
+if TYPE_CHECKING:  # they import triton, which only the work itself needs
+    from perf.static.trials import Subject
+
+_KERNELS = {stage.name: stage for stage in STAGES}
+_LARGEST = 10_000
+# Of each candidate, on a GPU.
+_SECONDS, _ROUNDS = 0.05, 2
+_SHOWN = [*tuned.SCHEMA.key, "block_c", "block_s", "splits", "num_warps", "num_stages", "access"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the axes, the output and the limits."""
+    add = parser.add_argument
+    add(
+        "--kernel",
+        nargs="+",
+        choices=_KERNELS,
+        default=list(_KERNELS),
+        metavar="NAME",
+        help=f"only: {', '.join(_KERNELS)}",
+    )
+    add(
+        "--batch",
+        nargs="+",
+        type=sizes,
+        default=[range(32, 33), range(128, 129)],
+        metavar="N",
+        help="batch sizes, or START:STOP:STEP (default: 32 128)",
+    )
+    add(
+        "--resolution",
+        type=whole_number(1, _LARGEST),
+        default=224,
+        metavar="N",
+        help="image size (default: 224)",
+    )
+    add("--stage", nargs="+", type=int, choices=cases.STAGES, default=cases.STAGES)
+    add("--branches", type=whole_number(1, MAX_BRANCHES), default=2, metavar="M", help="default: 2")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16")
+    add("--layout", nargs="+", choices=cases.LAYOUTS, default=cases.LAYOUTS)
+    add("--device", choices=DEVICES, help="default: a GPU where there is one; cpu lists")
+    add("--out", type=Path, metavar="FILE.csv", help="default: where the kernels read it")
+    add("--resume", action="store_true", help="go on with the table and skip the rows it has")
+    add("--seed", type=seed, default=0, metavar="N", help="of inputs (default: 0)")
+    add("--budget", type=duration("seconds"), metavar="SECONDS", help="end in time")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Times and writes, or lists."""
+    device = chosen_device(args.device, this_rank())
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise UsageError("TRITON_INTERPRET: kernels cannot be compiled where it is 1; unset it")
+    from perf.sweep.tuning import subjects
+
+    chosen = subjects(
+        [_KERNELS[name] for name in args.kernel],
+        args.layout,
+        args.stage,
+        [size for given in args.batch for size in given],
+        resolution=args.resolution,
+        M=args.branches,
+        dtype=args.dtype,
+        device="meta" if device.type == "cpu" else device,
+    )
+    if device.type == "cpu":
+        return _listed(chosen, args.budget)
+    return _timed(chosen, Conditions(device, args.seed, _SECONDS, _ROUNDS), args)
+
+
+def _listed(chosen: Sequence["Subject"], budget: float | None) -> int:
+    from perf.static.trials import modelled
+
+    print("modelled, not measured: TB/s that an H100 could ask for")
+    try:
+        with deadline(budget):
+            for subject in chosen:
+                rows = pd.DataFrame(modelled(subject)).round(2)
+                print(f"\n{subject.label}\n{rows.to_string(index=False)}", flush=True)
+    except BudgetSpentError:
+        print("the budget is spent", file=sys.stderr)
+    return 0
+
+
+def _timed(chosen: Sequence["Subject"], conditions: Conditions, args: argparse.Namespace) -> int:
+    from perf.sweep.tuning import tune, unfinished
+
+    path = args.out or table_path(env.gpu_name(conditions.device))
+    if args.out is None:
+        path.parent.mkdir(exist_ok=True)
+    with open_store(path, resume=args.resume, columns=tuned.SCHEMA) as store:
+        ending = tune(chosen, store, conditions, budget=args.budget)
+        rest = unfinished(chosen, store)
+    table = tuned.SCHEMA.read(path)
+    gain = table.heuristic_ms / table.ms
+    print(table[[*_SHOWN, "heuristic_ms", "ms"]].assign(gain=gain.round(3)).to_string(index=False))
+    better = int((gain > 1).sum())
+    total = table.heuristic_ms.sum() / table.ms.sum() if len(table) else 1.0
+    print(
+        f"{len(table)} rows, {better} faster than the heuristics: {total:.3f} times as fast "
+        f"together; {len(rest)} of {len(chosen)} missing (--resume times them): {ending}"
+    )
+    print(path)
+    return STATUSES[ending] or int(ending == "complete" and bool(rest))

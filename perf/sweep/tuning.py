@@ -1,0 +1,171 @@
+"""Tuning: the candidates of every streaming kernel, judged and then timed on the device at hand.
+
+A candidate is timed where each of its results is off from float64, in the 2-norm, by at most 8
+roundings of the result's dtype and sqrt(n) of float32, with n the terms of its longest sum, and
+from the heuristics' result nowhere by more than twice as much. It is chosen where its 80 % quantile
+lies below the heuristics' 20 %: what is faster by noise alone is not.
+"""
+
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from perf.rows import env, tuned
+from perf.rows.cases import stage_shape
+from perf.rows.store import Store
+from perf.rows.tuned import Timing
+from perf.static.specialisations import Setting
+from perf.static.trials import TRIALS, Inputs, Subject
+from perf.sweep import contest, measure
+from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError
+from perf.sweep.passes import LAYOUT_OF
+from perf.sweep.sweep import Ending, deadline
+from perf.sweep.workloads import DTYPE_OF
+from sknet_kernels.config import DeviceFacts, LaunchConfig, Stage, candidates
+
+_ROUNDINGS = 8
+
+
+class WrongError(Exception):
+    """The heuristics' own results are wrong: there is nothing to compare times with."""
+
+
+def subjects(
+    kernels: Sequence[Stage],
+    layouts: Sequence[str],
+    stages: Sequence[int],
+    batches: Sequence[int],
+    *,
+    resolution: int,
+    M: int,
+    dtype: str,
+    device: str | torch.device,
+) -> list[Subject]:
+    """Returns every kernel on branches of an SKNet's stages, those that move most first."""
+    found = []
+    for kernel, layout, stage, B in itertools.product(kernels, layouts, stages, batches):
+        C, side = stage_shape(stage, resolution)
+        setting = Setting(M, LAYOUT_OF[layout], DTYPE_OF[dtype], (B, C, side * side), device)
+        found.append(Subject(kernel, setting))
+    return sorted(found, key=lambda subject: subject.bytes_moved, reverse=True)
+
+
+def tune(
+    chosen: Sequence[Subject], store: Store, conditions: Conditions, *, budget: float | None
+) -> Ending:
+    """Appends a row of every subject that ``store`` has none of, and tells why it ended.
+
+    A subject whose heuristics are wrong gets no row; stderr says so.
+    """
+    if conditions.device.type == "cuda":
+        # What times and synchronises takes the current device.
+        torch.cuda.set_device(conditions.device)
+    subject = None
+    try:
+        with deadline(budget):
+            for subject in unfinished(chosen, store):
+                try:
+                    config, timing = measured(subject, conditions)
+                except WrongError as error:
+                    print(f"{subject.label}: {error}", file=sys.stderr)
+                    continue
+                key = tuned.key_of(subject.stage, subject.problem)
+                now = env.snapshot(conditions.device, conditions.seed, ranks=1)
+                line = tuned.line(subject.stage, subject.problem, config, timing, now)
+                store.append_lines({key: line})
+    except DeviceLostError as error:
+        print(f"{subject and subject.label}: the device is lost: {error}", file=sys.stderr)
+        return "lost"
+    except KeyboardInterrupt:
+        return "interrupt"
+    except BudgetSpentError:
+        return "budget"
+    return "complete"
+
+
+def unfinished(chosen: Sequence[Subject], store: Store) -> list[Subject]:
+    """Returns the subjects that have no row."""
+    return [s for s in chosen if tuned.key_of(s.stage, s.problem) not in store.keys]
+
+
+def measured(subject: Subject, conditions: Conditions) -> tuple[LaunchConfig, Timing]:
+    """Judges and times the candidates of ``subject``; returns the best and what it was chosen by.
+
+    Raises:
+        WrongError: the heuristics' results are wrong, or do not come.
+        DeviceLostError: the device does not answer any more.
+    """
+    torch.manual_seed(conditions.seed)
+    facts = DeviceFacts.of(conditions.device)
+    configs = candidates(subject.stage, subject.problem, facts)
+    given = Inputs.drawn(subject.setting)
+    right = judged(subject, configs, given, conditions.device)
+    times: dict[LaunchConfig, list[float]] = {config: [] for config in right}
+    run = TRIALS[subject.stage].run
+    for i in range(conditions.rounds):
+        for config in right[:: 1 if i % 2 == 0 else -1]:
+            call = functools.partial(run, given, config)
+            seconds = conditions.seconds / conditions.rounds
+            times[config] += measure.sample(call, conditions.device, seconds)
+    best, heuristic_ms, ms = fastest(times)
+    return best, Timing(heuristic_ms, ms, len(right), len(configs) - len(right))
+
+
+def judged(
+    subject: Subject, configs: Sequence[LaunchConfig], given: Inputs, device: torch.device
+) -> list[LaunchConfig]:
+    """Returns the configurations whose results are right; the first, the heuristics', must be.
+
+    Raises:
+        WrongError: it is not.
+        DeviceLostError: the device does not answer any more.
+    """
+    trial = TRIALS[subject.stage]
+    exact = trial.exact(given.double())
+    B, _, S = subject.setting.shape
+    first: tuple[Tensor, ...] | None = None
+    right = []
+    for config in configs:
+        try:
+            results = trial.run(given, config)
+            reason = _fault(results, exact, first or results, terms=B * S)
+        except Exception as error:
+            reason = contest.failure(error, device).reason
+        if not reason:
+            right.append(config)
+            first = first or results
+        elif first is None:
+            raise WrongError(f"the heuristics' {config}: {reason}")
+        else:
+            print(f"{subject.label}: refused {config}: {reason}", file=sys.stderr)
+    return right
+
+
+def _fault(
+    results: Sequence[Tensor], exact: Sequence[Tensor], first: Sequence[Tensor], *, terms: int
+) -> str:
+    """Says which result is off by how much, nothing where all are right."""
+    for i, (result, truth, other) in enumerate(zip(results, exact, first, strict=True)):
+        bound = _ROUNDINGS * torch.finfo(result.dtype).eps / 2
+        bound += math.sqrt(terms) * torch.finfo(torch.float32).eps / 2
+        error = ((result.double() - truth).norm() / truth.norm()).item()
+        apart = ((result - other).abs().max() / other.abs().max()).item()
+        # NaN is within no bound.
+        if not (error <= bound and apart <= 2 * bound):
+            return f"result {i} off by {error:.1e} and {apart:.1e}, bound {bound:.1e}"
+    return ""
+
+
+def fastest(times: Mapping[LaunchConfig, list[float]]) -> tuple[LaunchConfig, float, float]:
+    """Returns the configuration to take, the heuristics' median, which come first, and its own."""
+    taken = {config: measure.quantiles(ms) for config, ms in times.items()}
+    heuristic, (low, heuristic_ms, _) = next(iter(taken.items()))
+    best = min(taken, key=lambda config: taken[config][1])
+    if taken[best][2] >= low:
+        return heuristic, heuristic_ms, heuristic_ms
+    return best, heuristic_ms, taken[best][1]

@@ -1,0 +1,279 @@
+"""Tuning: candidates are judged, timed and kept; without a GPU they are listed as modelled."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from perf.__main__ import main
+from perf.commands import campaign as campaign_command
+from perf.commands import tune as command
+from perf.rows import env
+from perf.rows import tuned as rows
+from perf.rows.env import Environment
+from perf.rows.store import open_store
+from perf.rows.tuned import Timing
+from perf.static import trials
+from perf.static.aot import Compiled, Resources
+from perf.static.specialisations import LAYOUTS, Setting
+from perf.static.trials import TRIALS, Inputs, Subject
+from perf.sweep import measure, tuning
+from perf.sweep.campaign import parts
+from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError
+from sknet_kernels import arguments, tuned
+from sknet_kernels.config import (
+    FUSE,
+    MOMENTS,
+    SELECT,
+    STAGES,
+    DeviceFacts,
+    LaunchConfig,
+    Stage,
+    candidates,
+)
+
+Shape = tuple[int, int, int]
+CPU = torch.device("cpu")
+CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
+H200 = DeviceFacts(multiprocessors=132, warp_size=32, name="NVIDIA H200")
+
+
+FEW = DeviceFacts(multiprocessors=2, warp_size=32)
+
+
+def small(*kernels: Stage, layout: str = "contiguous", shape: Shape = (2, 8, 40)) -> list[Subject]:
+    return [Subject(kernel, Setting(2, layout, torch.float32, shape, CPU)) for kernel in kernels]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where tables are, instead of in the package; nothing of it is remembered."""
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
+    (tmp_path / "tuned").mkdir()
+    _forget()
+    yield tmp_path / "tuned"
+    _forget()
+
+
+def _forget() -> None:
+    tuned.table.cache_clear()
+    arguments._configuration.cache_clear()
+
+
+def written(subject: Subject, config: LaunchConfig, path: Path) -> None:
+    where = Environment("H200", 0, "", "", "", 0, 0, 1, "", "", "", "", "", "", False, 0, "")
+    line = rows.line(subject.stage, subject.problem, config, Timing(2.0, 1.0, 9, 1), where)
+    with open_store(path, resume=True, columns=rows.SCHEMA) as store:
+        store.append_lines({rows.key_of(subject.stage, subject.problem): line})
+
+
+# The table
+
+
+def test_a_row_replaces_the_heuristics_on_its_device_and_problem_alone(folder: Path) -> None:
+    subject, other = small(FUSE)[0], small(SELECT)[0]
+    heuristic = LaunchConfig.from_heuristic(FUSE, subject.problem, H200)
+    assert tuned.choice(FUSE, subject.problem, H200) == heuristic
+    config = LaunchConfig(4, 8, splits=3, num_warps=2, num_stages=4, access=2)
+    written(subject, config, tuned.table_path(H200.name))
+    assert tuned.choice(FUSE, subject.problem, H200) == heuristic  # read once
+    _forget()
+    assert tuned.table_path(H200.name) == folder / "nvidia-h200.csv"
+    assert tuned.choice(FUSE, subject.problem, H200) == config
+    for stage, problem, device in (
+        (SELECT, other.problem, H200),
+        (FUSE, dataclasses.replace(subject.problem, B=3), H200),
+        (FUSE, subject.problem, dataclasses.replace(H200, name="NVIDIA H100")),
+        (FUSE, subject.problem, dataclasses.replace(H200, name="")),
+    ):
+        expected = LaunchConfig.from_heuristic(stage, problem, device)
+        assert tuned.choice(stage, problem, device) == expected
+
+
+def test_launchers_take_what_the_table_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceFacts, "of", lambda device: H200)
+    subject = small(FUSE)[0]
+    written(subject, LaunchConfig(8, 8, splits=2), tuned.table_path(H200.name))
+    config = arguments.configuration(FUSE, subject.setting.branches(), None)
+    assert config == LaunchConfig(8, 8, splits=2)
+
+
+def test_a_line_that_is_still_being_written_is_no_row() -> None:
+    subject, path = small(FUSE)[0], tuned.table_path(H200.name)
+    written(subject, LaunchConfig(4, 8), path)
+    with path.open("a") as file:
+        file.write("sk_fuse,12")
+    assert list(tuned.table(H200.name).values()) == [LaunchConfig(4, 8)]
+
+
+def test_a_damaged_table_is_named_by_line() -> None:
+    path = tuned.table_path(H200.name)
+    written(small(FUSE)[0], LaunchConfig(4, 8), path)
+    path.write_text(path.read_text().replace("False", "maybe"))
+    with pytest.raises(ValueError, match=r"nvidia-h200\.csv:2: expected a problem and its launch"):
+        tuned.table(H200.name)
+
+
+# Judged and timed
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_every_candidate_of_every_kernel_is_right(stage: Stage) -> None:
+    for layout in LAYOUTS:
+        (subject,) = small(stage, layout=layout)
+        configs = candidates(stage, subject.problem, FEW)
+        assert len(configs) > 5
+        given = Inputs.drawn(subject.setting)
+        assert tuning.judged(subject, configs, given, CPU) == list(configs)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("whose", "fault"), [("heuristics", 1.0), ("candidate", 1.0), ("candidate", 4e-6)]
+)
+def test_what_is_wrong_is_refused_before_it_is_timed(
+    whose: str, fault: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = small(SELECT)[0]
+    configs = candidates(SELECT, subject.problem, FEW)[:3]
+    bad = configs[0 if whose == "heuristics" else 1]
+    trial = TRIALS[SELECT]
+
+    def wrong(given: Inputs, config: LaunchConfig) -> tuple[Tensor, ...]:
+        (out,) = trial.run(given, config)
+        if config == bad:
+            out[-1, -1, -1] += fault * out.abs().max()  # one element of many
+        return (out,)
+
+    monkeypatch.setitem(trials.TRIALS, SELECT, dataclasses.replace(trial, run=wrong))
+    given = Inputs.drawn(subject.setting)
+    if whose == "heuristics":
+        with pytest.raises(tuning.WrongError, match="result 0 off by"):
+            tuning.judged(subject, configs, given, CPU)
+    else:
+        assert tuning.judged(subject, configs, given, CPU) == [configs[0], configs[2]]
+        assert f"refused {bad}: result 0 off by" in capsys.readouterr().err
+
+
+def test_the_choice_is_faster_beyond_the_noise() -> None:
+    first, second = LaunchConfig(1, 1), LaunchConfig(2, 2)
+    steady, wide = [0.98, 1.0, 1.02], [0.5, 0.9, 1.1]
+    assert tuning.fastest({first: steady, second: wide}) == (first, 1.0, 1.0)
+    chosen, *ms = tuning.fastest({first: steady, second: [0.89, 0.9, 0.91]})
+    assert chosen == second
+    assert ms == pytest.approx([1.0, 0.9])
+    assert tuning.fastest({first: steady}) == (first, 1.0, 1.0)
+
+
+@pytest.mark.interpreter
+def test_what_was_timed_stays_wherever_tuning_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, path = small(FUSE, SELECT, MOMENTS), tmp_path / "a.csv"
+    endings = iter([None, KeyboardInterrupt, None, BudgetSpentError, DeviceLostError("gone"), None])
+    done: list[Subject] = []
+    measured = tuning.measured
+
+    def cut(subject: Subject, conditions: Conditions) -> tuple[LaunchConfig, Timing]:
+        ending = next(endings)
+        if ending is not None:
+            raise ending
+        done.append(subject)
+        return measured(subject, conditions)
+
+    monkeypatch.setattr(tuning, "measured", cut)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: candidates(*_)[:2])
+    for expected, count in (("interrupt", 1), ("budget", 2), ("lost", 2), ("complete", 3)):
+        with open_store(path, resume=True, columns=rows.SCHEMA) as store:
+            assert tuning.tune(chosen, store, CONDITIONS, budget=None) == expected
+        assert len(rows.SCHEMA.read(path)) == count
+    assert done == chosen
+    assert set(rows.SCHEMA.read(path).timed) == {2}
+
+
+# The command
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the command take the interpreter on a CPU for a GPU called NVIDIA H200."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(command, "chosen_device", lambda *_: gpu)
+    monkeypatch.setattr(env, "gpu_name", lambda device: H200.name)
+    monkeypatch.setattr(command, "Conditions", lambda device, *rest: Conditions(CPU, *rest))
+    monkeypatch.setattr(tuning, "subjects", lambda kernels, *_, **__: small(*kernels))
+    monkeypatch.setattr(measure, "sample", lambda run, device, seconds: [1.0, 1.0])
+
+
+@pytest.mark.interpreter
+def test_on_a_gpu_the_table_is_where_the_kernels_read_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_a_gpu(monkeypatch)
+    folder.rmdir()  # there is none in a fresh copy
+    arguments = ["tune", "--kernel", "sk_fuse"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "1 rows, 0 faster than the heuristics: 1.000 times as fast together; 0 of 1" in said
+    assert said.splitlines()[-1] == str(folder / "nvidia-h200.csv")
+    assert len(tuned.table(H200.name)) == 1
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "go on with it by --resume" in capsys.readouterr().err
+    assert main([*arguments, "--kernel", "sk_fuse", "sk_select_fwd", "--resume"]) == 0
+    assert "2 rows" in capsys.readouterr().out
+
+
+def test_what_moves_most_is_tuned_first() -> None:
+    chosen = tuning.subjects(
+        STAGES,
+        ("nchw", "channels_last"),
+        (1, 4),
+        (32, 128),
+        resolution=224,
+        M=2,
+        dtype="bf16",
+        device="meta",
+    )
+    assert len(chosen) == 6 * 2 * 2 * 2
+    moved = [subject.bytes_moved for subject in chosen]
+    assert moved == sorted(moved, reverse=True)
+    assert moved[0] == 5 * 2 * 128 * 128 * 3136
+    assert {subject.problem.layout for subject in chosen} == {"rows", "shifted", "channels_last"}
+
+
+def test_without_a_gpu_candidates_are_listed_in_their_modelled_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    compiled = Compiled(Resources(40, 0, 0, 0, 16, 16), "", "")
+    monkeypatch.setattr(trials, "compile_launch", lambda launch, target: compiled)
+    arguments = ["tune", "--device", "cpu", "--kernel", "sk_fuse", "--batch", "32", "--stage", "2"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("modelled, not measured")
+    assert "sk_fuse contiguous bfloat16 M=2 [32, 256, 784]" in said
+    assert "sk_fuse channels_last bfloat16 M=2 [32, 256, 784]" in said
+    subject = small(FUSE)[0]
+    listed = list(trials.modelled(subject))
+    ceilings = [row["tb_s"] for row in listed]
+    assert ceilings == sorted(ceilings, reverse=True)
+    assert sum(row["heuristic"] for row in listed) == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_the_campaign_tunes_last_and_keeps_the_table_beside_its_report() -> None:
+    part = parts(which=lambda name: None)[-1]
+    assert part.name == "tune"
+    assert part.command[-1] == "tune"
+    arguments = argparse.Namespace(out=Path("b/a.csv"), device="cuda")
+    line = campaign_command.command(part, arguments, 100.0)
+    assert line[-4:-1] == ("--out=b/a-tuned.csv", "--resume", "--budget")
