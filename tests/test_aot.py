@@ -73,7 +73,8 @@ LEAST, LEAST_FULL = 3.0, 4.3
 
 def section_rows(table: pd.DataFrame, M: int, dtype: str) -> pd.DataFrame:
     """The five kernels of the section that read branches, at the network's stages."""
-    rows = table[table.tb_s.notna() & table.norm & (table.kernel != "sk_select_bwd")]
+    branches = table.tb_s.notna() & table.norm & (table.kernel != "sk_select_bwd")
+    rows = table[branches & (table.S > 1)]
     return rows[(rows.M == M) & (rows.dtype == dtype)].drop_duplicates(
         ["kernel", "layout", "B", "C", "S"]
     )

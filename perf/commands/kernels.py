@@ -16,6 +16,7 @@ from pathlib import Path
 from perf.commands.files import table_file
 from perf.rows.errors import UsageError
 
+_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _WHAT = ["target", "kernel", "norm", "M", "layout", "dtype", "C", "S"]
 _RESOURCES = [
     "registers",
@@ -45,7 +46,14 @@ _CEILING = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares where the table goes."""
+    """Declares what is compiled for, and where the table goes."""
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        choices=_TARGETS,
+        default=_TARGETS,
+        help="what to compile for; default: all. Ceilings are modelled of sm_90",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE.csv", help="write the table there as well"
     )
@@ -59,12 +67,12 @@ def main(args: argparse.Namespace) -> int:
     from perf.static.model import COPY_TB_S
 
     with table_file(args.out) as write:
-        table = kernel_table()
+        table = kernel_table(args.target)
         print(table[_WHAT + _RESOURCES].drop_duplicates().to_string(index=False))
-        modelled = table[table.tb_s.notna()]
-        copied = modelled.tb_s / COPY_TB_S["H100"]
-        shown = modelled[_CEILING].round(2).assign(of_copy=copied.round(2))
-        print("\nmodelled, not measured\n")
-        print(shown.to_string(index=False))
+        if "tb_s" in table:
+            modelled = table[table.tb_s.notna()]
+            of_copy = (modelled.tb_s / COPY_TB_S["H100"]).round(2)
+            print("\nmodelled, not measured\n")
+            print(modelled[_CEILING].round(2).assign(of_copy=of_copy).to_string(index=False))
         write(table)
     return int(bool((table.spill_bytes + table.stack_bytes).any()))

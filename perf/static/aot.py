@@ -15,6 +15,7 @@ from sknet_kernels.config import DeviceFacts
 from sknet_kernels.launch import Launch
 
 _LOAD_STORE_PTX = re.compile(r"\b(ld|st)\.global(?:\.[a-zA-Z0-9_:]+)*?(?:\.v(\d))?\.[a-z](\d+)\b")
+_COPY_PTX = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)")
 _LOAD_STORE_GCN = re.compile(r"\b(?:global|buffer)_(load|store)_([a-z0-9_]+)")
 _GCN_BYTES = {
     "ubyte": 1,
@@ -124,6 +125,8 @@ def _nvidia(asm: dict[str, Any]) -> Resources:
     widths = {"ld": 0, "st": 0}
     for kind, lanes, bits in _LOAD_STORE_PTX.findall(asm["ptx"]):
         widths[kind] = max(widths[kind], int(lanes or 1) * int(bits) // 8)
+    for copied in _COPY_PTX.findall(asm["ptx"]):  # into shared memory, asynchronously
+        widths["ld"] = max(widths["ld"], int(copied, 0))
     spills = re.search(r"LOCAL:(\d+)", usage)
     return Resources(
         registers=_number(r"REG:(\d+)", usage),
