@@ -58,10 +58,17 @@ def narrow_offsets(ttir: str) -> list[str]:
         made = kernel.operations.get(name)
         if made is None or made.op in _BOUNDED:
             continue
-        if made.op in _GROWING and made.narrow and not _rounds_down(made, kernel):
+        bounded = _rounds_down(made, kernel) or _steps(made)
+        if made.op in _GROWING and made.narrow and not bounded:
             found[made.line] = None
         waiting += made.operands
     return list(found)
+
+
+def _steps(made: Operation) -> bool:
+    """Tells whether a constant is added to a size or counter, which has 32 bits to itself."""
+    constant = any(re.fullmatch(r"c-?\d+_i32(_\d+)?", name) for name in made.operands)
+    return made.op in ("arith.addi", "arith.subi") and constant
 
 
 def _rounds_down(made: Operation, kernel: Kernel) -> bool:
@@ -78,25 +85,36 @@ def _rounds_down(made: Operation, kernel: Kernel) -> bool:
 
 def _parsed(ttir: str) -> Kernel:
     kernel = Kernel()
-    loops: list[tuple[list[str], list[str]]] = []  # variables, and the name of the results
+    regions: list[tuple[list[str], list[str]]] = []  # variables, and the name of the results
     for line in ttir.splitlines():
-        text = line.split(" loc(")[0]
-        loop = _LOOP.search(text)
-        if loop is not None:
-            loops.append(_open_loop(text, loop, kernel))
-        elif re.search(r"scf\.(if|while)", text):
-            raise ValueError(f"ttir: expected no control flow but scf.for, got {text.strip()!r}")
+        text, region = line.split(" loc(")[0], None
+        if line.lstrip().startswith("}"):
+            region = regions.pop()
+        if line.rstrip().endswith("{"):
+            regions.append(region or _open_region(text, kernel))
         elif "scf.yield" in text:
-            variables, results = loops[-1]
+            variables, results = regions[-1]
             values = _NAME.findall(text.split(" : ")[0])
-            for variable, value in zip(variables, values, strict=True):
+            for variable, value in zip(variables, values, strict=bool(variables)):
                 kernel.carried[variable].append(value)
             for result in results:
-                kernel.carried[result] = values
-            loops.pop()
+                kernel.carried[result] = kernel.carried.get(result, []) + values
         else:
             _add(text, kernel)
     return kernel
+
+
+def _open_region(text: str, kernel: Kernel) -> tuple[list[str], list[str]]:
+    """Returns the variables and the results of the loop or branch that ``text`` opens."""
+    if "scf.while" in text:
+        raise ValueError(f"ttir: expected no loop but scf.for, got {text.strip()!r}")
+    loop = _LOOP.search(text)
+    if loop is not None:
+        return _open_loop(text, loop, kernel)
+    if "scf.if" in text:
+        return [], _NAME.findall(text.split("scf.if")[0])
+    _add(text, kernel)
+    return [], []
 
 
 def _open_loop(text: str, loop: re.Match[str], kernel: Kernel) -> tuple[list[str], list[str]]:
