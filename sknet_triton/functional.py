@@ -220,11 +220,13 @@ def way_of(x: Tensor) -> Way:
     readers know batch norms and nothing of autograd functions; and in torch.jit.trace, which knows
     no lists of optional tensors.
     """
+    # The flag itself: torch 2.11's Dynamo takes is_exporting() for true in every graph.
+    exports = torch.compiler._is_exporting_flag
     if takes_triton(x):
-        exports_gradients = torch.compiler.is_exporting() and torch.is_grad_enabled()
+        exports_gradients = exports and torch.is_grad_enabled()
         traces = torch._C._get_tracing_state() is not None
         return "composed" if exports_gradients or traces else "kernels"
-    fuses = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    fuses = torch.compiler.is_dynamo_compiling() and not exports
     return "formulas" if fuses and not in_transform() else "composed"
 
 
