@@ -88,21 +88,13 @@ def section_rows(table: pd.DataFrame, M: int, dtype: str) -> pd.DataFrame:
     )
 
 
-def test_every_kernel_can_ask_for_what_a_copy_moves(table: pd.DataFrame) -> None:
-    rows = section_rows(table, 2, "bfloat16")
-    assert len(rows) == 5 * 2 * 4 * 2
-    full = rows[(rows.B == 128) & (rows.C <= 256)]
-    low = pd.concat([rows[rows.tb_s < LEAST], full[full.tb_s < LEAST_FULL]])
-    assert low.empty, low.to_string()
-
-
-@pytest.mark.parametrize(("M", "dtype"), [(3, "bfloat16"), (2, "float32")])
-def test_so_do_nearly_all_with_more_branches_and_wider_ones(
+@pytest.mark.parametrize(("M", "dtype"), [(2, "bfloat16"), (3, "bfloat16"), (2, "float32")])
+def test_every_kernel_can_ask_for_what_a_copy_moves(
     table: pd.DataFrame, M: int, dtype: str
 ) -> None:
     rows = section_rows(table, M, dtype)
-    low = rows[rows.tb_s < LEAST]
-    assert len(rows) >= 5 * 2 * 4
-    assert len(low) <= len(rows) / 20, low.to_string()
-    # 7 x 7 by three branches: twelve sums of 8 elements leave room for two programs.
-    assert low.empty or (set(low.kernel), set(low.S)) == ({"sk_fuse_select_sums"}, {49})
+    assert len(rows) == 5 * 2 * 4 * rows.B.nunique()
+    assert rows.B.max() == 128
+    full = rows[(rows.B == 128) & (rows.C <= 256)]
+    low = pd.concat([rows[rows.tb_s < LEAST], full[full.tb_s < LEAST_FULL]])
+    assert low.empty, low.to_string()

@@ -98,7 +98,7 @@ class Stage:
         name: what figures call it.
         reads: tensors read a branch, and beside the branches.
         writes: likewise.
-        sums: kept of every element of a tile, a branch and beside the branches.
+        sums: kept over the positions of a channel, a branch and beside the branches.
         vectors: kept of every channel of a tile, likewise.
         joins_images: whether a program walks images and positions alike.
     """
@@ -133,9 +133,10 @@ class Stage:
     def registers(self, problem: Problem, access: int) -> int:
         """Returns the registers of a thread that holds ``access`` elements of every tensor."""
         M = problem.num_branches
-        elements = _times(self.sums, M) + _times(self.reads, M) + 1
+        # Elements side by side are of as many channels, or of one, for which one sum is kept.
         channels = access if problem.channels_last else 1
-        held = elements * access + _times(self.vectors, M) * channels
+        a_channel = _times(self.sums, M) + _times(self.vectors, M)
+        held = (_times(self.reads, M) + 1) * access + a_channel * channels
         return held * max(4, problem.itemsize) // 4 + _OTHER_REGISTERS
 
 

@@ -336,6 +336,34 @@ def zero_tiles(
 
 
 @triton.jit
+def zero_sums(
+    COUNT: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Returns COUNT sums of no tile, as `plus` adds to them."""
+    width: tl.constexpr = 1 if LAYOUT == "channels_last" or ALIGN > BLOCK_S else ALIGN
+    return zero_tiles(COUNT, ACC, BLOCK_C, BLOCK_S // width)
+
+
+@triton.jit
+def plus(total, tile):
+    """Returns ``total`` [BLOCK_C, LANES] plus ``tile`` [BLOCK_C, BLOCK_S], the sum of each lane.
+
+    A lane's positions lie side by side. Where they are those that a thread reads at once, it keeps
+    one number of them and asks no other thread.
+    """
+    BLOCK_C: tl.constexpr = total.shape[0]
+    LANES: tl.constexpr = total.shape[1]
+    if tile.shape[1] > LANES:
+        tile = tl.sum(tl.reshape(tile, [BLOCK_C, LANES, tile.shape[1] // LANES]), axis=2)
+    return total + tile
+
+
+@triton.jit
 def image_weights(
     logits_ptr,
     strides,

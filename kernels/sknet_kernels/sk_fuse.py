@@ -12,10 +12,12 @@ from sknet_kernels.jit import (
     norm_vectors,
     normalised,
     own_tiles,
+    plus,
     program_coordinates,
     relu,
     tile_masks,
     tiles_of_row,
+    zero_sums,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
 from sknet_kernels.norms import Norms
@@ -61,19 +63,20 @@ def _sk_fuse_kernel(
         means, scales, betas = norm_vectors(
             mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
         )
-    total = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+    (total,) = zero_sums(1, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
     strides = known_strides(strides, ALIGN, LAYOUT)
     first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
         corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
         # Tiles are [BLOCK_C, BLOCK_S].
         mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+        u = tl.zeros([BLOCK_C, BLOCK_S], ACC)
         for i in tl.static_range(NUM_BRANCHES):
             x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
             if HAS_NORM:
-                total += tl.where(mask, relu(normalised(x, means[i], scales[i], betas[i])), 0.0)
-            else:
-                total += tl.where(mask, x, 0.0)
+                x = relu(normalised(x, means[i], scales[i], betas[i]))
+            u += tl.where(mask, x, 0.0)
+        total = plus(total, u)
     row = pid_s * B + pid_b
     tl.store(partial_ptr + row * C + offs_c, tl.sum(total, axis=1), mask=mask_c)
 

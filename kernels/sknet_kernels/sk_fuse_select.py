@@ -21,11 +21,12 @@ from sknet_kernels.jit import (
     norm_vectors,
     normalised,
     own_tiles,
+    plus,
     program_coordinates,
     store_tile,
     tile_masks,
     tiles_of_row,
-    zero_tiles,
+    zero_sums,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
 from sknet_kernels.norms import Norms
@@ -82,7 +83,7 @@ def _sk_fuse_select_sums_kernel(
     means, scales, betas = norm_vectors(
         mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
     )
-    sums = zero_tiles(NUM_SUMS * NUM_BRANCHES, ACC, BLOCK_C, BLOCK_S)
+    sums = zero_sums(NUM_SUMS * NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
     strides = known_strides(strides, ALIGN, LAYOUT)
     first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
@@ -97,10 +98,10 @@ def _sk_fuse_select_sums_kernel(
             kept = tl.where(keep, dout, 0.0)
             centred = tl.where(keep, x - means[i][:, None], 0.0)
             grown = grown + (
-                sums[NUM_SUMS * i + DOUT_KEEP] + kept,
-                sums[NUM_SUMS * i + KEEP] + tl.where(keep, 1.0, 0.0).to(ACC),
-                sums[NUM_SUMS * i + DOUT_KEEP_XHAT] + kept * centred,
-                sums[NUM_SUMS * i + KEEP_XHAT] + centred,
+                plus(sums[NUM_SUMS * i + DOUT_KEEP], kept),
+                plus(sums[NUM_SUMS * i + KEEP], tl.where(keep, 1.0, 0.0).to(ACC)),
+                plus(sums[NUM_SUMS * i + DOUT_KEEP_XHAT], kept * centred),
+                plus(sums[NUM_SUMS * i + KEEP_XHAT], centred),
             )
         sums = grown
     # rstd is applied to the sums rather than to every xhat: one register a channel less.

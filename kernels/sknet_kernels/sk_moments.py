@@ -16,10 +16,11 @@ from sknet_kernels.jit import (
     known_strides,
     load_tile,
     own_tiles,
+    plus,
     row_starts,
     tile_masks,
     tiles_of_row,
-    zero_tiles,
+    zero_sums,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
 
@@ -69,27 +70,32 @@ def _sk_moments_kernel(
     tiles_per_image = tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S)
     first, last = own_tiles(B * tiles_per_image, tiles, part)
     strides = known_strides(strides, ALIGN, LAYOUT)
-    pid_b = (first // tiles_per_image).to(tl.int64)
-    first_s = tl.minimum((first % tiles_per_image).to(tl.int64) * BLOCK_S, S - 1)
+    # Image and place in it are carried from tile to tile: a division a turn costs as much as a sum.
+    pid_b, place = (first // tiles_per_image).to(tl.int64), first % tiles_per_image
+    first_s = tl.minimum(place.to(tl.int64) * BLOCK_S, tl.cast(S, tl.int64) - 1)
     corner = (pid_b, pid_c * BLOCK_C, first_s)
     exists = (mask_c & (first < last))[:, None]
     shifts = ()
     for i in tl.static_range(NUM_BRANCHES):
         # Each is [BLOCK_C, 1].
         shifts = shifts + (load_tile(x_ptrs[i], strides, i, corner, exists, 1, "rows", ACC),)
-    sums = zero_tiles(2 * NUM_BRANCHES, ACC, BLOCK_C, BLOCK_S)
-    for tile in tl.range(first, last, num_stages=NUM_STAGES):
-        pid_b = (tile // tiles_per_image).to(tl.int64)
-        first_s = (tile % tiles_per_image).to(tl.int64) * BLOCK_S
-        corner = (pid_b, pid_c * BLOCK_C, first_s)
+    sums = zero_sums(2 * NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+    for _ in tl.range(first, last, num_stages=NUM_STAGES):
+        corner = (pid_b, pid_c * BLOCK_C, place.to(tl.int64) * BLOCK_S)
         # Tiles are [BLOCK_C, BLOCK_S].
         mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
             x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
             deviation = tl.where(mask, x - shifts[i], 0.0)
-            grown = grown + (sums[2 * i] + deviation, sums[2 * i + 1] + deviation * deviation)
+            grown = grown + (
+                plus(sums[2 * i], deviation),
+                plus(sums[2 * i + 1], deviation * deviation),
+            )
         sums = grown
+        ends_image = place + 1 == tiles_per_image
+        pid_b = tl.where(ends_image, pid_b + 1, pid_b)
+        place = tl.where(ends_image, 0, place + 1)
     lead = tl.zeros([BLOCK_C], tl.int64)
     if LAYOUT == "shifted":
         lead = row_starts(strides[0][1], pid_c * BLOCK_C, BLOCK_C) % ALIGN

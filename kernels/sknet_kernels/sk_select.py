@@ -15,12 +15,13 @@ from sknet_kernels.jit import (
     norm_vectors,
     normalised,
     own_tiles,
+    plus,
     program_coordinates,
     relu,
     store_tile,
     tile_masks,
     tiles_of_row,
-    zero_tiles,
+    zero_sums,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
 from sknet_kernels.norms import Norms
@@ -123,7 +124,7 @@ def _sk_select_bwd_kernel(
     attn = image_weights(
         logits_ptr, logits_strides, pid_b, offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
     )
-    products = zero_tiles(NUM_BRANCHES, ACC, BLOCK_C, BLOCK_S)
+    products = zero_sums(NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
     strides = known_strides(strides, ALIGN, LAYOUT)
     first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
@@ -134,7 +135,7 @@ def _sk_select_bwd_kernel(
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
             x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
-            grown = grown + (products[i] + tl.where(mask, dout * x, 0.0),)
+            grown = grown + (plus(products[i], tl.where(mask, dout * x, 0.0)),)
             dx = attn[i][:, None] * dout
             store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, ALIGN, LAYOUT, dx)
         products = grown
