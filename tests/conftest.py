@@ -20,6 +20,11 @@ if INTERPRETED:
     torch.set_num_threads(1)
     # A CUDA build of torch that finds a compiler would write to stderr that there is no device.
     os.environ.setdefault("CUDA_PATH", "")
+# A file stays in one worker: what begins late and takes long would leave the others idle.
+LONGEST = (
+    *("test_export", "test_aot", "test_properties", "test_compile", "test_training"),
+    *("test_distributed", "test_opcheck", "test_sk_fuse_select", "test_module_contract"),
+)
 # What is compared with float64 is computed in the dtype that it claims, and repeatably.
 torch.backends.cudnn.allow_tf32 = False
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -72,7 +77,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU where there is none, and what needs the interpreter where one is."""
+    """Puts the longest files first, and skips what needs a GPU or the interpreter in vain."""
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     needless, reason = (
         ("gpu", "needs a CUDA or ROCm device")
         if INTERPRETED

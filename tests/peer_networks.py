@@ -1,7 +1,7 @@
 """Whole networks of other packages, rebuilt by hand from their structure.
 
-Names of children are theirs, since checkpoints are told by their keys. `PUBLISHED` says which
-sizes they are published in; the tests take smaller ones.
+Names of children are theirs, since checkpoints are told by their keys. The selective-kernel
+modules within are those of `perf.peers.rebuilt`.
 """
 
 from collections import OrderedDict
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from perf.peers import rebuilt
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Sizes:
     groups: int = 32
     least: int = 32  # of the width of fc1
     split_input: bool = False
+
+    def options(self, channels: int, stride: int) -> dict[str, Any]:
+        """Returns the options of a selective-kernel module of ``channels``."""
+        width = max(channels // 16, self.least)
+        return {"stride": stride, "groups": self.groups, "width": width}
 
     def stages(self) -> list[tuple[int, int, int]]:
         """Units, width and stride of every stage."""
@@ -38,19 +45,8 @@ def published(depth: int, num_classes: int = 1000, **changes: Any) -> Sizes:
     return Sizes(UNITS[depth], PUBLISHED_WIDTHS, num_classes, **changes)
 
 
-def select(maps: Sequence[Tensor], mlp: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sums, pools, applies the MLP [B, C, 1, 1] -> [B, M * C, 1, 1], weighs, sums."""
-    stacked = torch.stack(list(maps), 1)
-    wide = mlp(stacked.sum(1).mean((2, 3), keepdim=True))
-    weights = wide.view(*stacked.shape[:3], 1, 1).softmax(1)
-    return (stacked * weights).sum(1)
-
-
-def conv(
-    cin: int, cout: int, k: int = 1, stride: int = 1, dilation: int = 1, groups: int = 1
-) -> Any:
-    padding = dilation * (k // 2)
-    return nn.Conv2d(cin, cout, k, stride, padding, dilation, groups, bias=False)
+def conv(cin: int, cout: int, k: int = 1, stride: int = 1, groups: int = 1) -> Any:
+    return nn.Conv2d(cin, cout, k, stride, k // 2, groups=groups, bias=False)
 
 
 def block(convolution: nn.Module, cout: int, *, act: bool = True, named: bool = False) -> Any:
@@ -114,41 +110,14 @@ class Network(nn.Module):
 # timm 1.0.31: skresnext50_32x4d; with split_input, segmentation_models_pytorch 0.6.0
 
 
-class TimmAttn(nn.Module):
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.fc_reduce = conv(channels, width)
-        self.bn = nn.BatchNorm2d(width)
-        self.fc_select = conv(width, 2 * channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc_select(self.bn(self.fc_reduce(x)).relu())
-        return out
-
-
-class TimmSelectiveKernel(nn.Module):
-    def __init__(self, channels: int, stride: int, sizes: Sizes) -> None:
-        super().__init__()
-        self.split_input = sizes.split_input
-        each = channels // 2 if sizes.split_input else channels
-        self.paths = nn.ModuleList(
-            block(conv(each, channels, 3, stride, 1 + i, sizes.groups), channels, named=True)
-            for i in range(2)
-        )
-        self.attn = TimmAttn(channels, max(channels // 16, sizes.least))
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = x.chunk(2, 1) if self.split_input else (x, x)
-        return select([path(p) for path, p in zip(self.paths, parts, strict=True)], self.attn)
-
-
 class TimmUnit(Residual):
     parts, shortcut_name = ("conv1", "conv2", "conv3"), "downsample"
 
     def __init__(self, cin: int, width: int, cout: int, stride: int, sizes: Sizes) -> None:
         super().__init__()
         self.conv1 = block(conv(cin, width), width, named=True)
-        self.conv2 = TimmSelectiveKernel(width, stride, sizes)
+        options = sizes.options(width, stride)
+        self.conv2 = rebuilt.SelectiveKernel(width, width, split=sizes.split_input, **options)
         self.conv3 = block(conv(width, cout), cout, act=False, named=True)
         if stride != 1 or cin != cout:
             self.downsample = block(conv(cin, cout, stride=stride), cout, act=False)
@@ -167,28 +136,13 @@ class TimmSKNet(Network):
 # bobo0810/SKNet_Pytorch and its copies
 
 
-class PortSKConv(nn.Module):
-    def __init__(self, channels: int, stride: int, sizes: Sizes, M: int = 2) -> None:
-        super().__init__()
-        self.conv = nn.ModuleList(
-            block(conv(channels, channels, 3, stride, 1 + i, sizes.groups), channels)
-            for i in range(M)
-        )
-        width = max(channels // 16, sizes.least)
-        self.fc1 = block(conv(channels, width), width)
-        self.fc2 = conv(width, M * channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return select([branch(x) for branch in self.conv], lambda s: self.fc2(self.fc1(s)))
-
-
 class PortUnit(Residual):
     parts, shortcut_name = ("conv1", "conv2", "conv3"), "downsample"
 
     def __init__(self, cin: int, width: int, cout: int, stride: int, sizes: Sizes) -> None:
         super().__init__()
         self.conv1 = block(conv(cin, width), width)
-        self.conv2 = PortSKConv(width, stride, sizes)
+        self.conv2 = rebuilt.SKConv(width, width, **sizes.options(width, stride))
         self.conv3 = block(conv(width, cout), cout, act=False)
         if stride != 1 or cin != cout:
             self.downsample = block(conv(cin, cout, stride=stride), cout, act=False)
@@ -207,26 +161,6 @@ class PortSKNet(Network):
 # pytorchcv 0.0.74: sknet50, sknet101
 
 
-class CvSKConv(nn.Module):
-    def __init__(self, channels: int, stride: int, sizes: Sizes) -> None:
-        super().__init__()
-        self.branches = nn.ModuleDict(
-            {
-                f"branch{2 + i}": block(
-                    conv(channels, channels, 3, stride, 1 + i, sizes.groups), channels, named=True
-                )
-                for i in range(2)
-            }
-        )
-        width = max(channels // 16, sizes.least)
-        self.fc1 = block(conv(channels, width), width, named=True)
-        self.fc2 = conv(width, 2 * channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = [branch(x) for branch in self.branches.values()]
-        return select(maps, lambda s: self.fc2(self.fc1(s)))
-
-
 class CvUnit(Residual):
     parts, shortcut_name = ("body.conv1", "body.conv2", "body.conv3"), "identity_conv"
 
@@ -235,7 +169,7 @@ class CvUnit(Residual):
         self.body = nn.ModuleDict(
             {
                 "conv1": block(conv(cin, width), width, named=True),
-                "conv2": CvSKConv(width, stride, sizes),
+                "conv2": rebuilt.SKConvBlock(width, width, **sizes.options(width, stride)),
                 "conv3": block(conv(width, cout), cout, act=False, named=True),
             }
         )
@@ -261,25 +195,6 @@ class CvSKNet(Network):
 # developer0hye/SKNet-PyTorch and syt2/SKNet: a biased head a branch
 
 
-class HeadsSKConv(nn.Module):
-    def __init__(self, channels: int, stride: int, sizes: Sizes, M: int = 2) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(
-            block(conv(channels, channels, 3, stride, 1 + i, sizes.groups), channels)
-            for i in range(M)
-        )
-        width = max(channels // 16, sizes.least)
-        self.fc = block(conv(channels, width), width)
-        self.fcs = nn.ModuleList(nn.Conv2d(width, channels, 1) for _ in range(M))
-
-    def forward(self, x: Tensor) -> Tensor:
-        def mlp(s: Tensor) -> Tensor:
-            z = self.fc(s)
-            return torch.cat([head(z) for head in self.fcs], 1)
-
-        return select([branch(x) for branch in self.convs], mlp)
-
-
 class HeadsUnit(Residual):
     shortcut_name = "shortcut"
     sk = "conv2_sk"
@@ -288,7 +203,8 @@ class HeadsUnit(Residual):
         super().__init__()
         self.parts = ("conv1", self.sk, "conv3")
         self.conv1 = block(conv(cin, width), width)
-        self.add_module(self.sk, HeadsSKConv(width, stride, sizes))
+        sk = rebuilt.SKConvHeads(width, width, M=2, **sizes.options(width, stride))
+        self.add_module(self.sk, sk)
         self.conv3 = block(conv(width, cout), cout, act=False)
         if cin != cout:
             self.shortcut = block(conv(cin, cout, stride=stride), cout, act=False)
@@ -332,7 +248,9 @@ class InsightUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inner = self.bn1(self.conv1(x)).relu()
         maps = [self.bn2(self.conv2(inner)).relu(), self.bn2g(self.conv2g(inner)).relu()]
-        inner = select(maps, lambda s: self.conv_fc2(self.bn_fc1(self.conv_fc1(s)).relu()))
+        stacked = torch.stack(maps, 1)
+        z = self.bn_fc1(self.conv_fc1(stacked.sum(1).mean((2, 3), keepdim=True))).relu()
+        inner = rebuilt.weighted(stacked, self.conv_fc2(z).view(stacked.shape[:3]).softmax(1))
         shortcut = self.downsample(x) if hasattr(self, "downsample") else x
         out: Tensor = (self.bn3(self.conv3(inner)) + shortcut).relu()
         return out

@@ -5,13 +5,15 @@ as dense ones with zeros in the kernel, batch norm by its formula, the branches 
 by exponentials. Weights come as a dict with the names of the module's state dict.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Scrambled = TypeVar("Scrambled", bound=nn.Module)
 Tensors = Mapping[str, Tensor]
 # (kernel, dilation, groups) of every branch
 Branches = Sequence[tuple[int, int, int]]
@@ -27,7 +29,7 @@ class PlainConfig:
     aggregate: str = "sk"
 
 
-def scramble(module: nn.Module, seed: int = 0) -> nn.Module:
+def scramble(module: Scrambled, seed: int = 0) -> Scrambled:
     """Gives every norm and fc2 values that a forgotten or swapped term cannot hide behind."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,6 +48,31 @@ def scramble(module: nn.Module, seed: int = 0) -> nn.Module:
             elif name.endswith("fc2.weight"):
                 uniform(tensor, -1.0, 1.0)
     return module
+
+
+def for_norms(change: Callable[[Any], Any]) -> Callable[[nn.Module], None]:
+    """Returns what does ``change`` to every batch norm of a module."""
+
+    def apply(top: nn.Module) -> None:
+        for module in top.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                change(module)
+
+    return apply
+
+
+def without_affine(bn: nn.BatchNorm2d) -> None:
+    """Takes the weight and the bias out."""
+    bn.affine = False
+    bn.register_parameter("weight", None)
+    bn.register_parameter("bias", None)
+
+
+def without_tracking(bn: nn.BatchNorm2d) -> None:
+    """Takes the running statistics out."""
+    bn.track_running_stats = False
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        bn.register_buffer(name, None)
 
 
 def leaves(module: nn.Module) -> dict[str, Tensor]:

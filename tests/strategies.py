@@ -100,6 +100,7 @@ class Sample:
     dout: Placement
     logits_dtype: torch.dtype
     logits: Placement
+    spread: float
     seed: int
 
     @property
@@ -126,21 +127,12 @@ class Sample:
         return self.placed([self._normal(i, self.shape) for i in range(self.num_branches)])
 
     def random_logits(self) -> Tensor:
-        """Returns logits wide enough for weights far from 1 / M."""
-        return self.placed_logits(2 * self._normal(98, self.logits_shape))
+        """Returns logits wide enough for weights far from 1 / M, or so wide that few are not 0."""
+        return self.placed_logits(self.spread * self._normal(98, self.logits_shape))
 
     def random_dout(self) -> Tensor:
         """Returns a gradient like a branch."""
         return self.dout.hold(self._normal(99, self.shape).to(self.dtype))
-
-    def whole_branches(self, stream: int) -> list[Tensor]:
-        """Returns M branches of whole numbers from -8 to 8: exact in every dtype, as are sums."""
-        values = [self._whole(stream + i, self.shape, 8) for i in range(self.num_branches)]
-        return self.placed(values)
-
-    def eighths(self) -> Tensor:
-        """Returns logits in eighths from -4 to 4: a shift by whole numbers to 8 is exact."""
-        return self.placed_logits(self._whole(97, self.logits_shape, 32) / 8)
 
     def small(self, stream: int, *shape: int) -> Tensor:
         """Returns a contiguous float64 tensor, normally distributed."""
@@ -148,10 +140,6 @@ class Sample:
 
     def _normal(self, stream: int, shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=self._generator(stream)).to(DEVICE)
-
-    def _whole(self, stream: int, shape: Sequence[int], most: int) -> Tensor:
-        generator = self._generator(stream)
-        return torch.randint(-most, most + 1, tuple(shape), generator=generator).double().to(DEVICE)
 
     def _generator(self, stream: int) -> torch.Generator:
         return torch.Generator().manual_seed(10_000 * self.seed + stream)
@@ -211,6 +199,7 @@ def samples(
         dout=draw(placement),
         logits_dtype=draw(st.sampled_from(_logits_dtypes(dtype))),
         logits=draw(placements(3)),
+        spread=draw(st.sampled_from((2.0, 2.0, 2.0, 500.0))),
         seed=draw(st.integers(0, 2**16)),
     )
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from perf.rows.cases import Case
+from perf.__main__ import main
+from perf.rows.cases import Case, make_case
 from perf.rows.schema import Result, Row
 from perf.rows.store import open_store
 from perf.sweep import sweep
@@ -17,16 +18,23 @@ from perf.sweep.providers import Provider
 
 @dataclass
 class MadeUp:
-    """Stands in for measuring: every provider takes a millisecond, and the cases are kept."""
+    """Stands in for measuring: every provider takes a millisecond, and the cases are kept.
+
+    Attributes:
+        seconds: that a case takes in truth.
+        most: cases, after which the next never ends.
+        asked: the cases.
+    """
 
     seconds: float = 0.0
+    most: int | None = None
     asked: list[Case] = field(default_factory=list)
 
     def __call__(
         self, case: Case, providers: tuple[Provider, ...], conditions: Conditions
     ) -> dict[str, Result]:
+        time.sleep(3600 if len(self.asked) == self.most else self.seconds)
         self.asked.append(case)
-        time.sleep(self.seconds)
         times = {"ms_p50": 1.0, "ms_p20": 0.9, "ms_p80": 1.1}
         return {provider.name: Result("ok", **times) for provider in providers}  # type: ignore[arg-type]  # times by name
 
@@ -36,6 +44,22 @@ def make_up(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> MadeUp:
     made_up = MadeUp(seconds)
     monkeypatch.setattr(sweep, "measure_case", made_up)
     return made_up
+
+
+def small(workload: str, mode: str, **axes: object) -> Case:
+    """Returns a case of 4 images of 32 x 32 px, where ``axes`` say nothing else."""
+    return make_case(workload, mode, **{"batch": 4, "resolution": 32, **axes})  # type: ignore[arg-type]  # axes by name
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, silent: bool = True) -> str:
+    """Returns the one line with which a command is refused; a ``silent`` one prints nothing."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    said = capsys.readouterr()
+    assert (stopped.value.code, said.err.count("\n")) == (2, 1)
+    assert not (silent and said.out)
+    return said.err
 
 
 def write_report(path: Path, rows: Iterable[Row]) -> None:

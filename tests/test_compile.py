@@ -36,7 +36,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [n if n != "SKNet" else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
+    "name", [n if n == "SKConv-M2" else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
 )
 def test_a_training_step_is_one_graph_and_equals_eager(name: str) -> None:
     build, shape = MODULES[name]
@@ -73,9 +73,10 @@ def test_inductor_infers_like_eager_and_keeps_channels_last() -> None:
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
+    ("layout", "training"),
+    [(torch.contiguous_format, False), (torch.channels_last, True)],
+    ids=["nchw-eval", "channels_last-train"],
 )
 def test_inductor_copies_nothing_between_convolutions_and_operators(
     layout: torch.memory_format, training: bool
@@ -100,15 +101,10 @@ def test_inductor_copies_nothing_between_convolutions_and_operators(
     assert not any(written in each for each in backward)
 
 
-# On a GPU both record graphs and replay them; on a CPU the first compiles as the default does.
+# On a GPU both record graphs and replay them; on a CPU they compile as the default does.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param("reduce-overhead", marks=needs_compiler),
-        pytest.param("max-autotune", marks=pytest.mark.gpu),
-    ],
-)
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_other_modes_of_inductor_train_like_eager(mode: str, device: torch.device) -> None:
     eager = scramble(SKConv(8, 8, G=4)).double().to(device)
     module = copy.deepcopy(eager)
@@ -120,26 +116,12 @@ def test_other_modes_of_inductor_train_like_eager(mode: str, device: torch.devic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_sknet26_is_one_graph_and_equals_eager(training: bool) -> None:
-    eager = scramble(sknet26(num_classes=10)).double().train(training)
-    module = copy.deepcopy(eager)
-    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+def test_sknet26_is_one_graph_and_equals_eager() -> None:
+    module = scramble(sknet26(num_classes=10)).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(training):
-        actual, expected = compiled(x), eager(x)
-        # Compiled units normalise by their own formulas, eager ones by batch norm's. In training
-        # the last stage sees 4 values a channel, whose spread can be far below their size: every
-        # one of its norms may cost digits.
-        limit = 1e-7 if training else 1e-9
-        assert largest_error(actual.detach(), expected.detach()) < limit
-    if training:
-        # For the same reason only finite gradients for every parameter are asked for here, and
-        # equality of the smaller network above.
-        torch.autograd.backward(actual.sum())
-        for name, parameter in module.named_parameters():
-            assert parameter.grad is not None, name
-            assert torch.isfinite(parameter.grad).all(), name
+    with torch.no_grad():
+        assert largest_error(compiled(x), module(x)) < EXACT_NETWORK
 
 
 @pytest.mark.slow
@@ -153,9 +135,10 @@ def test_explain_finds_no_graph_break() -> None:
 # Only the training graphs pass through AOTAutograd, whose guards on sizes count too; it takes long.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("training", "backend"), [(True, "aot_eager"), (False, "eager")], ids=["train", "eval"]
+    ("dynamic", "training", "backend"),
+    [(True, False, "eager"), (None, True, "aot_eager")],
+    ids=["dynamic-eval", "automatic-train"],
 )
-@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
 def test_other_batches_and_resolutions_recompile_at_most_once(
     dynamic: bool | None, training: bool, backend: str
 ) -> None:
@@ -216,7 +199,6 @@ def test_autocast_compiles_to_one_graph() -> None:
 @pytest.mark.slow
 def test_checkpointing_compiles_to_one_graph() -> None:
     eager = scramble(SKNet(TINY, num_classes=5)).double()
-    assert isinstance(eager, SKNet)
     eager.set_grad_checkpointing()
     module = copy.deepcopy(eager)
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
@@ -227,13 +209,3 @@ def test_checkpointing_compiles_to_one_graph() -> None:
         for name in [name for name in seen if "running" in name or "tracked" in name]:
             del seen[name]
     assert_same(actual, expected, EXACT_NETWORK)
-
-
-def test_export_gives_a_program_of_the_same_numbers() -> None:
-    module = small_net().eval()
-    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: batch}})
-    other = torch.randn(7, 3, 32, 32, dtype=torch.float64)
-    with torch.no_grad():
-        assert largest_error(program.module()(other), module(other)) < EXACT_NETWORK

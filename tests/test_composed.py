@@ -1,7 +1,6 @@
 """`reference.composed`: the section out of PyTorch's operators, against modules in a row."""
 
 import copy
-import itertools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -146,37 +145,6 @@ def test_it_keeps_the_layout(layout: torch.memory_format) -> None:
     modules = Modules(Variant())
     xs = [x.contiguous(memory_format=layout) for x in modules.xs]
     assert modules.composed(*xs).out.is_contiguous(memory_format=layout)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("v", [Variant(1), Variant(), Variant(3, (2,), batch_stats=False)], ids=str)
-def test_forward_mode_and_second_derivatives(v: Variant) -> None:
-    modules = Modules(v).double()
-    xs = [x.double().requires_grad_() for x in modules.xs]
-
-    def out(*xs: Tensor) -> Tensor:
-        return modules.composed(*xs).out
-
-    assert torch.autograd.gradcheck(out, xs, check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(out, xs)
-
-
-@pytest.mark.parametrize("batch_stats", [True, False])
-def test_vmap_and_grad_of_torch_func(batch_stats: bool) -> None:
-    modules = Modules(Variant(batch_stats=batch_stats, fc1_batch_stats=batch_stats)).double()
-    stacked = [torch.stack([x.double(), 2 * x.double()]) for x in modules.xs]
-
-    def loss(*xs: Tensor) -> Tensor:
-        return modules.composed(*xs).out.square().sum()
-
-    per_copy = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(*stacked)
-    one_batched = torch.func.vmap(loss, in_dims=(0, None))(stacked[0], stacked[1][0])
-    for i in range(2):
-        xs = [x[i] for x in stacked]
-        expected = torch.func.grad(loss, argnums=(0, 1))(*xs)
-        for got, exact in itertools.zip_longest(per_copy, expected):
-            torch.testing.assert_close(got[i], exact, rtol=EXACT, atol=EXACT)
-        torch.testing.assert_close(one_batched[i], loss(xs[0], stacked[1][0]))
 
 
 def test_an_empty_batch_gives_an_empty_map_and_gradients_of_zero() -> None:

@@ -315,17 +315,6 @@ def test_no_step_waits_for_the_device(
     assert (kernels_for_meta.total() > 0) == (chosen == "triton")
 
 
-@every_path
-@on_both
-def test_no_step_reads_a_value_that_is_there(name: str, chosen: Backend) -> None:
-    # As above, with values to read and on the kernels themselves.
-    path = PATHS[name]
-    module, x = path.module(DEVICE), path.x(DEVICE)
-    with use_backend(chosen), refusing_to_wait() as mode:
-        outcome(module, module, x)
-    assert (mode.ours.total() > 0) == (chosen == "triton")
-
-
 def test_the_cumulative_average_waits_for_nothing_on_the_kernels(
     kernels_for_meta: Counter[str],
 ) -> None:

@@ -270,34 +270,6 @@ def test_a_tuple_and_a_list_are_the_same(stage: str) -> None:
     assert torch.equal(STAGES[stage](branches), STAGES[stage](tuple(branches)))
 
 
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_logits_may_be_of_a_wider_dtype_than_the_branches(wide: torch.dtype) -> None:
-    branches = [torch.randn(2, 4, 3, 3).bfloat16() for _ in range(2)]
-    logits = torch.randn(2, 2, 4, dtype=wide)
-    out = functional.sk_select(branches, logits)
-    assert out.dtype == torch.bfloat16
-    attn = torch.softmax(logits.double(), 1)[..., None, None]
-    exact = attn[:, 0] * branches[0].double() + attn[:, 1] * branches[1].double()
-    # One rounding to bfloat16 at the end, half an eps, and float32's error, far below the rest.
-    assert ((out.double() - exact).abs() <= 0.51 * 2**-7 * exact.abs() + 1e-6).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_low_dtypes_are_summed_in_float32(dtype: torch.dtype) -> None:
-    # 4096 ones: a bfloat16 sum stops at 256, a float16 one at 2048; and 40 * 4096 is not a float16.
-    branches = [torch.full((1, 1, 64, 64), 40.0, dtype=dtype)] * 2
-    assert functional.sk_fuse(branches).item() == 80.0
-
-
-def test_the_output_has_the_layout_of_the_first_branch() -> None:
-    first = torch.randn(2, 4, 3, 5)
-    last = first.contiguous(memory_format=torch.channels_last)
-    logits = torch.randn(2, 2, 4)
-    assert functional.sk_select([first, first], logits).is_contiguous()
-    out = functional.sk_select([last, last], logits)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("others", [1, 2], ids=["M=2", "M=3"])
 def test_a_second_branch_in_another_layout_does_not_change_the_layout(others: int) -> None:
     first = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last)
@@ -307,22 +279,3 @@ def test_a_second_branch_in_another_layout_does_not_change_the_layout(others: in
     assert out.is_contiguous(memory_format=torch.channels_last)
     out = functional.sk_select([*rest, first], logits)
     assert out.is_contiguous()
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_meta_tensors_pass_through(stage: str) -> None:
-    branches = [maps(2, 4, 3, 3, device="meta")] * 2
-    if stage == "sk_fuse":
-        assert functional.sk_fuse(branches).shape == (2, 4)
-    else:
-        logits = torch.zeros(2, 2, 4, device="meta")
-        assert functional.sk_select(branches, logits).shape == (2, 4, 3, 3)
-
-
-def test_gradients_agree_with_finite_differences() -> None:
-    branches = [torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    logits = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *xs: functional.sk_fuse(xs), branches)
-    assert torch.autograd.gradcheck(
-        lambda *xs: functional.sk_select(xs[:-1], xs[-1]), [*branches, logits]
-    )

@@ -17,11 +17,18 @@ from tests.helpers import source_environment
 ROOT = Path(__file__).parent.parent
 
 FOUR_PROVIDERS = """
-import itertools, json, torch
+import itertools, json, torch, sknet_triton as skt
 from dataclasses import asdict
+from perf.static import null_driver
 from perf.static.launches import launches
 rows = itertools.islice(launches((2, 8, 6, 6), torch.float32), 4)
-print(json.dumps([(key, asdict(found)) for key, found in rows]))
+rows = [(key, asdict(found)) for key, found in rows]
+listed = null_driver.install()
+xs, logits = [torch.randn(2, 16, 7, 7) for _ in range(3)], torch.randn(2, 3, 16)
+with skt.use_backend("triton"):
+    for _ in range(2):
+        skt.functional.sk_select(xs, logits)
+print(json.dumps([rows, [[launch.kernel, launch.programs] for launch in listed]]))
 """
 
 
@@ -57,7 +64,10 @@ def test_every_provider_is_counted_in_training_and_inference() -> None:
         text=True,
         check=True,
     ).stdout
-    rows = {provider: Launches(**found) for (_, _, provider), found in json.loads(out)}
+    counted, (first, again) = json.loads(out)
+    assert first == again == ["_sk_select_fwd_kernel", first[1]]
+    assert first[1] >= 2
+    rows = {provider: Launches(**found) for (_, _, provider), found in counted}
     assert {name: row.launches_counted for name, row in rows.items()} == {
         "plain-eager": "operators",
         "plain-compile": "CPU plan",

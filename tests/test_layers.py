@@ -1,6 +1,5 @@
 """SKConv and SKUnit against the paper's equations, written out in `tests.plain_sknet`."""
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,6 @@ from tests.plain_sknet import (
     largest_error,
     leaves,
     plain_conv,
-    plain_maps,
     plain_sk_conv,
     plain_sk_unit,
     scramble,
@@ -135,132 +133,6 @@ def test_sk_conv_equals_the_equations_forward_and_backward(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["M1", "M3", "M2-stride2", "eval", "table6-5x5"])
-def test_a_hook_inside_changes_no_number_and_sees_what_it_hooks(name: str) -> None:
-    # With a hook on a norm the stages run apart, as they do where a module was replaced.
-    case = CASES[name]
-    module, x = build(case), case.input()
-    seen: list[Tensor] = []
-    norm = module.branches[0].get_submodule("bn")
-    norm.register_forward_hook(lambda _module, _args, out: seen.append(out.clone()))
-    assert_equal_to_equations(module, lambda x, p: plain_sk_conv(x, p, case.plain()), x, EXACT)
-    (out,) = seen
-    first = plain_maps(x, leaves(module), case.plain())[0]
-    assert largest_error(out.detach().clamp(min=0), first.detach()) < EXACT
-
-
-def norms_of(module: SKConv) -> list[nn.BatchNorm2d]:
-    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
-def set_momentum(value: float | None) -> Callable[[SKConv], None]:
-    def change(module: SKConv) -> None:
-        for norm in norms_of(module):
-            norm.momentum = value  # None means a cumulative average
-
-    return change
-
-
-def freeze(prefix: str) -> Callable[[SKConv], None]:
-    def change(module: SKConv) -> None:
-        module.get_submodule(prefix).eval()
-
-    return change
-
-
-def without_statistics(module: SKConv) -> None:
-    for name in ("branches.0", "branches.1", "fc1"):
-        block = module.get_submodule(name)
-        old = block.get_submodule("bn")
-        assert isinstance(old, nn.BatchNorm2d)
-        new = nn.BatchNorm2d(old.num_features, track_running_stats=False).double()
-        block.add_module("bn", new)
-
-
-def without_weights(module: SKConv) -> None:
-    norm = nn.BatchNorm2d(module.out_channels, affine=False).double()
-    module.branches[1].add_module("bn", norm)
-
-
-def frozen_weights(module: SKConv) -> None:
-    for norm in norms_of(module):
-        norm.requires_grad_(False)
-
-
-# What people do to batch norms, and what keeps the stages apart or together inside SKConv.
-CHANGES: dict[str, Callable[[SKConv], None]] = {
-    "as-built": lambda module: None,
-    "momentum-0.3": set_momentum(0.3),
-    "momentum-0": set_momentum(0.0),
-    "cumulative": set_momentum(None),
-    "branches-frozen": freeze("branches"),
-    "one-branch-frozen": freeze("branches.1"),
-    "fc1-frozen": freeze("fc1"),
-    "eval": freeze(""),
-    "no-running-statistics": without_statistics,
-    "a-norm-without-weights": without_weights,
-    "weights-frozen": frozen_weights,
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_norms_keep_the_statistics_and_gradients_that_torch_keeps(name: str) -> None:
-    ours = build(CASES["M2-stride2"])
-    CHANGES[name](ours)
-    # A hook on every norm keeps the stages apart, and nn.BatchNorm2d itself does its work.
-    theirs = copy.deepcopy(ours)
-    for norm in norms_of(theirs):
-        norm.register_forward_hook(lambda _module, _args, _out: None)
-    for _ in range(2):  # the second step sees the statistics of the first
-        x = CASES["M2-stride2"].input()
-        weight = torch.randn(4, 8, 5, 3, dtype=torch.float64)
-        out, dx, grads = results(ours, x, weight)
-        expected_out, expected_dx, expected_grads = results(theirs, x, weight)
-        assert largest_error(out, expected_out) < EXACT
-        assert largest_error(dx, expected_dx) < EXACT
-        assert grads.keys() == expected_grads.keys()
-        for key, grad in grads.items():
-            assert largest_error(grad, expected_grads[key]) < EXACT, key
-    expected_state = theirs.state_dict()
-    assert ours.state_dict().keys() == expected_state.keys()
-    for key, value in ours.state_dict().items():
-        assert largest_error(value, expected_state[key].double()) < EXACT, key
-
-
-def test_running_statistics_move_by_the_formula() -> None:
-    module = build(CASES["M2"])
-    x = CASES["M2"].input()
-    before = {key: t.clone() for key, t in module.state_dict().items()}
-    module(x)
-    conv, norm = (module.branches[1].get_submodule(name) for name in ("conv", "bn"))
-    u = conv(x).detach().transpose(0, 1).flatten(1)
-    # Momentum 0.1; the variance is divided by n - 1, unlike the one that normalises.
-    mean = 0.9 * before["branches.1.bn.running_mean"] + 0.1 * u.mean(1)
-    var = 0.9 * before["branches.1.bn.running_var"] + 0.1 * u.var(1, correction=1)
-    assert largest_error(norm.get_buffer("running_mean"), mean) < EXACT
-    assert largest_error(norm.get_buffer("running_var"), var) < EXACT
-    assert norm.get_buffer("num_batches_tracked") == 1
-
-
-@pytest.mark.parametrize("name", ["M1", "M2", "M3", "M2-stride2", "table6-7x7"])
-def test_sk_conv_in_float32_is_as_near_to_the_equations_as_they_are_themselves(name: str) -> None:
-    case = CASES[name]
-    module = build(case).float()
-    x = case.input().float()
-    p = leaves(module)
-    with torch.no_grad():
-        exact = plain_sk_conv(x.double(), p, case.plain())
-        single = plain_sk_conv(x, {key: t.float() for key, t in p.items()}, case.plain())
-    # The yardstick is the same mathematics in float32, in another order of summation; a factor
-    # of 4 for luck, and 4 eps for outputs where the yardstick happens to be exact.
-    bound = 4 * largest_error(single, exact) + 4 * torch.finfo(torch.float32).eps
-    assert largest_error(module(x).detach(), exact) < bound
-    # Gradients pass through three more operators backwards, each of the same kind: 10^3 eps.
-    assert_equal_to_equations(
-        module, lambda x, p: plain_sk_conv(x, p, case.plain()), x, max(bound, 1.2e-4)
-    )
-
-
 UNITS: dict[str, tuple[tuple[int, int], dict[str, Any], PlainConfig]] = {
     "identity": ((16, 8), {"G": 4}, PlainConfig(((3, 1, 4), (3, 2, 4)))),
     "projection": ((6, 8), {"G": 4}, PlainConfig(((3, 1, 4), (3, 2, 4)))),
@@ -293,44 +165,7 @@ def test_sk_unit_equals_the_equations_forward_and_backward(name: str) -> None:
     assert_equal_to_equations(unit, lambda x, p: plain_sk_unit(x, p, config), x, EXACT)
 
 
-def test_sk_unit_carries_the_stride_in_the_selective_kernel_convolution() -> None:
-    unit = SKUnit(16, 8, stride=2, G=4)
-    strides = {name: m.stride for name, m in unit.named_modules() if isinstance(m, nn.Conv2d)}
-    assert strides == {
-        "reduce.conv": (1, 1),
-        "sk.branches.0.conv": (2, 2),
-        "sk.branches.1.conv": (2, 2),
-        "sk.fc1.conv": (1, 1),
-        "sk.fc2": (1, 1),
-        "increase.conv": (1, 1),
-        "shortcut.conv": (2, 2),
-    }
-
-
-def test_sk_unit_keeps_the_identity_only_where_shapes_agree() -> None:
-    assert isinstance(SKUnit(16, 8, G=4).shortcut, nn.Identity)
-    assert isinstance(SKUnit(16, 8, stride=2, G=4).shortcut, nn.Sequential)
-    assert isinstance(SKUnit(8, 8, G=4).shortcut, nn.Sequential)
-
-
 # Structure
-
-
-def test_branch_i_is_a_grouped_3x3_with_dilation_and_padding_1_plus_i() -> None:
-    module = SKConv(64, 96, 2, M=4)
-    for i, branch in enumerate(module.branches):
-        assert [name for name, _ in branch.named_children()] == ["conv", "bn", "act"]
-        conv, bn, act = branch.children()
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(bn, nn.BatchNorm2d)
-        assert isinstance(act, nn.ReLU)
-        assert conv.kernel_size == (3, 3)
-        assert conv.dilation == conv.padding == (1 + i, 1 + i)
-        assert conv.stride == (2, 2)
-        assert conv.groups == 32
-        assert conv.bias is None
-        assert (conv.in_channels, conv.out_channels) == (64, 96)
-        assert bn.num_features == 96
 
 
 @pytest.mark.parametrize(
@@ -357,22 +192,6 @@ def test_fc1_has_width_d(in_channels: int, options: dict[str, Any], d: int) -> N
     assert module.fc2.bias is None
 
 
-def test_the_names_in_the_state_dict_are_those_of_released_checkpoints() -> None:
-    def norm(name: str) -> list[str]:
-        values = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
-        return [f"{name}.{value}" for value in values]
-
-    assert list(SKConv(32, 32).state_dict()) == [
-        "branches.0.conv.weight",
-        *norm("branches.0.bn"),
-        "branches.1.conv.weight",
-        *norm("branches.1.bn"),
-        "fc1.conv.weight",
-        *norm("fc1.bn"),
-        "fc2.weight",
-    ]
-
-
 def test_positional_arguments_keep_their_order() -> None:
     parameters = list(inspect.signature(SKConv).parameters.values())
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -385,58 +204,7 @@ def test_positional_arguments_keep_their_order() -> None:
     assert module.fc2.in_channels == 16
 
 
-def test_sum_has_no_fc_layers() -> None:
-    names = [name for name, _ in SKConv(32, 32, aggregate="sum").named_children()]
-    assert names == ["branches"]
-
-
 # The selection, on values that name the branch
-
-
-def select_only(module: SKConv, branch: int) -> None:
-    """Makes fc2 answer +50 for one branch and -50 for the others, whatever the image."""
-    with torch.no_grad():
-        # The norm of fc1 gives 1 at every channel.
-        module.fc1.get_parameter("bn.weight").zero_()
-        module.fc1.get_parameter("bn.bias").fill_(1.0)
-        rows = torch.full((module.M, module.out_channels), -50.0)
-        rows[branch] = 50.0
-        width = module.fc2.in_channels
-        module.fc2.weight.copy_(
-            (rows.flatten() / width)[:, None, None, None].expand(-1, width, 1, 1)
-        )
-
-
-@pytest.mark.parametrize("branch", [0, 1, 2])
-def test_the_first_logits_belong_to_the_first_branch(branch: int) -> None:
-    module = SKConv(8, 8, M=3, G=4).double()
-    select_only(module, branch)
-    x = torch.randn(4, 8, 7, 6, dtype=torch.float64)
-    config = PlainConfig(((3, 1, 4), (3, 2, 4), (3, 3, 4)))
-    maps = plain_maps(x, leaves(module), config).detach()
-    # exp(-100) of the other branches is 4e-44: nothing in float64 beside 1.
-    assert largest_error(module(x).detach(), maps[branch]) < EXACT
-
-
-def test_equal_logits_give_the_mean_of_the_branches() -> None:
-    module = SKConv(8, 8, M=3, G=4).double()
-    nn.init.zeros_(module.fc2.weight)
-    x = torch.randn(4, 8, 7, 6, dtype=torch.float64)
-    config = PlainConfig(((3, 1, 4), (3, 2, 4), (3, 3, 4)))
-    maps = plain_maps(x, leaves(module), config).detach()
-    assert largest_error(module(x).detach(), maps.mean(0)) < EXACT
-
-
-def test_a_doubled_image_area_leaves_the_logits_alone() -> None:
-    # The pooled vector is a mean, not a sum: an image tiled twice has the same logits. Without
-    # padding effects, because the branches are 1x1.
-    module = SKConv(8, 8, branches=[(1, 1, 4), (1, 1, 4)])
-    scramble(module).double().eval()
-    x = torch.randn(2, 8, 5, 4, dtype=torch.float64)
-    once = module(x).detach()
-    twice = module(torch.cat([x, x], dim=2)).detach()
-    assert largest_error(twice[:, :, :5], once) < EXACT
-    assert largest_error(twice[:, :, 5:], once) < EXACT
 
 
 # Memory formats
@@ -559,27 +327,7 @@ def relative_norm(actual: Tensor | None, expected: Tensor | None) -> float:
     return float(error / torch.linalg.vector_norm(expected))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_a_module_in_a_low_dtype_stays_in_it(dtype: torch.dtype) -> None:
-    module = scramble(SKConv(16, 16, G=4)).to(dtype).eval()
-    x = torch.randn(4, 16, 8, 6, dtype=dtype)
-    config = PlainConfig(((3, 1, 4), (3, 2, 4)), training=False)
-    expected = plain_sk_conv(x.double(), leaves(module), config).detach()
-    out = module(x).detach()
-    assert out.dtype == dtype
-    # Roundings of convolution, norm, selection and the logits' path: 8 half-eps.
-    assert relative_norm(out, expected) < 4 * torch.finfo(dtype).eps
-
-
 # State, batch norm and arguments
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_state_dict_round_trip_is_strict_and_bitwise(name: str) -> None:
-    source, target = scramble(LAYERS[name]()).eval(), LAYERS[name]().eval()
-    target.load_state_dict(source.state_dict(), strict=True)
-    x = torch.randn(2, in_channels_of(source), 8, 6)
-    assert torch.equal(source(x), target(x))
 
 
 @pytest.mark.parametrize("layer", ["SKConv", "SKUnit"])
@@ -607,15 +355,6 @@ def test_batch_1_trains_without_a_batch_norm_in_fc1(options: dict[str, Any]) -> 
     config = PlainConfig(((3, 1, 4), (3, 2, 4)), aggregate=options.get("aggregate", "sk"))
     x = torch.randn(1, 16, 8, 6, dtype=torch.float64)
     assert_equal_to_equations(module, lambda x, p: plain_sk_conv(x, p, config), x, EXACT)
-
-
-def test_synchronised_batch_norm_reaches_every_norm() -> None:
-    convert = nn.SyncBatchNorm.convert_sync_batchnorm
-    converted = convert(SKUnit(16, 16, G=4))  # type: ignore[no-untyped-call]
-    norms = [m for m in converted.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    # reduce, two branches, fc1, increase, projection
-    assert len(norms) == 6
-    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
 
 
 @pytest.mark.parametrize("layer", [SKConv, SKUnit])

@@ -41,7 +41,7 @@ def quiet_interpreter() -> Iterator[None]:
 
 def build() -> SKConv:
     torch.manual_seed(3)
-    return cast(SKConv, scramble(SKConv(8, 8, G=2, d=5)).to(DEVICE))
+    return scramble(SKConv(8, 8, G=2, d=5)).to(DEVICE)
 
 
 def image_batch() -> Tensor:

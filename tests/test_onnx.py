@@ -26,9 +26,7 @@ SMALL = (StageSpec(32, 1, 1), StageSpec(64, 1, 2))
 
 
 def conv() -> SKConv:
-    module = scramble(SKConv(8, 8, G=4)).eval()
-    assert isinstance(module, SKConv)
-    return module
+    return scramble(SKConv(8, 8, G=4)).eval()
 
 
 def export(module: nn.Module, x: Tensor, path: Path) -> Any:

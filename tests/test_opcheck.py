@@ -102,9 +102,8 @@ class SectionCase:
 
 SECTION_CASES = [
     SectionCase(Case((2, 3, 4, 5))),
-    SectionCase(Case((2, 3, 4, 5)), training=False),
-    SectionCase(Case((2, 3, 4, 5)), biases=False),
-    SectionCase(Case((2, 3, 4, 5)), affine=False),
+    SectionCase(Case((2, 3, 4, 5)), training=False, biases=False),
+    SectionCase(Case((2, 3, 4, 5)), biases=False, affine=False),
     SectionCase(Case((2, 3, 4, 5), 3, "channels_last", torch.bfloat16)),
     SectionCase(Case((2, 3, 4, 5), 3, "channels_last", torch.float16), training=False),
     SectionCase(Case((2, 3, 4, 5), 1, "sliced")),

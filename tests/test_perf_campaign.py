@@ -21,10 +21,10 @@ from perf.rows.schema import Result
 from perf.sweep import campaign, contest, passes
 from perf.sweep.campaign import LEAST, Part, parts, share
 from perf.sweep.contest import BudgetSpentError, Conditions, measure_case
-from perf.sweep.presets import CHECKS, PRESETS, jobs
 from perf.sweep.providers import PROVIDERS, Provider
 from perf.sweep.steps import Step
 from tests.helpers import ROOT
+from tests.sweeps import refusal
 
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=1)
@@ -61,10 +61,8 @@ def test_parts_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="it is installed")
 def test_a_part_without_its_program_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exited:
-        main(["campaign", "--dry-run", "--part", "memcheck"])
-    assert exited.value.code == 2
-    assert "compute-sanitizer is not installed" in capsys.readouterr().err
+    said = refusal(capsys, "campaign", "--dry-run", "--part", "memcheck")
+    assert "compute-sanitizer is not installed" in said
 
 
 def test_the_sanitizer_is_a_part_where_it_is_installed() -> None:
@@ -77,14 +75,6 @@ def test_the_sanitizer_is_a_part_where_it_is_installed() -> None:
         assert part.command[-1] == "check"
         assert part.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     assert found.index(watched[0]) == 3
-
-
-def test_twenty_cases_are_checked() -> None:
-    chosen = jobs(CHECKS, seed=0)
-    assert len(chosen) == 20
-    assert {job.case.dtype for job in chosen} == {"fp32", "bf16", "fp16", "autocast"}
-    assert {job.case.layout for job in chosen} == {"nchw", "channels_last"}
-    assert {job.case.M for job in chosen} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("minutes", [1, 5, 15, 30, 120])
@@ -102,9 +92,6 @@ def test_shares_fill_the_time_and_no_more(minutes: int) -> None:
 def test_every_preset_of_a_part_can_be_estimated() -> None:
     for part in parts():
         assert 0 < part.seconds < 20 * 60
-    assert {"plain-compile", "timm-sk-compile", "timm-se-compile", "port-compile"} <= {
-        name for job in jobs(PRESETS["gpu-network"].grids, 0) for name in job.providers
-    }
 
 
 # Its time
@@ -126,7 +113,7 @@ def test_a_part_that_hangs_costs_its_own_time(
     )
     last = python(f"open({str(touched)!r}, 'w')", seconds=120.0)
     start = time.perf_counter()
-    assert run(tmp_path / "a.csv", deaf, last, minutes=0.2, monkeypatch=monkeypatch) == 0
+    assert run(tmp_path / "a.csv", deaf, last, minutes=0.1, monkeypatch=monkeypatch) == 0
     assert time.perf_counter() - start < 12
     assert touched.exists()
     assert "part: cut off after" in capsys.readouterr().out
@@ -215,12 +202,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("there.csv").touch()
-    with pytest.raises(SystemExit) as exited:
-        main(["campaign", "--device", "cpu", *arguments])
-    assert exited.value.code == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    assert message in refusal(capsys, "campaign", "--device", "cpu", *arguments, silent=False)
 
 
 @pytest.mark.slow
@@ -234,6 +216,7 @@ def test_a_short_campaign_on_a_processor_ends_in_time_with_a_readable_report(
         [
             *(sys.executable, "-m", "perf", "campaign"),
             *("--device", "cpu", "--minutes", "2", "--out", str(out)),
+            *("--part", "environment", "copy", "checks"),
         ],
         env={**os.environ, "PYTHONPATH": path},
         cwd=tmp_path,
@@ -312,7 +295,7 @@ def test_check_says_who_is_right(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.interpreter
 def test_a_pass_is_timed_after_its_section_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Provider, "unavailable", lambda *_: None)
-    case = make_case("select", "infer", batch=2, resolution=32, stage=4)
+    case = make_case("select", "infer", batch=2, resolution=32, stage=1)
     ours = PROVIDERS["ours-triton-eager"]
     passes._judged.cache_clear()
     result = passes.measure_pass(case, (ours,), CONDITIONS)[ours.name]

@@ -15,6 +15,7 @@ from perf.sweep import contest, gate, measure, workloads
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import PROVIDERS
 from sknet_triton import SKConv, SKUnit, sknet26
+from tests.sweeps import small
 
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
@@ -24,10 +25,6 @@ Forward = Callable[..., Tensor]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Plant = Callable[[str, Forward], None]
-
-
-def small(workload: str, mode: str, **axes: object) -> Case:
-    return make_case(workload, mode, **{"batch": 4, "resolution": 32, **axes})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -159,7 +156,7 @@ def test_failing_provider_is_a_row_with_one_line_of_reason(
     assert (full["ours-pytorch-eager"].status, full["plain-eager"].status) == ("oom", "ok")
 
 
-def test_provider_that_fails_while_timed_leaves_the_others() -> None:
+def test_provider_that_fails_while_timed_leaves_the_others(plant: Plant) -> None:
     calls = 0
 
     def fail_later(*inputs: Tensor) -> Tensor:
@@ -169,14 +166,8 @@ def test_provider_that_fails_while_timed_leaves_the_others() -> None:
             raise RuntimeError("tired")
         return baseline.PlainFuse()(*inputs)  # type: ignore[no-any-return]
 
-    class Tiring(nn.Module):
-        def forward(self, *inputs: Tensor) -> Tensor:
-            return fail_later(*inputs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        tiring = replace(workloads.WORKLOADS["sk_fuse"], ours=lambda case: Tiring())
-        patch.setitem(workloads.WORKLOADS, "sk_fuse", tiring)
-        results = contest.measure_case(small("sk_fuse", "infer"), (EAGER, REFERENCE), CONDITIONS)
+    plant("sk_fuse", fail_later)
+    results = contest.measure_case(small("sk_fuse", "infer"), (EAGER, REFERENCE), CONDITIONS)
     assert results["ours-pytorch-eager"].reason == "RuntimeError: tired"
     assert results["plain-eager"].status == "ok"
 

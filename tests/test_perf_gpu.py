@@ -27,15 +27,12 @@ from perf.sweep.ranks import Rank
 from perf.sweep.steps import Captured, Recorded, Step, evaluate, settings
 from perf.sweep.workloads import Source
 from tests.cuda_stubs import graphs  # noqa: F401  # a fixture
+from tests.sweeps import refusal, small
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
 PLAIN, OURS = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def small(workload: str, mode: str, **axes: object) -> Case:
-    return make_case(workload, mode, **{"batch": 4, "resolution": 32, **axes})  # type: ignore[arg-type]
 
 
 # Switches
@@ -429,11 +426,6 @@ def test_a_port_computes_what_the_plain_modules_compute(mode: str) -> None:
     assert results["port-eager"].status == "ok"
 
 
-def test_peers_are_compiled_as_well() -> None:
-    for name in ("timm-sk-compile", "timm-se-compile", "port-compile"):
-        assert PROVIDERS[name].wrap == "compile"
-
-
 # The environment
 
 
@@ -540,9 +532,5 @@ def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str])
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     for command in ("run", "check", "campaign"):
-        with pytest.raises(SystemExit) as exited:
-            main([command, "--device", "cuda"])
-        assert exited.value.code == 2
-        said = capsys.readouterr().err
+        said = refusal(capsys, command, "--device", "cuda", silent=False)
         assert "--device: there is no GPU" in said
-        assert said.count("\n") == 1

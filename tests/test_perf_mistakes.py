@@ -11,7 +11,7 @@ import torch
 from perf.__main__ import SOFTWARE_ERROR, main
 from perf.sweep import ranks
 from tests.helpers import ROOT
-from tests.sweeps import make_up
+from tests.sweeps import make_up, refusal
 
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 REPORTS = ROOT / "perf" / "reports"
@@ -50,15 +50,10 @@ def refused(
 
     def run(*arguments: str) -> str:
         before = state(folder)
-        with pytest.raises(SystemExit) as stopped:
-            main(list(arguments))
-        captured = capsys.readouterr()
-        assert stopped.value.code == 2
-        assert captured.out == ""
-        assert captured.err.count("\n") == 1
+        said = refusal(capsys, *arguments)
         assert made_up.asked == []
         assert state(folder) == before
-        return captured.err
+        return said
 
     return run
 
@@ -118,6 +113,10 @@ def test_run_says_where_it_cannot_write(out: str, refused: Refused) -> None:
             "cases are more than the 10,000 of a sweep",
         ),
         (["--batch", "1:2:0"], "'0' is not a whole number from 1"),
+        (["--batch", "8:1:1"], "range '8:1:1' is empty"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--workload", "mirnet_skff"], "the preset quick has no mirnet_skff cases"),
+        (["--workload", "sk_conv"], "the preset quick has no sk_conv cases"),
         (["--batch", "1:2"], "'1:2' is neither a positive number nor a range"),
         (["--batch", "1:2:3:4"], "is neither a positive number nor a range"),
         (["--batch", "٣x"], "is neither a positive number nor a range"),
@@ -186,13 +185,30 @@ def test_rank_without_a_gpu_of_its_own_is_said(
     assert "LOCAL_RANK: expected less than the number of GPUs, which is 1, got 1" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "interpret", "said"),
+    [
+        (["traffic", "--shape", "1", "8", "4", "4"], "1", "--shape: expected B >= 2"),
+        (["kernels"], "1", "TRITON_INTERPRET: kernels cannot be compiled where it is 1"),
+        (["host", "--rounds", "1"], "0", "--rounds: expected at least 2, got 1"),
+        (["host"], "1", "TRITON_INTERPRET: nothing is launched where it is 1; unset it"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+)
+def test_static_commands_say_what_they_cannot_take(
+    arguments: list[str],
+    interpret: str,
+    said: str,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    assert said in refused(*arguments)
+
+
 @pytest.mark.parametrize("seed", ["-1", str(2**32), "1e3", "9" * 5000])
 def test_check_takes_the_seeds_of_run(seed: str, refused: Refused) -> None:
     assert "is not a whole number from 0 to 4,294,967,295" in refused("check", "--seed", seed)
-
-
-def test_a_minute_is_the_patience() -> None:
-    assert timedelta(minutes=1) == ranks.PATIENCE
 
 
 # Reports that are damaged
@@ -253,8 +269,8 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
     "quote": (damaged(lambda s: s.__setitem__(2, b'"' + s[2])), ":3: "),
     "quote inside": (damaged(lambda s: field(s, "gpu", '"a"b')), ":3: "),
     "other column": (
-        damaged(lambda s: s.__setitem__(0, s[0].replace(b"ms_p50", b"ms"))),
-        ":1: not",
+        damaged(lambda s: s.__setitem__(0, s[0].replace(b",status,", b",speed,"))),
+        ":1: not the columns of this version; missing: status; unknown: speed",
     ),
     "columns in another order": (
         damaged(lambda s: s.__setitem__(0, s[0].replace(b"level,workload", b"workload,level"))),

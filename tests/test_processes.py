@@ -1,5 +1,6 @@
 """Worker processes: data loaders, children of a parent that has run kernels, shared parameters."""
 
+import contextvars
 import copy
 import os
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sknet_triton import SKConv, functional, use_backend
+from sknet_triton import backend as backend_module
 from sknet_triton.backend import ENVIRONMENT_VARIABLE, Backend, current_backend
 from tests.helpers import assert_same
 from tests.plain_sknet import scramble
@@ -35,7 +37,7 @@ in_every_way = pytest.mark.parametrize(
 
 def layer() -> SKConv:
     torch.manual_seed(3)
-    return cast(SKConv, scramble(SKConv(4, 4, G=2, d=3)).double())
+    return scramble(SKConv(4, 4, G=2, d=3)).double()
 
 
 def images(seed: int) -> Tensor:
@@ -153,14 +155,21 @@ def test_a_child_computes_with_parameters_in_shared_memory_and_trains_them(
 
 
 @pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
-def test_a_choice_made_in_a_forked_child_stays_there(tmp_path: Path) -> None:
-    # A block would go with the child's context, before what its process is set to.
-    before = current_backend()
-    cast(Any, mp).start_processes(choose, (str(tmp_path),), nprocs=1, start_method="fork")
-    assert current_backend() == before != "reference"
-    assert (tmp_path / "chosen").read_text() == "reference"
+def test_a_choice_made_in_a_forked_child_stays_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_module, "_process", None)
+    use_backend("triton")
+    with use_backend("auto"):
+        cast(Any, mp).start_processes(choose, (str(tmp_path),), nprocs=1, start_method="fork")
+        assert current_backend() == "auto"
+    assert current_backend() == "triton"
+    # The block went along, and stays before what the child's process is set to.
+    assert (tmp_path / "chosen").read_text() == "auto reference"
 
 
 def choose(_: int, folder: str) -> None:
     use_backend("reference")
-    (Path(folder) / "chosen").write_text(current_backend())
+    inside = current_backend()
+    outside = contextvars.Context().run(current_backend)
+    (Path(folder) / "chosen").write_text(f"{inside} {outside}")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sknet_kernels.config import LaunchConfig
 from sknet_triton import Backend, functional, use_backend
-from tests.helpers import CASES, Case, assert_matches, laid_out, magnitudes, wide
+from tests.helpers import Case, assert_matches, every_case, laid_out, magnitudes, wide
 from tests.launchers import select, select_bwd
 
 # exp, its argument, the quotient, the product and one addition a branch.
@@ -66,7 +66,7 @@ def check_backward(
     assert_matches(grads[1], dlogits, magnitude, SUM_ROUNDINGS * spread(logits), "dlogits")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_forward_matches_float64(case: Case, device: torch.device) -> None:
     xs, logits = case.branches(device), case.logits(device)
     out = select(xs, logits)
@@ -74,7 +74,7 @@ def test_forward_matches_float64(case: Case, device: torch.device) -> None:
     check_forward(out, xs, logits)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_backward_matches_float64(case: Case, device: torch.device) -> None:
     xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
     check_backward(select_bwd(dout, xs, logits), dout, xs, logits)
@@ -142,19 +142,6 @@ def test_logits_far_apart_choose_one_branch(device: torch.device) -> None:
     assert torch.equal(out[:, 1], xs[1][:, 1])
 
 
-@pytest.mark.parametrize("where", ["x", "logits"])
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_what_is_not_finite_is_as_in_torch(value: float, where: str, device: torch.device) -> None:
-    case = Case((2, 3, 3, 3), M=3)
-    xs, logits = case.branches(device), case.logits(device)
-    (xs[1][1, 2] if where == "x" else logits[1, 2])[...] = value
-    out = select(xs, logits)
-    attn = torch.softmax(logits, 1)
-    expected = (torch.stack(xs, 1) * attn[..., None, None]).sum(1)
-    torch.testing.assert_close(out, expected, equal_nan=True)
-    assert not expected.isfinite().all() or value == float("-inf")
-
-
 @pytest.mark.parametrize(
     "loss",
     [
@@ -175,27 +162,6 @@ def test_gradients_that_arrive_with_any_stride(
     expected = torch.autograd.grad(loss(textbook(leaves[:-1], leaves[-1])), leaves)
     for grad, exact in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradients_pass_gradcheck(layout: str, device: torch.device) -> None:
-    case = Case((2, 3, 2, 2), 3, layout, torch.float64)
-    leaves = [t.requires_grad_() for t in (*case.branches(device), case.logits(device))]
-    with use_backend("triton"):
-        assert torch.autograd.gradcheck(lambda *t: functional.sk_select(t[:-1], t[-1]), leaves)
-
-
-def test_equal_logits_give_the_mean_and_order_does_not_matter(device: torch.device) -> None:
-    case = Case((2, 3, 4, 4), M=4)
-    xs, logits = case.branches(device), case.logits(device)
-    mean = torch.stack(xs).mean(0)
-    torch.testing.assert_close(select(xs, torch.full_like(logits, 7.5)), mean)
-    order = [2, 0, 3, 1]
-    out = select(xs, logits)
-    permuted = select([xs[i] for i in order], logits[:, order])
-    torch.testing.assert_close(out, permuted)
-    torch.testing.assert_close(out, select(xs, logits + 100.0), rtol=1e-4, atol=1e-5)
 
 
 def test_branches_of_different_layouts(device: torch.device) -> None:

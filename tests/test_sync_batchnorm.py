@@ -12,12 +12,13 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sknet_triton import SKConv, use_backend
 from sknet_triton.backend import Backend
 from tests.helpers import BACKENDS, Seen, assert_same, is_plain, laid_out, outcome
-from tests.plain_sknet import scramble
+from tests.plain_sknet import for_norms, scramble, without_affine, without_tracking
 from tests.processes import WORLD, in_two_processes, needs_gloo
 
 # torch leaves it untyped. It works in place on all but a lone norm.
@@ -25,26 +26,7 @@ convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
 
 pytestmark = [pytest.mark.slow, needs_gloo]
 
-
-def for_norms(change: Callable[[Any], Any]) -> Callable[[SKConv], None]:
-    def apply(sk: SKConv) -> None:
-        for module in sk.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                change(module)
-
-    return apply
-
-
-def without_affine(bn: nn.BatchNorm2d) -> None:
-    bn.affine = False
-    bn.register_parameter("weight", None)
-    bn.register_parameter("bias", None)
-
-
-def without_tracking(bn: nn.BatchNorm2d) -> None:
-    bn.track_running_stats = False
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        bn.register_buffer(name, None)
+PLAIN = BACKENDS[:1]
 
 
 def unchanged(sk: SKConv) -> None:
@@ -53,13 +35,17 @@ def unchanged(sk: SKConv) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What the two processes do: how many images each has, and what was done to the norms."""
+    """What the two processes do: how many images each has, and what was done to the norms.
+
+    Where ``backends`` is one, the sums that cross processes are those of another case.
+    """
 
     images: tuple[int, int] = (2, 3)
     change: Callable[[SKConv], Any] = unchanged
     options: dict[str, Any] = field(default_factory=dict)
     layout: str = "contiguous"
     compiled: bool = False
+    backends: tuple[Backend, ...] = BACKENDS
 
     def module(self, device: torch.device) -> SKConv:
         torch.manual_seed(1)
@@ -80,15 +66,15 @@ class Case:
 CASES = {
     "unequal": Case(),
     "one image on a rank": Case((1, 3)),
-    "one image on every rank": Case((1, 1)),
-    "equal": Case((2, 2)),
+    "one image on every rank": Case((1, 1), backends=PLAIN),
+    "equal": Case((2, 2), backends=PLAIN),
     "M3 stride 2 channels_last": Case(options={"M": 3, "stride": 2}, layout="channels_last"),
     "momentum None": Case(change=for_norms(lambda bn: setattr(bn, "momentum", None))),
     "no affine": Case(change=for_norms(without_affine)),
-    "no tracking": Case(change=for_norms(without_tracking)),
+    "no tracking": Case(change=for_norms(without_tracking), backends=PLAIN),
     "frozen branches": Case((1, 3), lambda sk: sk.branches.eval()),
     "frozen fc1": Case((1, 3), lambda sk: sk.fc1.eval()),
-    "eval": Case((1, 3), lambda sk: sk.eval()),
+    "eval": Case((1, 3), lambda sk: sk.eval(), backends=PLAIN),
     "compiled": Case((1, 3), compiled=True),
 }
 
@@ -124,7 +110,7 @@ def worker(rank: int, device_type: str) -> dict[str, Any]:
     seen: dict[str, Any] = {
         f"{name} {backend}": run_case(case, backend, rank, device)
         for name, case in CASES.items()
-        for backend in BACKENDS
+        for backend in case.backends
     }
     together = dist.new_group(list(range(WORLD)))
     seen["own group"] = run_case(CASES["unequal"], "reference", rank, device, together)
@@ -133,6 +119,7 @@ def worker(rank: int, device_type: str) -> dict[str, Any]:
         seen[f"alone {backend}"] = run_case(
             CASES["unequal"], backend, rank, device, groups_of_one[rank]
         )
+    seen["uneven"] = run_uneven(rank, device)
     seen["mixtures"] = {name: run_mixture(name, rank, device, together) for name in MIXTURES}
     return seen
 
@@ -205,6 +192,60 @@ def run_mixture(name: str, rank: int, device: torch.device, group: Any) -> dict[
     return result
 
 
+# --- processes that see other resolutions, or one of them no image at all -----------------------
+
+SHAPES = {
+    "other resolutions": ((2, 3, 4, 5), (3, 3, 7, 6)),
+    "an empty process": ((0, 3, 4, 5), (3, 3, 4, 5)),
+}
+
+
+def drawn(kind: str, device: torch.device) -> tuple[SKConv, list[Tensor], list[Tensor]]:
+    """Returns a layer, the input of each process and the gradient that arrives there."""
+    torch.manual_seed(3)
+    sk = scramble(SKConv(3, 4, G=1, d=5, dtype=torch.float64)).to(device)
+    xs = [torch.randn(shape, dtype=torch.float64).to(device) for shape in SHAPES[kind]]
+    return sk, xs, [torch.randn(len(x), 4, *x.shape[2:], dtype=x.dtype).to(device) for x in xs]
+
+
+def activated(branch: Any, maps: list[Tensor]) -> list[Tensor]:
+    """Normalises maps of several sizes by their joint statistics, one row a position."""
+    rows = torch.cat([m.movedim(1, -1).flatten(0, -2) for m in maps])
+    bn = branch.bn
+    rows = F.batch_norm(
+        rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, bn.momentum, bn.eps
+    ).relu()
+    parts = torch.split(rows, [m.numel() // m.shape[1] for m in maps])
+    return [
+        part.view(len(m), *m.shape[2:], m.shape[1]).movedim(-1, 1)
+        for part, m in zip(parts, maps, strict=True)
+    ]
+
+
+def joint(sk: SKConv, xs: list[Tensor]) -> list[Tensor]:
+    """Runs one layer on the inputs of all processes, which may differ in size."""
+    branches = [activated(b, [cast(Any, b).conv(x) for x in xs]) for b in sk.branches]
+    pooled = torch.cat([sum(maps).mean((2, 3)) for maps in zip(*branches, strict=True)])
+    attn = torch.split(torch.softmax(sk.logits(pooled), 1), [len(x) for x in xs])
+    return [
+        torch.stack(
+            [attn[j][:, i, :, None, None] * maps[j] for i, maps in enumerate(branches)]
+        ).sum(0)
+        for j in range(len(xs))
+    ]
+
+
+def run_uneven(rank: int, device: torch.device) -> dict[tuple[str, str], Seen]:
+    seen: dict[tuple[str, str], Seen] = {}
+    for kind in SHAPES:
+        for backend in BACKENDS:
+            plain, xs, douts = drawn(kind, device)
+            sk = synced(plain)
+            with use_backend(backend):
+                seen[kind, backend] = outcome(sk, sk, xs[rank], douts[rank])
+    return seen
+
+
 # --- what is asked of them ----------------------------------------------------------------------
 
 
@@ -230,8 +271,9 @@ def assert_joined(seen: list[dict[str, Tensor]], expected: dict[str, Tensor]) ->
             assert_same({key: x}, {key: value})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "backend"), [(name, b) for name, case in CASES.items() for b in case.backends]
+)
 def test_two_processes_equal_one_with_the_joined_batch(
     name: str, backend: Backend, ranks: list[dict[str, Any]], device: torch.device
 ) -> None:
@@ -283,6 +325,25 @@ def test_a_frozen_norm_agrees_with_any_group(
     FREEZES[name](sk)
     expected = modules_one_by_one(sk, *case.joined(device))
     assert_joined([seen["mixtures"][name]["outcome"] for seen in ranks], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_values_are_counted_rather_than_images(
+    kind: str, backend: Backend, ranks: list[dict[str, Any]], device: torch.device
+) -> None:
+    sk, xs, douts = drawn(kind, device)
+    leaves = [x.requires_grad_() for x in xs]
+    outs = joint(sk, leaves)
+    torch.autograd.backward(outs, douts)
+    buffers = {name: t for name, t in sk.named_buffers() if "running" in name}
+    seen = [process["uneven"][kind, backend] for process in ranks]
+    for rank in range(2):
+        dx = cast(Tensor, leaves[rank].grad)
+        expected = {"out": outs[rank].detach(), "dx": dx, **buffers}
+        assert_same({name: seen[rank][name] for name in expected}, expected)
+    grads = {f"grad {name}": cast(Tensor, p.grad) for name, p in sk.named_parameters()}
+    assert_same({name: seen[0][name] + seen[1][name] for name in grads}, grads)
 
 
 # --- SyncBatchNorm in a single process ----------------------------------------------------------

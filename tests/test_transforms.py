@@ -128,7 +128,7 @@ def test_a_batch_of_gradients_is_one_gradient_after_the_other(name: str, backend
 
 
 def conv(training: bool) -> SKConv:
-    return cast(SKConv, scramble(SKConv(4, 4, G=2, d=5)).double().train(training))
+    return scramble(SKConv(4, 4, G=2, d=5)).double().train(training)
 
 
 @both

@@ -41,10 +41,6 @@ def compile_key(launch: Launch) -> Any:
     return kernel_name(launch), tuple(specialised), constants, launch.num_warps, launch.num_stages
 
 
-def test_sizes_are_as_many_as_promised() -> None:
-    assert (len(SQUARES), len(RECTANGLES), SQUARES[-1]) == (49, 30, (512, 512))
-
-
 def test_a_size_of_one_and_a_multiple_of_16_are_kernels_of_their_own() -> None:
     launch = Setting(2, "contiguous", torch.bfloat16, (2, 16, 64)).training(H100)[0]
     other = Setting(2, "contiguous", torch.bfloat16, (2, 16, 72)).training(H100)[0]

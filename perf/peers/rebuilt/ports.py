@@ -7,11 +7,11 @@ from perf.peers.rebuilt.stacked import weighted
 
 
 def conv_bn_relu(
-    cin: int, cout: int, *, dilation: int = 1, groups: int = 1, k: int = 3
+    cin: int, cout: int, *, stride: int = 1, dilation: int = 1, groups: int = 1, k: int = 3
 ) -> nn.Sequential:
-    """Returns convolution, batch norm and ReLU, which keep the size of the map."""
+    """Returns convolution, batch norm and ReLU; with a stride of 1 the map keeps its size."""
     padding = dilation * (k // 2)
-    conv = nn.Conv2d(cin, cout, k, 1, padding, dilation, groups, bias=False)
+    conv = nn.Conv2d(cin, cout, k, stride, padding, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
 
 
@@ -19,12 +19,20 @@ class SKConv(nn.Module):
     """The form that most repositories copy: ``conv``, ``fc1``, ``fc2``."""
 
     def __init__(
-        self, channels: int, out: int, M: int = 2, *, groups: int = 1, width: int = 32
+        self,
+        channels: int,
+        out: int,
+        M: int = 2,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        width: int = 32,
     ) -> None:
         super().__init__()
         self.M, self.out_channels = M, out
         self.conv = nn.ModuleList(
-            conv_bn_relu(channels, out, dilation=1 + i, groups=groups) for i in range(M)
+            conv_bn_relu(channels, out, stride=stride, dilation=1 + i, groups=groups)
+            for i in range(M)
         )
         self.global_pool = nn.AdaptiveAvgPool2d(1)
         self.fc1 = conv_bn_relu(out, width, k=1)
@@ -37,7 +45,7 @@ class SKConv(nn.Module):
         return weights
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, channels, H, W] to [B, out, H, W]."""
+        """Maps [B, channels, H, W] to [B, out, H', W']."""
         stacked = torch.stack([conv(x) for conv in self.conv], 1)
         wide = self.fc2(self.fc1(self.global_pool(stacked.sum(1))))
         return weighted(stacked, self.attention(wide))
@@ -53,13 +61,15 @@ class SKConvHeads(nn.Module):
         M: int = 3,
         *,
         linear: bool = False,
+        stride: int = 1,
         groups: int = 1,
         width: int = 32,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.convs = nn.ModuleList(
-            conv_bn_relu(channels, out, dilation=1 + i, groups=groups) for i in range(M)
+            conv_bn_relu(channels, out, stride=stride, dilation=1 + i, groups=groups)
+            for i in range(M)
         )
         self.gap = nn.AdaptiveAvgPool2d(1)
         self.fc: nn.Module
@@ -72,7 +82,7 @@ class SKConvHeads(nn.Module):
         self.softmax = nn.Softmax(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, channels, H, W] to [B, out, H, W]."""
+        """Maps [B, channels, H, W] to [B, out, H', W']."""
         stacked = torch.stack([conv(x) for conv in self.convs], 1)
         s = self.gap(stacked.sum(1))
         z = self.fc(s.flatten(1) if self.linear else s)
