@@ -70,12 +70,10 @@ def _run(arguments: list[str] | None) -> int:
     )
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
-        name = command.__name__.rpartition(".")[2]
-        text = (command.__doc__ or "").strip()
         subparser = subparsers.add_parser(
-            name,
-            help=text.partition("\n")[0],
-            description=text,
+            command.name,
+            help=command.help.partition("\n")[0],
+            description=command.help,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)

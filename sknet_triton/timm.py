@@ -10,7 +10,7 @@ weights are published; a file of any layout that `sknet_triton.checkpoints` know
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from sknet_triton.models.sknet import (
     SKNET50,
     SKNET101,
     SKNET101_CAFFE,
-    FeatureInfo,
     Variant,
 )
 
@@ -51,15 +50,10 @@ class SKNetTimm(SKNet):
         dtype: likewise.
         **unit_options: passed to every `SKUnit`.
 
-    Attributes:
-        feature_info: as in `SKNet`, in dictionaries.
-
     Raises:
         ValueError: as in `SKNet`; or ``global_pool`` does not fit.
         TypeError: an argument is unknown.
     """
-
-    feature_info: list[dict[str, Any]]  # type: ignore[assignment]  # timm reads dictionaries
 
     def __init__(
         self,
@@ -85,8 +79,6 @@ class SKNetTimm(SKNet):
         )
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        described = cast(list[FeatureInfo], self.feature_info)
-        self.feature_info = [info._asdict() for info in described]
         self.global_pool = _pooling(global_pool, num_classes)
 
     @property

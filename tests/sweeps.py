@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from perf.__main__ import main
-from perf.rows.cases import Case, make_case
+from perf.rows.cases import Case
 from perf.rows.schema import Result, Row
 from perf.rows.store import open_store
 from perf.sweep import sweep
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import Provider
+from perf.sweep.workloads import make_case
 
 
 @dataclass

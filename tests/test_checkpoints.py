@@ -138,9 +138,9 @@ def test_the_rebuilt_encoder_has_the_keys_and_shapes_of_the_real_one() -> None:
     ("name", "depth"), [key for key in DIGESTS if key[0] != "pytorchinsight"], ids=lambda v: str(v)
 )
 def test_every_published_size_has_the_keys_and_shapes_of_ours(name: str, depth: int) -> None:
-    build = {26: sknet26, 50: sknet50, 101: sknet101}[depth]
+    entries: dict[int, Callable[..., nn.Module]] = {26: sknet26, 50: sknet50, 101: sknet101}
     converted = convert_state_dict(full(name, depth))
-    assert digest(converted) == digest(shapes_of(build))
+    assert digest(converted) == digest(shapes_of(entries[depth]))
 
 
 def test_the_real_timm_network_has_the_same_logits() -> None:

@@ -1,5 +1,6 @@
 """SKNet: counts of the paper, the network against its equations, and the backbone's interface."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sknet_triton import SKConv, SKNet, SKNetFeatures, StageSpec, sknet26, sknet50, sknet101
+from sknet_triton.models.sknet import SKNET26, SKNET50
 from tests.helpers import EXACT_NETWORK
 from tests.plain_sknet import largest_error, leaves, plain_sknet, scramble
 
@@ -138,8 +140,8 @@ def test_any_size_down_to_32_gives_maps_of_the_reductions(height: int, width: in
         maps = model.forward_intermediates(x)
         logits = model(x)
     for info, feature in zip(model.feature_info, maps, strict=True):
-        rows, columns = (math.ceil(n / info.reduction) for n in (height, width))
-        assert feature.shape == (1, info.num_chs, rows, columns)
+        rows, columns = (math.ceil(n / info["reduction"]) for n in (height, width))
+        assert feature.shape == (1, info["num_chs"], rows, columns)
         assert torch.isfinite(feature).all()
         assert feature.std() > 0
     assert logits.shape == (1, 7)
@@ -202,19 +204,19 @@ def test_features_only_returns_the_maps_asked_for(
     x = torch.randn(2, 3, 47, 33, dtype=torch.float64)
     hooked: dict[str, Tensor] = {}
     for info in backbone.feature_info:
-        backbone.get_submodule(info.module).register_forward_hook(
-            lambda _module, _args, out, name=info.module: hooked.update({name: out})
+        backbone.get_submodule(info["module"]).register_forward_hook(
+            lambda _module, _args, out, name=info["module"]: hooked.update({name: out})
         )
     with torch.no_grad():
         maps, everything = backbone(x), whole.forward_intermediates(x)
-    assert [i.num_chs for i in backbone.feature_info] == [m.shape[1] for m in maps]
+    assert [i["num_chs"] for i in backbone.feature_info] == [m.shape[1] for m in maps]
     assert len(maps) == len(wanted)
     for info, feature, index in zip(backbone.feature_info, maps, wanted, strict=True):
         assert torch.equal(feature, everything[index])
         assert info == whole.feature_info[index]
-        assert feature.shape[2:] == tuple(math.ceil(n / info.reduction) for n in (47, 33))
+        assert feature.shape[2:] == tuple(math.ceil(n / info["reduction"]) for n in (47, 33))
         # The module that the info names is the one whose output the map is.
-        assert hooked[info.module] is feature
+        assert hooked[info["module"]] is feature
 
 
 def test_the_entry_points_build_a_backbone_with_features_only() -> None:
@@ -222,6 +224,41 @@ def test_the_entry_points_build_a_backbone_with_features_only() -> None:
     assert isinstance(backbone, SKNetFeatures)
     shapes = [m.shape for m in backbone(torch.empty(2, 3, 64, 96, device="meta"))]
     assert shapes == [(2, 512, 8, 12), (2, 1024, 4, 6), (2, 2048, 2, 3)]
+
+
+@pytest.mark.parametrize("build", [sknet26, sknet50, sknet101])
+def test_help_of_the_entry_points_names_every_argument(build: Callable[..., SKNet]) -> None:
+    parameters = inspect.signature(build).parameters
+    assert {p.kind for p in parameters.values()} <= {
+        inspect.Parameter.KEYWORD_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    }
+    for name in parameters:
+        assert f"        {name}: " in (build.__doc__ or "")
+
+
+def test_the_entry_points_hand_every_argument_on() -> None:
+    given: dict[str, Any] = {"in_chans": 4, "device": "meta", "dtype": torch.float64}
+    model = sknet50(num_classes=7, variant="caffe", M=3, r=4, L=8, G=16, fc_norm="layer", **given)
+    same = SKNet(
+        SKNET50,
+        num_classes=7,
+        variant="caffe",
+        unit_options={"M": 3, "r": 4, "L": 8, "G": 16, "fc_norm": "layer"},
+        **given,
+    )
+    assert str(model) == str(same)
+    branches = [(5, 1, 32), (3, 2, 64)]
+    model = sknet26(branches=branches, aggregate="sum", device="meta")
+    options = {"branches": branches, "aggregate": "sum"}
+    assert str(model) == str(SKNet(SKNET26, unit_options=options, device="meta"))
+
+
+def test_out_indices_belong_to_a_backbone() -> None:
+    with pytest.raises(
+        ValueError, match=r"out_indices: expected features_only=True .*, got \(1,\)"
+    ):
+        sknet26(out_indices=(1,), device="meta")
 
 
 @pytest.mark.parametrize("index", [5, -6])

@@ -14,15 +14,14 @@ import torch
 
 from perf.__main__ import main
 from perf.commands import campaign as command
-from perf.commands.campaign import GRACE, plan
+from perf.commands.campaign import GRACE, LEAST, Part, parts, plan, share
 from perf.rows import schema
-from perf.rows.cases import make_case
 from perf.rows.schema import Result
-from perf.sweep import campaign, contest, passes
-from perf.sweep.campaign import LEAST, Part, parts, share
+from perf.sweep import contest, streaming
+from perf.sweep.calls import Call
 from perf.sweep.contest import BudgetSpentError, Conditions, measure_case
 from perf.sweep.providers import PROVIDERS, Provider
-from perf.sweep.steps import Step
+from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
 from tests.sweeps import refusal
 
@@ -100,7 +99,7 @@ def test_every_preset_of_a_part_can_be_estimated() -> None:
 def run(out: Path, *planned: Part, minutes: float, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(command, "parts", lambda **_: planned)
     monkeypatch.setattr(command, "GRACE", 0.5)
-    monkeypatch.setattr(campaign, "LEAST", 0.5)
+    monkeypatch.setattr(command, "LEAST", 0.5)
     return main(["campaign", "--device", "cpu", "--minutes", str(minutes), "--out", str(out)])
 
 
@@ -153,7 +152,7 @@ def test_what_a_part_has_started_ends_with_the_campaign(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     script = (
-        "import sys; from perf.commands import campaign; from perf.sweep.campaign import Part; "
+        "import sys; from perf.commands import campaign; from perf.commands.campaign import Part; "
         f"part = Part('part', '', (sys.executable, '-c', {code!r}), 60.0, rows=False); "
         "campaign.parts = lambda **_: (part,); from perf.__main__ import main; "
         f"sys.exit(main(['campaign', '--device', 'cpu', '--out', {str(tmp_path / 'a.csv')!r}]))"
@@ -175,7 +174,7 @@ def test_what_a_part_has_started_ends_with_the_campaign(tmp_path: Path) -> None:
 
 def test_a_part_that_appends_rows_gets_a_budget_below_its_time() -> None:
     args = argparse.Namespace(out=Path("a.csv"), device="cuda")
-    swept = next(part for part in parts() if part.name == "section")
+    swept = next(part for part in parts() if part.name == "fuse-select")
     line = command.command(swept, args, 100.0)
     assert line[-4:] == ("--out=a.csv", "--resume", "--budget", f"{100 - 2 * GRACE:.0f}")
     args.device = "cpu"
@@ -237,10 +236,10 @@ def test_providers_that_are_ready_are_timed_when_the_budget_is_spent(
 ) -> None:
     prepared = Provider.prepared
 
-    def spent(self: Provider, step: Step) -> object:
+    def spent(self: Provider, call: Call) -> object:
         if self.source == "ours":
             raise BudgetSpentError
-        return prepared(self, step)
+        return prepared(self, call)
 
     monkeypatch.setattr(Provider, "prepared", spent)
     case = make_case("sk_fuse", "infer", batch=2, resolution=32)
@@ -260,7 +259,7 @@ def test_a_pass_is_the_kernels_launch_and_moves_what_it_counts(workload: str, la
     from perf.static.bytes import counted_bytes
 
     case = make_case(workload, "infer", layout=layout, batch=2, resolution=32)  # type: ignore[arg-type]
-    run_pass, needed = passes.pass_of(case, CPU)
+    run_pass, needed = streaming.pass_of(case, CPU)
     with counted_bytes() as count:
         run_pass()
     assert needed <= count.read + count.written < 1.6 * needed
@@ -268,9 +267,9 @@ def test_a_pass_is_the_kernels_launch_and_moves_what_it_counts(workload: str, la
 
 def test_a_copy_reads_and_writes() -> None:
     case = make_case("copy", "infer", batch=2, resolution=32)
-    _, needed = passes.pass_of(case, CPU)
+    _, needed = streaming.pass_of(case, CPU)
     assert needed == 2 * 4 * 2 * case.C * case.H * case.W
-    result = passes.measure_pass(case, (PROVIDERS["plain-eager"],), CONDITIONS)["plain-eager"]
+    result = streaming.measure_pass(case, (PROVIDERS["plain-eager"],), CONDITIONS)["plain-eager"]
     assert result.status == "ok"
     assert result.gbps is not None
     assert result.pct_copy is not None
@@ -278,7 +277,7 @@ def test_a_copy_reads_and_writes() -> None:
 
 def test_a_pass_belongs_to_one_provider() -> None:
     case = make_case("moments", "infer", batch=2, resolution=32)
-    results = passes.measure_pass(
+    results = streaming.measure_pass(
         case, (PROVIDERS["plain-eager"], PROVIDERS["ours-triton-eager"]), CONDITIONS
     )
     assert {result.status for result in results.values()} == {"unsupported"}
@@ -297,8 +296,8 @@ def test_a_pass_is_timed_after_its_section_was_judged(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Provider, "unavailable", lambda *_: None)
     case = make_case("select", "infer", batch=2, resolution=32, stage=1)
     ours = PROVIDERS["ours-triton-eager"]
-    passes._judged.cache_clear()
-    result = passes.measure_pass(case, (ours,), CONDITIONS)[ours.name]
+    streaming._judged.cache_clear()
+    result = streaming.measure_pass(case, (ours,), CONDITIONS)[ours.name]
     assert (result.status, result.reason) == ("ok", "")
     assert result.grad_err is not None
     assert result.bytes_needed == 3 * 4 * case.B * case.C * case.H * case.W
@@ -306,8 +305,8 @@ def test_a_pass_is_timed_after_its_section_was_judged(monkeypatch: pytest.Monkey
 
     wrong = Result("unverified", "output off")
     monkeypatch.setattr(contest, "judge_case", lambda *_: {ours.name: wrong})
-    passes._judged.cache_clear()
+    streaming._judged.cache_clear()
     try:
-        assert passes.measure_pass(case, (ours,), CONDITIONS)[ours.name] == wrong
+        assert streaming.measure_pass(case, (ours,), CONDITIONS)[ours.name] == wrong
     finally:
-        passes._judged.cache_clear()
+        streaming._judged.cache_clear()

@@ -14,9 +14,9 @@ from perf.__main__ import main
 from perf.peers import baseline
 from perf.report import comparison
 from perf.rows import env, schema
-from perf.rows.cases import make_case
 from perf.rows.schema import Result, Row
 from perf.sweep import measure, workloads
+from perf.sweep.workloads import make_case
 from tests.sweeps import refusal, write_report
 
 ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)

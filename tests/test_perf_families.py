@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 import sknet_triton as skt
 from perf.peers import families, rebuilt
-from perf.rows.cases import FAMILY_MAPS, Case, make_case
-from perf.static.saved import saved
+from perf.peers.families import FAMILIES, Family
+from perf.rows.cases import Case
+from perf.static.bytes import saved
 from perf.sweep import contest, workloads
+from perf.sweep.calls import arriving_gradient
 from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, jobs
 from perf.sweep.providers import PROVIDERS
-from perf.sweep.steps import arriving_gradient
+from perf.sweep.workloads import make_case
 from sknet_triton.acceleration import families as known
 from sknet_triton.acceleration.swap import Accelerated
 
@@ -31,7 +33,7 @@ WITHOUT_A_ROW = {"ResNeSt split attention, radix 1"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-every_family = pytest.mark.parametrize("name", FAMILY_MAPS)
+every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def small(name: str, mode: str, **axes: object) -> Case:
@@ -44,9 +46,9 @@ def accelerated_within(module: nn.Module) -> list[str]:
 
 
 def test_every_family_that_accelerate_knows_is_measured() -> None:
-    kinds = {kind for name in FAMILY_MAPS for kind in accelerated_within(built(name))}
+    kinds = {kind for name in FAMILIES for kind in accelerated_within(built(name))}
     assert kinds == {family.name for family in known()} - WITHOUT_A_ROW
-    assert {job.case.workload for job in jobs(PRESETS["family"].grids, 0)} == set(FAMILY_MAPS)
+    assert {job.case.workload for job in jobs(PRESETS["family"].grids, 0)} == set(FAMILIES)
 
 
 def built(name: str) -> nn.Module:
@@ -111,7 +113,7 @@ def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: pytest.MonkeyP
         def attention(self, wide: Tensor) -> Tensor:
             return super().attention(wide.sigmoid())
 
-    monkeypatch.setitem(families.BUILDERS, "port_sk_conv", lambda case: Other(case.C, case.C))
+    monkeypatch.setitem(FAMILIES, "port_sk_conv", Family(lambda case: Other(case.C, case.C), C=128))
     results = contest.measure_case(small("port_sk_conv", "infer"), PAIR, CONDITIONS)
     assert {result.status for result in results.values()} == {"error"}
     assert "expected one accelerated module, got: 1 left" in results["ours-pytorch-eager"].reason
@@ -127,7 +129,7 @@ def test_families_have_their_own_maps_and_branches() -> None:
 
 
 def test_channels_first_and_last_are_the_same_numbers_for_every_family() -> None:
-    for name in FAMILY_MAPS:
+    for name in FAMILIES:
         outs = []
         for layout in ("nchw", "channels_last"):
             case = small(name, "infer", layout=layout)

@@ -12,13 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from perf.__main__ import main
+from perf.report.figures import traffic_figure
 from perf.report.growth import growths
 from perf.report.looks import explained, look
-from perf.report.traffic_figure import traffic_figure
 from perf.rows import env, schema
-from perf.rows.cases import make_case
 from perf.rows.schema import Result, Row
 from perf.sweep.providers import PROVIDERS
+from perf.sweep.workloads import make_case
 from tests.sweeps import refusal, write_report
 
 ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")

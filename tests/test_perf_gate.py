@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from perf.peers import baseline
 from perf.rows import env
-from perf.rows.cases import Case, make_case
+from perf.rows.cases import Case
 from perf.sweep import contest, gate, measure, workloads
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import PROVIDERS
+from perf.sweep.workloads import make_case
 from sknet_triton import SKConv, SKUnit, sknet26
 from tests.sweeps import small
 

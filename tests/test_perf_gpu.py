@@ -12,20 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from perf.__main__ import main
-from perf.commands.arguments import chosen_device
-from perf.commands.files import read_report
+from perf.commands.arguments import chosen_device, read_report
 from perf.peers import baseline
 from perf.report import tables
 from perf.rows import env, schema
-from perf.rows.cases import Case, make_case
+from perf.rows.cases import Case
 from perf.rows.schema import Result
-from perf.static.saved import MEBI
+from perf.static.bytes import MEBI
 from perf.sweep import contest, gate, measure, sweep, workloads
+from perf.sweep.calls import Call, Captured, Recorded, evaluate, settings
 from perf.sweep.contest import Conditions, DeviceLostError
 from perf.sweep.providers import PROVIDERS, Provider
 from perf.sweep.ranks import Rank
-from perf.sweep.steps import Captured, Recorded, Step, evaluate, settings
-from perf.sweep.workloads import Source
+from perf.sweep.workloads import Source, make_case
 from tests.cuda_stubs import graphs  # noqa: F401  # a fixture
 from tests.sweeps import refusal, small
 
@@ -170,10 +169,10 @@ def test_an_oracle_that_fails_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
 # Graphs
 
 
-def step_of(case: Case) -> Step:
+def call_of(case: Case) -> Call:
     module = workloads.parameters(case, "plain", seed=0)
     module = workloads.place_module(module, case, CPU)
-    return Step(case, module, module, workloads.inputs(case, 0, CPU), 0)
+    return Call(case, module, module, workloads.inputs(case, 0, CPU), 0)
 
 
 @pytest.mark.usefixtures("graphs")
@@ -181,19 +180,19 @@ def step_of(case: Case) -> Step:
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_a_graph_replays_on_the_tensors_that_it_captured(mode: str, dtype: str) -> None:
     case = small("sk_conv", mode, dtype=dtype)
-    step, plain = step_of(case), step_of(case)
+    call, plain = call_of(case), call_of(case)
     with settings(case):
-        run = Captured(step)
-        addresses = [x.data_ptr() for x in step.inputs]
+        run = Captured(call)
+        addresses = [x.data_ptr() for x in call.inputs]
         for seed in (0, 1):
             if seed:
-                step.load(workloads.inputs(case, seed, CPU), seed)
+                call.load(workloads.inputs(case, seed, CPU), seed)
                 plain.load(workloads.inputs(case, seed, CPU), seed)
-            graphed, eager = evaluate(step, run), evaluate(plain, plain)
+            graphed, eager = evaluate(call, run), evaluate(plain, plain)
             torch.testing.assert_close(graphed.out, eager.out)
             for name, grad in eager.grads.items():
                 torch.testing.assert_close(graphed.grads[name], grad)
-    assert [x.data_ptr() for x in step.inputs] == addresses
+    assert [x.data_ptr() for x in call.inputs] == addresses
     assert mode == "infer" or len(graphed.grads) > 1
 
 
@@ -205,16 +204,16 @@ def test_a_compiled_graph_is_told_that_inputs_stay(
     monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda x: said.append(x.data_ptr()))
     seen: list[int] = []
     case = small("sk_select", mode)
-    step = step_of(case)
-    call = step.call
+    call = call_of(case)
+    net = call.net
 
     def spy(*inputs: Tensor) -> Tensor:
         seen.extend(x.data_ptr() for x in inputs)
-        return call(*inputs)
+        return net(*inputs)
 
-    step.call = spy
+    call.net = spy
     with settings(case):
-        run = Recorded(step)
+        run = Recorded(call)
         run()
         run()
     assert seen == 2 * said

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perf.rows.host import SCHEMA
+from perf.rows.others import HOST
 from perf.static import null_driver
 from tests.helpers import source_environment
 
@@ -29,7 +29,7 @@ def test_the_command_times_both_sides_and_writes_a_report(tmp_path: Path) -> Non
         cwd=ROOT,
         check=True,
     )
-    report = SCHEMA.read(path)
+    report = HOST.read(path)
     assert list(zip(report.M, report["mode"], strict=True)) == [
         (2, "infer"),
         (2, "train"),

@@ -11,9 +11,10 @@ import torch
 
 from perf.report import tables
 from perf.rows import env, schema
-from perf.rows.cases import Case, make_case
+from perf.rows.cases import Case
 from perf.rows.schema import COLUMNS, Result, Row
 from perf.rows.store import open_store
+from perf.sweep.workloads import make_case
 from tests.sweeps import write_report
 
 ENV = env.snapshot(torch.device("cpu"), seed=3, ranks=1)

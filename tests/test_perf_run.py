@@ -12,12 +12,13 @@ import pytest
 
 from perf.__main__ import BROKEN_PIPE, main
 from perf.rows import schema
-from perf.rows.cases import Case, make_case, stage_shape
+from perf.rows.cases import Case
 from perf.rows.schema import Result
 from perf.sweep import sweep, workloads
 from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS, Provider
+from perf.sweep.workloads import make_case, stage_shape
 from tests.helpers import ROOT
 from tests.sweeps import make_up, refusal
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from perf.__main__ import IO_ERROR, main
 from perf.rows import env, schema
-from perf.rows.cases import make_case
 from perf.rows.errors import StopError, UsageError
 from perf.rows.schema import Result, Row
 from perf.rows.store import Store, collect, open_store
 from perf.sweep import workloads
 from perf.sweep.presets import PRESETS
 from perf.sweep.ranks import Rank, part_of, parts_of
+from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
 from tests.sweeps import make_up, refusal
 

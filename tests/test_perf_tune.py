@@ -12,17 +12,17 @@ from torch import Tensor
 from perf.__main__ import main
 from perf.commands import campaign as campaign_command
 from perf.commands import tune as command
+from perf.commands.campaign import parts
 from perf.rows import env
-from perf.rows import tuned as rows
+from perf.rows import others as rows
 from perf.rows.env import Environment
+from perf.rows.others import Timing
 from perf.rows.store import open_store
-from perf.rows.tuned import Timing
 from perf.static import trials
 from perf.static.aot import Compiled, Resources
 from perf.static.specialisations import LAYOUTS, Setting
 from perf.static.trials import TRIALS, Inputs, Subject
 from perf.sweep import measure, tuning
-from perf.sweep.campaign import parts
 from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError
 from sknet_kernels import arguments, tuned
 from sknet_kernels.config import (
@@ -67,9 +67,9 @@ def _forget() -> None:
 
 def written(subject: Subject, config: LaunchConfig, path: Path) -> None:
     where = Environment("H200", 0, "", "", "", 0, 0, 1, "", "", "", "", "", "", False, 0, "")
-    line = rows.line(subject.stage, subject.problem, config, Timing(2.0, 1.0, 9, 1), where)
-    with open_store(path, resume=True, columns=rows.SCHEMA) as store:
-        store.append_lines({rows.key_of(subject.stage, subject.problem): line})
+    line = rows.tuned_line(subject.stage, subject.problem, config, Timing(2.0, 1.0, 9, 1), where)
+    with open_store(path, resume=True, columns=rows.TUNED) as store:
+        store.append_lines({rows.tuned_key(subject.stage, subject.problem): line})
 
 
 # The table
@@ -194,11 +194,11 @@ def test_what_was_timed_stays_wherever_tuning_is_cut(
     monkeypatch.setattr(tuning, "measured", cut)
     monkeypatch.setattr(tuning, "candidates", lambda *_: candidates(*_)[:2])
     for expected, count in (("interrupt", 1), ("budget", 2), ("lost", 2), ("complete", 3)):
-        with open_store(path, resume=True, columns=rows.SCHEMA) as store:
+        with open_store(path, resume=True, columns=rows.TUNED) as store:
             assert tuning.tune(chosen, store, CONDITIONS, budget=None) == expected
-        assert len(rows.SCHEMA.read(path)) == count
+        assert len(rows.TUNED.read(path)) == count
     assert done == chosen
-    assert set(rows.SCHEMA.read(path).timed) == {2}
+    assert set(rows.TUNED.read(path).timed) == {2}
 
 
 # The command

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sknet_triton import SKConv, functional, set_backend, use_backend
+from sknet_triton import SKConv, functional, use_backend
 from sknet_triton import backend as backend_module
 from sknet_triton.backend import ENVIRONMENT_VARIABLE, Backend, current_backend
 from tests.helpers import assert_same
@@ -159,7 +159,7 @@ def test_a_choice_made_in_a_forked_child_stays_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend_module, "_process", None)
-    set_backend("triton")
+    use_backend("triton")
     with use_backend("auto"):
         cast(Any, mp).start_processes(choose, (str(tmp_path),), nprocs=1, start_method="fork")
         assert current_backend() == "auto"
@@ -169,7 +169,7 @@ def test_a_choice_made_in_a_forked_child_stays_there(
 
 
 def choose(_: int, folder: str) -> None:
-    set_backend("reference")
+    use_backend("reference")
     inside = current_backend()
     outside = contextvars.Context().run(current_backend)
     (Path(folder) / "chosen").write_text(f"{inside} {outside}")

@@ -92,7 +92,7 @@ def test_the_harness_takes_the_commands_that_are_shown() -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     subparsers = parser.add_subparsers(required=True)
     for command in COMMANDS:
-        command.add_arguments(subparsers.add_parser(command.__name__.rpartition(".")[2]))
+        command.add_arguments(subparsers.add_parser(command.name))
     text = "".join(path.read_text() for path in (*DOCUMENTS, *(ROOT / "perf").rglob("*.md")))
     shown = re.findall(r"python -m perf (\w[^`\n#]*)", text)
     assert len(shown) >= 10

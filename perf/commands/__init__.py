@@ -1,52 +1,49 @@
-"""The subcommands of ``python -m perf``, one module each."""
+"""The subcommands of ``python -m perf``, a file for those that belong together."""
 
 import argparse
-from typing import Protocol
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from perf.commands import (
-    campaign,
-    check,
-    compare,
-    env,
-    host,
-    kernels,
-    plot,
-    publish,
-    run,
-    summary,
-    traffic,
-    tune,
-)
+from perf.commands import campaign, counts, reports, run, tune
 
 
-class Command(Protocol):
-    """What a module of this package has; its docstring's first line is the help."""
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
 
-    __name__: str
-    __doc__: str | None
+    Attributes:
+        main: carries it out and returns the exit status. The command has the function's name, and
+            its docstring is the help, the first line alone in the list of commands. It raises
+            `UsageError` where an argument is wrong; nothing was written.
+        add_arguments: declares its arguments.
+    """
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declares the arguments."""
+    main: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
-    def main(self, args: argparse.Namespace) -> int:
-        """Carries the command out and returns the exit status.
+    @property
+    def name(self) -> str:
+        """What is typed."""
+        return self.main.__name__
 
-        Raises:
-            UsageError: an argument is wrong; nothing was written.
-        """
+    @property
+    def help(self) -> str:
+        """What ``--help`` says."""
+        return inspect.getdoc(self.main) or ""
 
 
-COMMANDS: tuple[Command, ...] = (
-    run,
-    campaign,
-    check,
-    compare,
-    plot,
-    publish,
-    summary,
-    traffic,
-    host,
-    kernels,
-    tune,
-    env,
+COMMANDS = (
+    Command(run.run, run.add_run),
+    Command(campaign.campaign, campaign.add_campaign),
+    Command(run.check, run.add_check),
+    Command(reports.compare, reports.add_compare),
+    Command(reports.plot, reports.add_plot),
+    Command(reports.publish),
+    Command(reports.summary, reports.add_summary),
+    Command(counts.traffic, counts.add_traffic),
+    Command(counts.host, counts.add_host),
+    Command(counts.kernels, counts.add_kernels),
+    Command(tune.tune, tune.add_tune),
+    Command(run.env),
 )

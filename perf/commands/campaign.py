@@ -1,18 +1,19 @@
-"""Measure on a GPU that is there for minutes: right, then bandwidth, then against others.
+"""The campaign: what to measure on a GPU that is there for minutes, in which order, for how long.
 
-The plan is printed first; --dry-run stops there. Every part is a process of its own and appends to
-one report; what it prints goes to a log beside it. The time is shared out anew before each part.
-It may be cut off anywhere, and --resume goes on.
+Every part is a command of its own process, so that a part that hangs or loses the device costs its
+own time only. The time left is dealt out anew before each part, by the parts' estimates.
 """
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
@@ -23,19 +24,151 @@ from perf.commands.arguments import DEVICES, duration
 from perf.commands.run import STATUSES
 from perf.report import tables
 from perf.rows import schema
+from perf.rows.cases import Level, Mode
 from perf.rows.env import CHECKOUT
 from perf.rows.errors import UsageError
 from perf.rows.store import open_store
-from perf.sweep.campaign import Part, parts, share
+from perf.sweep.presets import PRESETS, jobs
+from perf.sweep.providers import PROVIDERS
 
 # Sizes for a processor, where the campaign can only be rehearsed.
 REHEARSAL = ("--batch", "2", "--resolution", "32")
 # Seconds that a part gets to end by itself after its budget, and after it was told to.
 GRACE = 10.0
 TERMINATED = 128 + signal.SIGTERM
+PERF = (sys.executable, "-m", "perf")
+
+# Seconds that a part gets at least.
+LEAST = 30.0
+# Seconds of a process before it measures, and of a case before its providers: the float64 check.
+START = 15.0
+CHECK: dict[Level, float] = {
+    "pass": 0.6,
+    "op": 2.0,
+    "layer": 3.0,
+    "family": 3.0,
+    "model": 10.0,
+    "workload": 3.0,
+}
+# Seconds that a provider takes to compile. Estimates for a dozen cores; nobody has measured them.
+COMPILATION: dict[tuple[Level, Mode], float] = {
+    ("op", "infer"): 6.0,
+    ("op", "train"): 12.0,
+    ("layer", "infer"): 8.0,
+    ("layer", "train"): 16.0,
+    ("model", "infer"): 45.0,
+    ("model", "train"): 90.0,
+}
+# Seconds of a kernel's candidates at one size, compilation included; as little measured. Kernels by
+# layouts, stages and batches.
+TUNING, _TUNED = 6.0, 6 * 2 * 4 * 2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True)
+class Part:
+    """One command of the campaign.
+
+    Attributes:
+        name: in one word.
+        what: it shows, in a line.
+        command: to run, without what the campaign adds.
+        seconds: estimated.
+        rows: whether it appends to the report, as ``run`` does, and takes a budget.
+        beside: what tells the name of the file that it appends to from the report's.
+        environment: variables of its own.
+    """
+
+    name: str
+    what: str
+    command: tuple[str, ...]
+    seconds: float
+    rows: bool = True
+    beside: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def parts(which: Callable[[str], str | None] = shutil.which) -> tuple[Part, ...]:
+    """Returns the parts in their order: right, then raw bandwidth, then against others.
+
+    Args:
+        which: finds a program; the sanitizer's part is there only where the sanitizer is.
+    """
+    sanitizer = which("compute-sanitizer")
+    return (
+        Part("environment", "device, driver, versions, commit", (*PERF, "env"), START, rows=False),
+        _swept("copy", "copies at the sizes of the stages", "gpu-passes", "copy"),
+        _swept("checks", "twenty chosen cases against float64", "gpu-checks"),
+        *(_watched(sanitizer, tool) for tool in ("memcheck", "racecheck") if sanitizer),
+        _swept(
+            "passes",
+            "every streaming kernel alone, at the four stages",
+            "gpu-passes",
+            *("moments", "fuse", "select", "sums", "dx"),
+        ),
+        _swept(
+            "fuse-select",
+            "between the convolutions and V, against torch.compile",
+            "gpu-fuse-select",
+        ),
+        _swept("conv", "SKConv, against torch.compile and timm", "gpu-conv"),
+        _swept("network", "SKNet-50, against timm's networks", "gpu-network"),
+        _swept("small", "small batches, in CUDA graphs and without", "gpu-small"),
+        Part(
+            "tune",
+            "launch configurations of every streaming kernel, against the heuristics'",
+            (*PERF, "tune"),
+            START + _TUNED * TUNING,
+            beside="-tuned",
+            environment={"TRITON_INTERPRET": "0"},
+        ),
+    )
+
+
+def _watched(sanitizer: str, tool: str) -> Part:
+    return Part(
+        tool,
+        "the twenty cases again, every access watched by the sanitizer",
+        (sanitizer, "--tool", tool, "--error-exitcode", "1", *PERF, "check"),
+        150.0,
+        rows=False,
+        # Between the blocks of PyTorch's cache an access beyond a tensor would go unseen.
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+
+
+def share(seconds: float, part: Part, rest: Sequence[Part]) -> float:
+    """Returns the seconds of ``part`` when ``seconds`` are left for it and for ``rest``.
+
+    They are in proportion to the estimates, but a part that is begun gets enough to end; 0 where
+    that is not left. Parts that come first are worth more.
+    """
+    proportional = seconds * part.seconds / (part.seconds + sum(later.seconds for later in rest))
+    return min(max(proportional, LEAST), seconds) if seconds >= LEAST else 0.0
+
+
+def _swept(name: str, what: str, preset: str, *workloads: str) -> Part:
+    chosen = ("--workload", *workloads) if workloads else ()
+    command = (*PERF, "run", "--preset", preset, *chosen)
+    return Part(name, what, command, START + _seconds(preset, workloads))
+
+
+def _seconds(preset: str, workloads: tuple[str, ...]) -> float:
+    """Estimates the cases of ``workloads`` in a preset, of all where none is named."""
+    chosen = PRESETS[preset]
+    total = 0.0
+    for job in jobs(chosen.grids, seed=0):
+        case = job.case
+        if workloads and case.workload not in workloads:
+            continue
+        total += CHECK[case.level]
+        for name in job.providers:
+            total += 2 * chosen.seconds
+            if PROVIDERS[name].compiles:
+                total += COMPILATION[case.level, case.mode]
+    return total
+
+
+def add_campaign(parser: argparse.ArgumentParser) -> None:
     """Declares the time, the output and the device."""
     add = parser.add_argument
     add("--minutes", type=duration("minutes"), default=30.0, metavar="N", help="default: 30")
@@ -47,8 +180,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with --out and skip the rows it has")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Runs the parts and prints the report; exits with 1 where a part failed."""
+def campaign(args: argparse.Namespace) -> int:
+    """Measure on a GPU that is there for minutes: right, then bandwidth, then against others.
+
+    The plan is printed first; --dry-run stops there. Every part is a process of its own and appends
+    to one report; what it prints goes to a log beside it. The time is shared out anew before each
+    part. It may be cut off anywhere, and --resume goes on. Exits with 1 where a part failed.
+    """
     planned = [part for part in parts() if part.name in (args.part or (part.name,))]
     if not planned:
         raise UsageError("--part: compute-sanitizer is not installed")

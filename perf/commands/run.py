@@ -1,11 +1,4 @@
-"""Measure: a sweep over cases and providers, written to one CSV and shown as a table.
-
-Without arguments it runs the preset quick. The preset family has the modules of other packages
-before (plain-...) and after accelerate (ours-...). --level and --workload pick from the preset;
-every other choice replaces the preset's own values, in every case that has such a value. A range
-START:STOP:STEP includes STOP. Under torchrun the cases are shared out over the processes. Exits
-with 1 where the device was lost.
-"""
+"""What measures and judges: the sweep, its check alone, and the environment of its rows."""
 
 import argparse
 import math
@@ -13,22 +6,23 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from perf.commands.arguments import DEVICES, chosen_device, duration, seed, sizes, whole_number
 from perf.report import tables
-from perf.rows import cases, env, schema
+from perf.rows import cases, schema
+from perf.rows import env as environment
 from perf.rows.errors import UsageError
 from perf.rows.store import Store, collect, open_store
-from perf.sweep.contest import Conditions
+from perf.sweep.contest import Conditions, judge_case
 from perf.sweep.presets import PRESETS, Grid, Job, jobs
-from perf.sweep.progress import Progress
 from perf.sweep.providers import PROVIDERS
 from perf.sweep.ranks import Team, part_of, parts_of, this_rank, together
-from perf.sweep.sweep import Ending, sweep, unfinished
+from perf.sweep.sweep import Ending, Progress, sweep, unfinished
+from perf.sweep.workloads import LEVEL_OF
 
 STATUSES: dict[Ending, int] = {
     "complete": 0,
@@ -40,7 +34,7 @@ MOST_CASES = 10_000
 _MOST_THREADS = 1024
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: argparse.ArgumentParser) -> None:
     """Declares the axes, the output and the limits."""
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="quick", help="cases to start from (default: quick)")
@@ -48,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--workload",
         nargs="+",
-        choices=cases.LEVEL_OF,
+        choices=LEVEL_OF,
         metavar="NAME",
-        help=f"keep only these workloads of the preset: {', '.join(cases.LEVEL_OF)}",
+        help=f"keep only these workloads of the preset: {', '.join(LEVEL_OF)}",
     )
     add("--batch", nargs="+", type=sizes, metavar="N", help="batch sizes, or START:STOP:STEP")
     add("--resolution", nargs="+", type=sizes, metavar="N", help="image sizes, or START:STOP:STEP")
@@ -90,8 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(args: argparse.Namespace) -> int:
-    """Runs the sweep, prints the table and the path of the CSV."""
+def run(args: argparse.Namespace) -> int:
+    """Measure: a sweep over cases and providers, written to one CSV and shown as a table.
+
+    Without arguments it runs the preset quick. The preset family has the modules of other packages
+    before (plain-...) and after accelerate (ours-...). --level and --workload pick from the preset;
+    every other choice replaces the preset's own values, in every case that has such a value. A
+    range START:STOP:STEP includes STOP. Under torchrun the cases are shared out over the processes.
+    Exits with 1 where the device was lost.
+    """
     rank = this_rank()
     device = chosen_device(args.device, rank)
     if device.type == "cpu":
@@ -122,7 +123,7 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
     Raises:
         UsageError: no grid of the preset has a chosen level, or a chosen workload.
     """
-    levels, workloads = args.level or cases.LEVELS, args.workload or tuple(cases.LEVEL_OF)
+    levels, workloads = args.level or cases.LEVELS, args.workload or tuple(LEVEL_OF)
     of_level = [grid for grid in grids if grid.level in levels]
     kept = [
         replace(grid, workloads=names)
@@ -150,7 +151,7 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
     }
     axes = {name: tuple(values) for name, values in given.items() if values}
     chosen = tuple(replace(grid, **axes) for grid in kept)
-    combinations = sum(math.prod(map(len, grid.axes)) for grid in chosen)
+    combinations = sum(math.prod(map(len, grid.axes.values())) for grid in chosen)
     if combinations > MOST_CASES:
         raise UsageError(f"{combinations:,} cases are more than the {MOST_CASES:,} of a sweep")
     return chosen
@@ -159,7 +160,7 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
 def default_name(args: argparse.Namespace, device: torch.device) -> str:
     """Returns a file name that says what was measured where: what was chosen, device, torch."""
     what = "-".join((args.preset, *(args.level or ()), *(args.workload or ())))
-    where = re.sub(r"\W+", "-", env.gpu_name(device).lower()) or "cpu"
+    where = re.sub(r"\W+", "-", environment.gpu_name(device).lower()) or "cpu"
     return f"perf-{what}-{where}-torch{torch.__version__.partition('+')[0]}.csv"
 
 
@@ -226,3 +227,40 @@ def _show(report: Store, todo: list[Job], ending: Ending) -> None:
         for job in missing:
             print(f"  {job.case.label}: {', '.join(job.providers)}")
     print(report.path)
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """Declares the cases, who carries them out, and where."""
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="gpu-checks", help="cases (default: gpu-checks)")
+    add("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help="not the preset's")
+    add("--device", choices=DEVICES, help="default: a GPU where there is one")
+    add("--seed", type=seed, default=0, metavar="N")
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check the kernels' results on chosen cases, against float64; nothing is timed or written.
+
+    Prints a line for each case and provider, and exits with 1 where one is not right. Meant to run
+    under compute-sanitizer as well, which slows every access down.
+    """
+    device = chosen_device(args.device, this_rank())
+    conditions = Conditions(device, args.seed, seconds=0.0, rounds=1)
+    wrong = 0
+    for job in jobs(PRESETS[args.preset].grids, args.seed):
+        names = args.provider or job.providers
+        results = judge_case(job.case, tuple(PROVIDERS[name] for name in names), conditions)
+        for name, result in results.items():
+            wrong += result.status not in ("ok", "unsupported")
+            line = f"{result.status:11} {job.case.label}: {name} {result.reason}"
+            print(line.rstrip(), flush=True)
+    return int(wrong > 0)
+
+
+def env(args: argparse.Namespace) -> int:
+    """Print the environment that a row would carry."""
+    rank = this_rank()
+    device = environment.default_device(rank.local)
+    for name, value in asdict(environment.snapshot(device, seed=0, ranks=rank.count)).items():
+        print(f"{name:14} {value}")
+    return 0

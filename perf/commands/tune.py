@@ -1,16 +1,6 @@
-"""Time the launch configurations of every streaming kernel and write this GPU's table.
-
-Each candidate's results are compared with float64 and with the heuristics' before it is timed. The
-table is appended to row by row, and lies where the kernels read it; --out puts it elsewhere. Then
-it says what the choices gain over the heuristics. Exits with 1 where the device was lost, or where
-the heuristics' own results were wrong.
-
-Without a GPU nothing is timed or written: candidates are listed in the order of
-perf/static/model.py for an H100, which is modelled, not measured.
-"""
+"""Launch configurations: timed into the table that the kernels read, or listed as modelled."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +8,18 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from perf.commands.arguments import DEVICES, chosen_device, duration, seed, sizes, whole_number
+from perf.commands.arguments import (
+    DEVICES,
+    chosen_device,
+    duration,
+    needs_compiler,
+    seed,
+    sizes,
+    whole_number,
+)
 from perf.commands.run import STATUSES
-from perf.rows import cases, env, tuned
-from perf.rows.errors import UsageError
+from perf.rows import cases, env
+from perf.rows.others import TUNED
 from perf.rows.store import open_store
 from perf.sweep.contest import BudgetSpentError, Conditions
 from perf.sweep.ranks import this_rank
@@ -36,10 +34,10 @@ _KERNELS = {stage.name: stage for stage in STAGES}
 _LARGEST = 10_000
 # Of each candidate, on a GPU.
 _SECONDS, _ROUNDS = 0.05, 2
-_SHOWN = [*tuned.SCHEMA.key, "block_c", "block_s", "splits", "num_warps", "num_stages", "access"]
+_SHOWN = [*TUNED.key, "block_c", "block_s", "splits", "num_warps", "num_stages", "access"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_tune(parser: argparse.ArgumentParser) -> None:
     """Declares the axes, the output and the limits."""
     add = parser.add_argument
     add(
@@ -76,11 +74,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=duration("seconds"), metavar="SECONDS", help="end in time")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Times and writes, or lists."""
+def tune(args: argparse.Namespace) -> int:
+    """Time the launch configurations of every streaming kernel and write this GPU's table.
+
+    Each candidate's results are compared with float64 and with the heuristics' before it is timed.
+    The table is appended to row by row, and lies where the kernels read it; --out puts it
+    elsewhere. Then it says what the choices gain over the heuristics. Exits with 1 where the device
+    was lost, or where the heuristics' own results were wrong.
+
+    Without a GPU nothing is timed or written: candidates are listed in the order of
+    perf/static/model.py for an H100, which is modelled, not measured.
+    """
     device = chosen_device(args.device, this_rank())
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise UsageError("TRITON_INTERPRET: kernels cannot be compiled where it is 1; unset it")
+    if device.type == "cpu":
+        needs_compiler("kernels cannot be compiled")
     from perf.sweep.tuning import subjects
 
     chosen = subjects(
@@ -113,15 +120,15 @@ def _listed(chosen: Sequence["Subject"], budget: float | None) -> int:
 
 
 def _timed(chosen: Sequence["Subject"], conditions: Conditions, args: argparse.Namespace) -> int:
-    from perf.sweep.tuning import tune, unfinished
+    from perf.sweep import tuning
 
     path = args.out or table_path(env.gpu_name(conditions.device))
     if args.out is None:
         path.parent.mkdir(exist_ok=True)
-    with open_store(path, resume=args.resume, columns=tuned.SCHEMA) as store:
-        ending = tune(chosen, store, conditions, budget=args.budget)
-        rest = unfinished(chosen, store)
-    table = tuned.SCHEMA.read(path)
+    with open_store(path, resume=args.resume, columns=TUNED) as store:
+        ending = tuning.tune(chosen, store, conditions, budget=args.budget)
+        rest = tuning.unfinished(chosen, store)
+    table = TUNED.read(path)
     gain = table.heuristic_ms / table.ms
     print(table[[*_SHOWN, "heuristic_ms", "ms"]].assign(gain=gain.round(3)).to_string(index=False))
     better = int((gain > 1).sum())

@@ -1,16 +1,18 @@
-"""The selective-kernel convolution as tutorials write it, in plain PyTorch: the baseline.
+"""The baseline, plain PyTorch as tutorials write it, and the functions of ours as modules.
 
-It stacks the branches, which costs a copy of all of them, and leaves everything else to PyTorch.
-It shares no code with sknet_triton, so its float64 run is an oracle for ours.
+The baseline stacks the branches, which costs a copy of all of them, and leaves everything else to
+PyTorch. It shares no code with sknet_triton, so its float64 run is an oracle for ours.
 """
 
 import copy
 import functools
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+import sknet_triton as skt
 from sknet_triton import SKConv
 
 
@@ -133,3 +135,112 @@ def _plain(conv: SKConv, plain: type[PlainSKConv]) -> PlainSKConv:
 def _conv_bn_relu(conv: nn.Conv2d) -> nn.Sequential:
     layers = OrderedDict(conv=conv, bn=nn.BatchNorm2d(conv.out_channels), act=nn.ReLU(inplace=True))
     return nn.Sequential(layers)
+
+
+# What is ours.
+
+
+class SKFuse(nn.Module):
+    """`functional.sk_fuse` as a module, as the harness runs modules."""
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        """M branches [B, C, H, W] -> [B, C]."""
+        return skt.functional.sk_fuse(branches)
+
+
+class SKSelect(nn.Module):
+    """`functional.sk_select` as a module."""
+
+    def forward(self, logits: Tensor, *branches: Tensor) -> Tensor:
+        """Logits [B, M, C] and M branches [B, C, H, W] -> [B, C, H, W]."""
+        return skt.functional.sk_select(branches, logits)
+
+
+class SKFuseSelect(nn.Module):
+    """`functional.sk_fuse_select` as a module, with the sizes of an SKConv on C channels."""
+
+    def __init__(self, C: int, M: int) -> None:
+        super().__init__()
+        d = max(C // 16, 32)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(C) for _ in range(M))
+        self.fc1 = nn.Linear(C, d, bias=False)
+        self.fc1_norm = nn.BatchNorm1d(d)
+        self.fc2 = nn.Linear(d, M * C, bias=False)
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        """M branches [B, C, H, W], not normalised -> [B, C, H, W]."""
+        return skt.functional.sk_fuse_select(
+            branches,
+            [self._arguments(norm) for norm in self.norms],
+            self.fc1.weight,
+            self._arguments(self.fc1_norm),
+            self.fc2.weight,
+        ).out
+
+    def plain(self) -> nn.Module:
+        """Returns the baseline on these very parameters."""
+        return PlainFuseSelect(self.norms, self.fc1, self.fc1_norm, self.fc2)
+
+    def _arguments(self, norm: nn.Module) -> skt.functional.BatchNormArgs:
+        assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+        return skt.functional.BatchNormArgs(
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            batch_stats=norm.training,
+        )
+
+
+# Both on given maps, running statistics too: what lies between the convolutions and V.
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class _Given(nn.Module):
+    """Stands for a convolution: whatever comes in, the same map goes out."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out
+
+
+@dataclass(frozen=True)
+class Section:
+    """One module on given maps.
+
+    Attributes:
+        module: SKConv, or the plain module.
+        maps: what the convolutions would return, M tensors [B, C, H, W] with a gradient.
+    """
+
+    module: nn.Module
+    maps: list[Tensor]
+
+    def infer(self) -> None:
+        """Computes V in evaluation mode."""
+        self.module.eval()
+        with torch.no_grad():
+            self.module(self.maps[0])
+
+    def train(self, dout: Tensor) -> None:
+        """Computes V, moves the running statistics and computes every gradient anew."""
+        for leaf in (*self.maps, *self.module.parameters()):
+            leaf.grad = None
+        self.module.train()
+        torch.autograd.backward(self.module(self.maps[0]), dout)
+
+
+def sections(maps: list[Tensor]) -> tuple[Section, Section]:
+    """Returns ours and the plain one, with the same parameters, on ``maps``."""
+    C = maps[0].shape[1]
+    ours = skt.SKConv(C, C, M=len(maps), G=1).to(maps[0].dtype)
+    plain = with_plain_convs(ours)
+    for module in (ours, plain):
+        for branch, out in zip(module.get_submodule("branches").children(), maps, strict=True):
+            branch.conv = _Given(out)
+    return Section(ours, maps), Section(plain, maps)

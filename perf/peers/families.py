@@ -1,11 +1,13 @@
-"""The modules of other packages at the sizes of a case, before and after `accelerate`.
+"""The families that `accelerate` knows: their modules, before and after, and the maps they see.
 
-The structures are those of `perf.peers.rebuilt`. Here each takes maps [B, C, H, W] and returns one,
-so that a case's layout means the same for all of them.
+An entry in `FAMILIES` is all that the harness needs to know of a family; its module is in
+`perf.peers.rebuilt`. Here each takes maps [B, C, H, W] and returns one, so that a case's layout
+means the same for all of them.
 """
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ import sknet_triton as skt
 from perf.peers import rebuilt
 from perf.rows.cases import Case
 
-GROUPS = 32
+_GROUPS = 32
 
 
 class OnList(nn.Module):
@@ -42,16 +44,77 @@ class OnChannelsLast(nn.Module):
         return out.permute(0, 3, 1, 2)
 
 
-BUILDERS: dict[str, Callable[[Case], nn.Module]] = {
-    "timm_selective_kernel": lambda case: rebuilt.SelectiveKernel(case.C, case.C, groups=GROUPS),
-    "port_sk_conv": lambda case: rebuilt.SKConv(case.C, case.C, groups=GROUPS),
-    "pytorchcv_sk_conv": lambda case: rebuilt.SKConvBlock(case.C, case.C, groups=GROUPS),
-    "resnest_split_attention": lambda case: rebuilt.SplitAttn(case.C, case.C),
-    "simclr_sk_conv": lambda case: rebuilt.SimCLRSelectiveKernel(case.C, case.C),
-    "cycle_mlp": lambda case: OnChannelsLast(rebuilt.CycleMLP(case.C)),
-    "vision_permutator": lambda case: OnChannelsLast(rebuilt.WeightedPermuteMLP(case.C, case.H)),
-    "mirnet_skff": lambda case: OnList(rebuilt.SKFF(case.C, case.M)),
-    "dehazeformer_sk_fusion": lambda case: OnList(rebuilt.SKFusion(case.C, case.M)),
+@dataclass(frozen=True)
+class Family:
+    """A family of modules in the network that it comes from.
+
+    Attributes:
+        build: makes the module of a case, before `accelerate`.
+        C: channels of its maps.
+        reduction: pixels of the image for one position of a map, along a side.
+        M: branches.
+        given: whether it takes M maps, not one.
+        batch_norm: whether training takes statistics of one vector an image, as fc1's norm does.
+        batch: images in the preset ``family``.
+        resolution: of those images.
+        alike: whether its compiled graph is that of another family, so that the preset leaves
+            compiling to flags.
+    """
+
+    build: Callable[[Case], nn.Module]
+    C: int
+    reduction: int = 4
+    M: int = 2
+    given: bool = False
+    batch_norm: bool = True
+    batch: int = 4
+    resolution: int = 224
+    alike: bool = False
+
+
+# Maps as in the first stage of SKNet-50, ResNeSt-50, SimCLRv2's ResNet-50, CycleMLP-B1 and
+# ViP-Small/7, and at full resolution in MIRNet and DehazeFormer-B.
+FAMILIES = {
+    "timm_selective_kernel": Family(
+        lambda case: rebuilt.SelectiveKernel(case.C, case.C, groups=_GROUPS), C=128
+    ),
+    "port_sk_conv": Family(
+        lambda case: rebuilt.SKConv(case.C, case.C, groups=_GROUPS), C=128, alike=True
+    ),
+    "pytorchcv_sk_conv": Family(
+        lambda case: rebuilt.SKConvBlock(case.C, case.C, groups=_GROUPS), C=128, alike=True
+    ),
+    "resnest_split_attention": Family(lambda case: rebuilt.SplitAttn(case.C, case.C), C=64),
+    "simclr_sk_conv": Family(lambda case: rebuilt.SimCLRSelectiveKernel(case.C, case.C), C=64),
+    "cycle_mlp": Family(
+        lambda case: OnChannelsLast(rebuilt.CycleMLP(case.C)), C=64, M=3, batch_norm=False
+    ),
+    "vision_permutator": Family(
+        lambda case: OnChannelsLast(rebuilt.WeightedPermuteMLP(case.C, case.H)),
+        C=192,
+        reduction=7,
+        M=3,
+        batch_norm=False,
+    ),
+    "mirnet_skff": Family(
+        lambda case: OnList(rebuilt.SKFF(case.C, case.M)),
+        C=64,
+        reduction=1,
+        M=3,
+        given=True,
+        batch_norm=False,
+        batch=2,
+        resolution=128,
+    ),
+    "dehazeformer_sk_fusion": Family(
+        lambda case: OnList(rebuilt.SKFusion(case.C, case.M)),
+        C=24,
+        reduction=1,
+        given=True,
+        batch_norm=False,
+        batch=2,
+        resolution=256,
+    ),
 }
 
 
@@ -61,7 +124,7 @@ def accelerated(case: Case) -> nn.Module:
     Raises:
         ValueError: `accelerate` left it as it was, so that there is no "after" to measure.
     """
-    module = BUILDERS[case.workload](case)
+    module = FAMILIES[case.workload].build(case)
     report = skt.accelerate(module)
     if len(report.paths("accelerated")) != 1 or report.paths("left"):
         raise ValueError(f"{case.workload}: expected one accelerated module, got: {report}")

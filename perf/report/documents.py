@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from perf.rows import schema, traffic
-from perf.rows.cases import FAMILY_MAPS, LAYOUTS
+from perf.peers.families import FAMILIES
+from perf.rows import others, schema
+from perf.rows.cases import LAYOUTS
 from perf.rows.errors import UsageError
 from perf.rows.typed_csv import Schema
 
@@ -135,7 +136,7 @@ def families(report: pd.DataFrame) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     by_row = report.set_index(["workload", "layout", "mode", "provider"]).sort_index()
-    for name in FAMILY_MAPS:
+    for name in FAMILIES:
         for layout in LAYOUTS:
             cells = [
                 _ratio(by_row.ms_p50, name, layout, mode, pair)
@@ -170,14 +171,14 @@ TABLES = (
         "kernels/README.md",
         "traffic",
         "traffic-cpu-torch2.13.0.csv",
-        traffic.SCHEMA,
+        others.TRAFFIC,
         traffic_of_providers,
     ),
     Table(
         "kernels/README.md",
         "launches",
         "traffic-cpu-torch2.13.0.csv",
-        traffic.SCHEMA,
+        others.TRAFFIC,
         launches_of_providers,
     ),
     Table(

@@ -1,12 +1,18 @@
 """A report as text, from its CSV alone."""
 
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
 import pandas as pd
 
-from perf.report.text import Align, text_table
-from perf.rows.cases import LEVELS
-from perf.rows.clock import by_the_clock_that_counts, counts_call_to_call
-from perf.rows.schema import CASE_COLUMNS
+from perf.rows.cases import LEVELS, Case
+from perf.rows.schema import CASE_COLUMNS, by_the_clock_that_counts, counts_call_to_call
 from perf.sweep.providers import BASELINE, BEFORE
+
+Align = Literal["left", "right"]
+
+# Columns are this much wider than their names at least, so that names stand apart.
+_PADDING = 2
 
 _COLUMNS: dict[str, Align] = {
     "case": "left",
@@ -71,11 +77,7 @@ def by_case(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def case_label(row: pd.Series) -> str:
     """Returns the case of a row in one short line."""
-    stage = f" stage {row.stage}" if row.stage else ""
-    return (
-        f"{row.workload}{stage} {row['mode']} {row['dtype']} {row.layout} "
-        f"M={row.M} B={row.B} {row.resolution}px"
-    )
+    return Case(**{name: row[name] for name in CASE_COLUMNS}).label
 
 
 def speedups(case: pd.DataFrame) -> "pd.Series[float]":
@@ -151,3 +153,27 @@ def _number(value: float, decimals: int | None = None) -> str:
     if decimals is not None:
         return f"{value:.{decimals}f}"
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def text_table(
+    lines: Sequence[Sequence[str]], columns: Mapping[str, Align], *, markdown: bool = False
+) -> str:
+    """Returns ``lines`` under the names of ``columns``, each cell where its column says."""
+    widths = [
+        max(len(name) + _PADDING, *(len(line[i]) for line in lines), 0)
+        for i, name in enumerate(columns)
+    ]
+    placed = [
+        [
+            cell.rjust(width) if align == "right" else cell.ljust(width)
+            for cell, width, align in zip(line, widths, columns.values(), strict=True)
+        ]
+        for line in (list(columns), *lines)
+    ]
+    if markdown:
+        rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+        rows = [f"| {' | '.join(cells)} |" for cells in placed]
+    else:
+        rule = "  ".join("-" * width for width in widths)
+        rows = ["  ".join(cells).rstrip() for cells in placed]
+    return "\n".join([rows[0], rule, *rows[1:]])

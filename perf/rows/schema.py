@@ -26,8 +26,8 @@ class Result:
         ms_p20: its 20 % quantile.
         ms_p80: its 80 % quantile.
         n: samples that the quantiles are over.
-        images_per_s: images in a second at the median of the time that counts (`rows.clock`), for
-            all but ops and passes.
+        images_per_s: images in a second at the median of the time that counts, for all but ops and
+            passes; `counts_call_to_call` says which of the two does.
         compile_s: seconds of the first call, where it compiles, with cold caches.
         bytes_needed: bytes that the mathematics has to move, where no convolution moves more.
         gbps: those bytes over the median time; None where they are 0.
@@ -148,3 +148,20 @@ def keys(path: Path) -> set[Key]:
     """Returns the keys of the rows in a report, as `read` reads it."""
     frame = read(path)[list(KEY_COLUMNS)].astype(str)
     return set(frame.itertuples(index=False, name=None))
+
+
+# Calls up to this batch are often over before the host has started the next one: a user waits for
+# the host there, and the GPU's own time says little.
+SMALL_BATCH = 8
+
+
+def counts_call_to_call(batch: int, call_ms: float | None) -> bool:
+    """Tells whether the time from call to call counts, where it was taken at all."""
+    return batch <= SMALL_BATCH and pd.notna(call_ms)
+
+
+def by_the_clock_that_counts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns ``frame`` with the times from call to call as its ms where those count."""
+    small = (frame.B <= SMALL_BATCH) & frame.call_ms_p50.notna()
+    names = ("ms_p20", "ms_p50", "ms_p80")
+    return frame.assign(**{name: frame[name].mask(small, frame[f"call_{name}"]) for name in names})

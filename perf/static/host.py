@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 import sknet_triton as skt
-from perf.rows.host import Host
-from perf.static.section import Section, sections
+from perf.peers.baseline import Section, sections
+from perf.rows.others import Host
 
 _SHAPE = (2, 32, 4, 4)
 _CALLS = 50

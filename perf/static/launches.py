@@ -22,9 +22,9 @@ from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
 import sknet_triton as skt
-from perf.rows.traffic import Launches
+from perf.peers.baseline import LAYOUTS, Section, sections
+from perf.rows.others import Launches
 from perf.static import null_driver
-from perf.static.section import LAYOUTS, Section, sections
 
 # Operators that are neither views nor composed of others, and launch nothing.
 _ALLOCATIONS = ("empty", "new_empty", "_unsafe_view", "resize_", "set_")

@@ -18,11 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sknet_triton as skt
-from perf.peers.ours import SKFuseSelect
-from perf.rows.traffic import Traffic
-from perf.static.bytes import counted_bytes
-from perf.static.saved import MEBI, saved
-from perf.static.section import LAYOUTS
+from perf.peers.baseline import LAYOUTS, SKFuseSelect
+from perf.rows.others import Traffic
+from perf.static.bytes import MEBI, counted_bytes, saved
 
 
 class _Operands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

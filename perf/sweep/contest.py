@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from perf.peers import digits
 from perf.rows import env
 from perf.rows.cases import Case
-from perf.rows.clock import counts_call_to_call
 from perf.rows.errors import one_line
-from perf.rows.schema import Result
-from perf.static.saved import saved
+from perf.rows.schema import Result, counts_call_to_call
+from perf.static.bytes import saved
 from perf.sweep import gate, measure, workloads
+from perf.sweep.calls import Call, Results, evaluate, settings
 from perf.sweep.gate import Oracle, Verdict
 from perf.sweep.providers import Provider
-from perf.sweep.steps import Results, Step, evaluate, settings
 from perf.sweep.workloads import Source
 
 
@@ -64,13 +63,13 @@ class Entry:
 
     Attributes:
         provider: who.
-        step: one call of it.
-        run: how the step is carried out: as it is, or in a graph.
+        call: what one call of it computes.
+        run: how that is carried out: as it is, or in a graph.
         result: its verdict.
     """
 
     provider: Provider
-    step: Step
+    call: Call
     run: Callable[[], Results]
     result: Result
 
@@ -206,14 +205,14 @@ class Contest:
         """Builds ``provider`` and compares it with the oracle; a wrong one gets its verdict."""
         self._oracle(provider.oracle, 0)
         module = self._module(provider.source, self.case)
-        step = Step(self.case, module, provider.wrapped(module), self._inputs(0), self._seed(0))
+        call = Call(self.case, module, provider.wrapped(module), self._inputs(0), self._seed(0))
         with self._context(provider), _cold_compilation():
             start = time.perf_counter()
-            run = provider.prepared(step)
+            run = provider.prepared(call)
             run()
             self._synchronize()
             first_call = time.perf_counter() - start
-        verdict = self._judge(provider, step, run)
+        verdict = self._judge(provider, call, run)
         result = Result(
             "ok" if verdict.passed else "unverified",
             "" if verdict.passed else verdict.reason,
@@ -221,7 +220,7 @@ class Contest:
             judged_batch=workloads.judged(self.case).B,
             **asdict(verdict),
         )
-        return Entry(provider, step, run, result)
+        return Entry(provider, call, run, result)
 
     def run(self, entries: dict[str, Entry]) -> dict[str, Result]:
         """Times the entries and returns their complete results."""
@@ -272,8 +271,8 @@ class Contest:
     def _learn(self, entry: Entry) -> Result:
         """Trains on the digits from the start and returns the result with its accuracy."""
         training = digits.train(
-            entry.step.call,
-            entry.step.module,
+            entry.call.net,
+            entry.call.module,
             batch=self.case.B,
             seed=self.conditions.seed,
             device=self.conditions.device,
@@ -299,14 +298,14 @@ class Contest:
         flops = self._count_flops(entry.provider)
         return replace(result, gflops=flops / 1e9, tflops_per_s=flops / seconds / 1e12)
 
-    def _judge(self, provider: Provider, step: Step, run: Callable[[], Results]) -> Verdict:
+    def _judge(self, provider: Provider, call: Call, run: Callable[[], Results]) -> Verdict:
         """Compares with the oracle; a gradient may be judged on several draws (see `gate`)."""
         for draw in range(gate.DRAWS):
             oracle = self._oracle(provider.oracle, draw)
             with self._context(provider):
                 if draw:
-                    step.load(self._inputs(draw), self._seed(draw))
-                verdict = oracle.judge(evaluate(step, run))
+                    call.load(self._inputs(draw), self._seed(draw))
+                verdict = oracle.judge(evaluate(call, run))
             if verdict.passed or not verdict.out_passed:
                 break
         return verdict
@@ -315,8 +314,8 @@ class Contest:
         """Returns ``result`` with what is kept for the backward pass, where there is one."""
         if not self.case.differentiates:
             return result
-        step = entry.step
-        kept = saved(step.forward, step.module, step.inputs)
+        call = entry.call
+        kept = saved(call.forward, call.module, call.inputs)
         return replace(result, saved_mb=kept.mb, saved_own_mb=kept.own_mb)
 
     def _count_flops(self, provider: Provider) -> int:

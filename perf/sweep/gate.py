@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from perf.rows.cases import LAYOUTS, Case
 from perf.sweep import workloads
-from perf.sweep.steps import Evaluation, Step, evaluate, settings
+from perf.sweep.calls import Call, Evaluation, evaluate, settings
 
 ROUNDINGS = 8
 CONDITION_STEP = 4
@@ -164,9 +164,9 @@ def gradient_errors(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) ->
 def _evaluate_plain(
     module: nn.Module, case: Case, inputs: tuple[Tensor, ...], seed: int
 ) -> Evaluation:
-    step = Step(case, module, module, tuple(workloads.laid_out(x, case) for x in inputs), seed)
+    call = Call(case, module, module, tuple(workloads.laid_out(x, case) for x in inputs), seed)
     with settings(case, benchmark=False):
-        return evaluate(step, step)
+        return evaluate(call, call)
 
 
 def _moved(inputs: tuple[Tensor, ...], step: float, seed: int) -> tuple[Tensor, ...]:

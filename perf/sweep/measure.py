@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from perf.rows import env
 from perf.rows.cases import Mode
 from perf.rows.env import Switches
-from perf.static.saved import MEBI
+from perf.static.bytes import MEBI
 
 Run = Callable[[], object]
 

@@ -2,11 +2,12 @@
 
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perf.rows.cases import LAYOUTS, LEVEL_OF, STAGES, Case, DType, Layout, Level, Mode, make_case
+from perf.peers.families import FAMILIES
+from perf.rows.cases import LAYOUTS, STAGES, Case, DType, Layout, Level, Mode
+from perf.sweep.workloads import LEVEL_OF, make_case
 
 CORE = (
     "plain-eager",
@@ -40,38 +41,24 @@ class Grid:
         return LEVEL_OF[self.workloads[0]]
 
     @property
-    def axes(self) -> tuple[tuple[Any, ...], ...]:
-        """What the cases are all combinations of."""
-        return (
-            self.workloads,
-            self.modes,
-            self.dtypes,
-            self.layouts,
-            self.Ms,
-            self.batches,
-            self.resolutions,
-            self.stages,
-        )
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """What the cases are all combinations of, by the arguments of `make_case`."""
+        return {
+            "workload": self.workloads,
+            "mode": self.modes,
+            "dtype": self.dtypes,
+            "layout": self.layouts,
+            "M": self.Ms,
+            "batch": self.batches,
+            "resolution": self.resolutions,
+            "stage": self.stages,
+        }
 
-    def cases(self) -> Iterator[Case]:
-        """Yields the cases, each once: axes that a workload does not have are left out."""
-        seen = set()
-        for workload, mode, dtype, layout, M, batch, resolution, stage in itertools.product(
-            *self.axes
-        ):
-            case = make_case(
-                workload,
-                mode,
-                dtype=dtype,
-                layout=layout,
-                M=M,
-                batch=batch,
-                resolution=resolution,
-                stage=stage,
-            )
-            if case not in seen:
-                seen.add(case)
-                yield case
+    def cases(self) -> list[Case]:
+        """Returns the cases, each once: axes that a workload does not have are left out."""
+        axes = self.axes
+        every = itertools.product(*axes.values())
+        return list(dict.fromkeys(make_case(**dict(zip(axes, v, strict=True))) for v in every))
 
 
 @dataclass(frozen=True)
@@ -91,35 +78,23 @@ class Job:
     case: Case
     providers: tuple[str, ...]
 
+    @property
+    def label(self) -> str:
+        """The case in one short line."""
+        return self.case.label
+
 
 def jobs(grids: tuple[Grid, ...], seed: int) -> list[Job]:
     """Returns the cases of all grids in their order, shuffled within each grid, each case once."""
     shuffle = random.Random(seed).shuffle
     wanted: dict[Case, tuple[str, ...]] = {}
     for grid in grids:
-        cases = list(grid.cases())
+        cases = grid.cases()
         shuffle(cases)
         for case in cases:
             before = wanted.get(case, ())
             wanted[case] = (*before, *(name for name in grid.providers if name not in before))
     return [Job(case, providers) for case, providers in wanted.items()]
-
-
-# Restoration networks work on maps as large as the image.
-FAMILIES = (
-    Grid(("mirnet_skff",), batches=(2,), resolutions=(128,)),
-    Grid(("dehazeformer_sk_fusion",), batches=(2,), resolutions=(256,)),
-    Grid(
-        (
-            "timm_selective_kernel",
-            "resnest_split_attention",
-            "simclr_sk_conv",
-            "cycle_mlp",
-            "vision_permutator",
-        ),
-        batches=(4,),
-    ),
-)
 
 
 def _bf16(*workloads: str, layouts: tuple[Layout, ...] = ("channels_last",), **axes: Any) -> Grid:
@@ -130,21 +105,25 @@ def _bf16(*workloads: str, layouts: tuple[Layout, ...] = ("channels_last",), **a
 # Small enough for a sanitizer, which watches every access: all dtypes, both layouts, rows that end
 # inside a tile, one and three branches.
 _CHECKED = Grid(
-    ("sk_fuse_select",), modes=("train",), batches=(3,), providers=("ours-triton-eager",)
+    ("sk_fuse_select",),
+    modes=("train",),
+    dtypes=("bf16",),
+    layouts=LAYOUTS,
+    batches=(3,),
+    providers=("ours-triton-eager",),
 )
 CHECKS = (
-    replace(_CHECKED, dtypes=("fp32", "bf16", "fp16"), layouts=LAYOUTS, resolutions=(96,)),
-    replace(
-        _CHECKED, dtypes=("bf16",), layouts=LAYOUTS, Ms=(1, 3), resolutions=(200,), stages=(4,)
-    ),
+    replace(_CHECKED, dtypes=("fp32", "bf16", "fp16"), resolutions=(96,)),
+    replace(_CHECKED, Ms=(1, 3), resolutions=(200,), stages=(4,)),
+    replace(_CHECKED, workloads=("sk_fuse", "sk_select"), resolutions=(100,)),
     replace(
         _CHECKED,
-        workloads=("sk_fuse", "sk_select"),
-        dtypes=("bf16",),
-        layouts=LAYOUTS,
-        resolutions=(100,),
+        modes=("infer",),
+        dtypes=("fp32",),
+        layouts=("nchw",),
+        resolutions=(160,),
+        stages=(2, 3),
     ),
-    replace(_CHECKED, modes=("infer",), resolutions=(160,), stages=(2, 3)),
     replace(
         _CHECKED,
         workloads=("sk_conv",),
@@ -152,7 +131,7 @@ CHECKS = (
         layouts=("channels_last",),
         resolutions=(64,),
     ),
-    replace(_CHECKED, workloads=("sk_unit",), dtypes=("bf16",), layouts=LAYOUTS, resolutions=(64,)),
+    replace(_CHECKED, workloads=("sk_unit",), resolutions=(64,)),
 )
 
 # Copies first: what the passes are measured against.
@@ -164,120 +143,70 @@ _ALONE = Grid(
     stages=STAGES,
     providers=("plain-eager",),
 )
-PASSES = (
+_STREAMING = replace(
     _ALONE,
-    *(
-        replace(
-            _ALONE,
-            workloads=("moments", "fuse", "select", "sums", "dx"),
-            dtypes=(dtype,),
-            layouts=LAYOUTS,
-            providers=("ours-triton-eager",),
-        )
-        for dtype in ("bf16", "fp32")
-    ),
+    workloads=("moments", "fuse", "select", "sums", "dx"),
+    layouts=LAYOUTS,
+    providers=("ours-triton-eager",),
 )
+PASSES = (_ALONE, replace(_STREAMING, dtypes=("bf16",)), replace(_STREAMING, dtypes=("fp32",)))
 
 # The dearest comparison at the commonest setting first; then the other batches and layout, without
 # compiling ours, and both in graphs.
-SECTION = (
+_PAIR = ("plain-compile", "ours-triton-eager")
+FUSE_SELECT = (
     _bf16("sk_fuse_select", stages=STAGES, providers=BOTH_CALLED_ALIKE),
-    _bf16(
-        "sk_fuse_select",
-        batches=(128, 8),
-        stages=STAGES,
-        providers=("plain-compile", "ours-triton-eager"),
-    ),
-    _bf16(
-        "sk_fuse_select",
-        layouts=("nchw",),
-        stages=STAGES,
-        providers=("plain-compile", "ours-triton-eager"),
-    ),
+    _bf16("sk_fuse_select", batches=(128, 8), stages=STAGES, providers=_PAIR),
+    _bf16("sk_fuse_select", layouts=("nchw",), stages=STAGES, providers=_PAIR),
 )
 
 CONV = (
     _bf16(
         "sk_conv",
         stages=(1, 3),
-        providers=(
-            *BOTH_CALLED_ALIKE,
-            "port-compile",
-            "timm-sk-compile",
-            "timm-sk-eager",
-        ),
+        providers=(*BOTH_CALLED_ALIKE, "port-compile", "timm-sk-compile", "timm-sk-eager"),
     ),
-    _bf16("sk_conv", layouts=("nchw",), providers=("plain-compile", "ours-triton-eager")),
+    _bf16("sk_conv", layouts=("nchw",), providers=_PAIR),
 )
 
+_SKNET50 = _bf16(
+    "sknet50",
+    dtypes=("autocast",),
+    batches=(128,),
+    providers=(
+        "ours-triton-eager",
+        "ours-triton-compile",
+        "timm-sk-compile",
+        "timm-se-compile",
+        "plain-compile",
+        "port-compile",
+        "ours-triton-cudagraph",
+        "plain-eager",
+        "timm-sk-eager",
+    ),
+)
 NETWORK = (
-    _bf16(
-        "sknet50",
-        dtypes=("autocast",),
-        batches=(128,),
-        providers=(
-            "ours-triton-eager",
-            "ours-triton-compile",
-            "timm-sk-compile",
-            "timm-se-compile",
-            "plain-compile",
-            "port-compile",
-            "ours-triton-cudagraph",
-            "plain-eager",
-            "timm-sk-eager",
-        ),
-    ),
-    _bf16(
-        "sknet50",
-        dtypes=("autocast",),
-        layouts=("nchw",),
-        batches=(128,),
-        providers=("ours-triton-eager", "timm-sk-eager", "plain-eager"),
+    _SKNET50,
+    replace(
+        _SKNET50, layouts=("nchw",), providers=("ours-triton-eager", "timm-sk-eager", "plain-eager")
     ),
 )
 
+_GRAPHED = ("plain-eager", "plain-cudagraph", "ours-triton-eager", "ours-triton-cudagraph")
+_SMALL_FUSE_SELECT = _bf16(
+    "sk_fuse_select",
+    modes=("infer",),
+    batches=(1, 8),
+    stages=(1, 4),
+    providers=(*_GRAPHED, "plain-reduce-overhead"),
+)
 SMALL = (
-    _bf16(
-        "sk_fuse_select",
-        batches=(1, 8),
-        modes=("infer",),
-        stages=(1, 4),
-        providers=(
-            "plain-eager",
-            "plain-cudagraph",
-            "plain-reduce-overhead",
-            "ours-triton-eager",
-            "ours-triton-cudagraph",
-        ),
-    ),
-    _bf16(
-        "sknet50",
-        dtypes=("autocast",),
-        modes=("infer",),
-        batches=(1, 8),
-        providers=(
-            "plain-eager",
-            "plain-cudagraph",
-            "ours-triton-eager",
-            "ours-triton-cudagraph",
-            "timm-sk-eager",
-        ),
-    ),
-    _bf16(
-        "sk_fuse_select",
-        batches=(8,),
-        modes=("train",),
-        stages=(1, 4),
-        providers=(
-            "plain-eager",
-            "plain-cudagraph",
-            "plain-reduce-overhead",
-            "ours-triton-eager",
-            "ours-triton-cudagraph",
-        ),
-    ),
+    _SMALL_FUSE_SELECT,
+    replace(_SKNET50, modes=("infer",), batches=(1, 8), providers=(*_GRAPHED, "timm-sk-eager")),
+    replace(_SMALL_FUSE_SELECT, modes=("train",), batches=(8,)),
 )
 
+_THREE = ("plain-eager", "plain-compile", "ours-triton-eager")
 REST = (
     Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
     _bf16("sk_fuse_select", "sk_select", modes=("bwd",), providers=BOTH_CALLED_ALIKE),
@@ -288,25 +217,31 @@ REST = (
         dtypes=("fp32", "fp16"),
         layouts=("nchw",),
         Ms=(2, 3),
-        providers=("plain-eager", "plain-compile", "ours-triton-eager"),
+        providers=_THREE,
     ),
-    _bf16(
-        "sk_fuse_select",
-        batches=(256,),
-        resolutions=(160, 224, 320),
-        providers=("plain-eager", "plain-compile", "ours-triton-eager"),
-    ),
-    _bf16(
-        "sk_fuse_select",
-        providers=("plain-max-autotune", "plain-max-autotune-no-cudagraphs"),
-    ),
+    _bf16("sk_fuse_select", batches=(256,), resolutions=(160, 224, 320), providers=_THREE),
+    _bf16("sk_fuse_select", providers=("plain-max-autotune", "plain-max-autotune-no-cudagraphs")),
     _bf16("sk_unit", dtypes=("bf16", "tf32"), stages=(1, 3), providers=BOTH_CALLED_ALIKE),
     _bf16(
-        "sknet26",
-        "sknet101",
-        dtypes=("autocast",),
-        providers=("plain-eager", "ours-triton-eager"),
+        "sknet26", "sknet101", dtypes=("autocast",), providers=("plain-eager", "ours-triton-eager")
     ),
+)
+
+# The modules that `accelerate` knows, before (plain) and after it (ours), those with the largest
+# maps first. Compiling takes most of the time: it is left to flags in channels_last, and where the
+# graph is that of another family.
+FAMILY = tuple(
+    Grid(
+        (name,),
+        layouts=(layout,),
+        batches=(family.batch,),
+        resolutions=(family.resolution,),
+        providers=UNCOMPILED if family.alike or layout == "channels_last" else CORE,
+    )
+    for layout in LAYOUTS
+    for name, family in sorted(
+        FAMILIES.items(), key=lambda item: (item[1].alike, item[1].reduction)
+    )
 )
 
 PRESETS = {
@@ -332,31 +267,15 @@ PRESETS = {
         rounds=4,
         budget=170,
     ),
-    # The modules that `accelerate` knows, before (plain) and after it (ours), in the
-    # batches that two cores take. Compiling takes most of the time: it is left to flags in
-    # channels_last, and where the compiled graph is that of timm's module.
-    "family": Preset(
-        grids=(
-            *FAMILIES,
-            *(replace(grid, layouts=("channels_last",), providers=UNCOMPILED) for grid in FAMILIES),
-            Grid(
-                ("port_sk_conv", "pytorchcv_sk_conv"),
-                layouts=LAYOUTS,
-                batches=(4,),
-                providers=UNCOMPILED,
-            ),
-        ),
-        seconds=1.2,
-        rounds=6,
-        budget=590,
-    ),
+    # Batches that two cores take.
+    "family": Preset(FAMILY, seconds=1.2, rounds=6, budget=590),
     # One GPU, for as long as there is one: the parts of `python -m perf campaign`, then the rest of
     # the axes. As much of this as fits, in this order, under --budget 500.
     "gpu-checks": Preset(CHECKS, seconds=0.05, rounds=1),
     "gpu-passes": Preset(PASSES, seconds=0.1, rounds=2),
-    "gpu-section": Preset(SECTION, seconds=0.2, rounds=2),
+    "gpu-fuse-select": Preset(FUSE_SELECT, seconds=0.2, rounds=2),
     "gpu-conv": Preset(CONV, seconds=0.2, rounds=2),
     "gpu-network": Preset(NETWORK, seconds=0.8, rounds=2),
     "gpu-small": Preset(SMALL, seconds=0.3, rounds=2),
-    "full": Preset((*PASSES, *SECTION, *CONV, *NETWORK, *SMALL, *REST), seconds=0.3, rounds=3),
+    "full": Preset((*PASSES, *FUSE_SELECT, *CONV, *NETWORK, *SMALL, *REST), seconds=0.3, rounds=3),
 }

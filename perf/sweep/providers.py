@@ -11,8 +11,8 @@ from torch import nn
 import sknet_triton as skt
 from perf.peers import competitors
 from perf.rows.cases import Case
-from perf.sweep.steps import Captured, Recorded, Results, Step
-from perf.sweep.workloads import Call, Source
+from perf.sweep.calls import Call, Captured, Recorded, Results
+from perf.sweep.workloads import Net, Source
 
 Wrap = Literal[
     "eager",
@@ -84,22 +84,22 @@ class Provider:
         """Whether calls replay a CUDA graph."""
         return self.wrap in ("reduce-overhead", "max-autotune", "cudagraph")
 
-    def wrapped(self, module: nn.Module) -> Call:
+    def wrapped(self, module: nn.Module) -> Net:
         """Returns ``module`` as this provider calls it."""
         if not self.compiles:
             return module
         mode = None if self.wrap == "compile" else self.wrap
         return torch.compile(module, mode=mode, fullgraph=True, dynamic=False)
 
-    def prepared(self, step: Step) -> Callable[[], Results]:
-        """Returns ``step`` as this provider repeats it, on the very tensors of the step."""
+    def prepared(self, call: Call) -> Callable[[], Results]:
+        """Returns ``call`` as this provider repeats it, on the very tensors of the call."""
         match self.wrap:
             case "cudagraph":
-                return Captured(step)
+                return Captured(call)
             case "reduce-overhead" | "max-autotune":
-                return Recorded(step)
+                return Recorded(call)
             case _:
-                return step
+                return call
 
     def active(self) -> skt.use_backend:
         """Returns a context in which our modules take this provider's backend."""

@@ -2,23 +2,42 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from perf.rows import env
 from perf.rows.schema import Row, key_of
 from perf.rows.store import Store
 from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError, measure_case
-from perf.sweep.passes import measure_pass
 from perf.sweep.presets import Job
-from perf.sweep.progress import Progress
 from perf.sweep.providers import PROVIDERS
+from perf.sweep.streaming import measure_pass
 
 Ending = Literal["complete", "budget", "interrupt", "lost"]
+
+
+class Progress:
+    """A bar over cases with the remaining time; invisible where stderr is no terminal."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        hidden = not (shown and sys.stderr.isatty())
+        self._bar = tqdm(total=total, unit="case", file=sys.stderr, disable=hidden, leave=False)
+
+    @contextmanager
+    def working_on(self, job: Job) -> Iterator[None]:
+        """Shows ``job`` while the block runs, and counts it when it is done."""
+        self._bar.set_postfix_str(job.label)
+        yield
+        self._bar.update()
+
+    def close(self) -> None:
+        """Takes the bar off the screen."""
+        self._bar.close()
 
 
 def sweep(
@@ -35,16 +54,43 @@ def sweep(
     A device that is lost in the middle of a case leaves no row of that case, so that the sweep can
     be resumed in a process with a new hold on the device.
     """
-    if conditions.device.type == "cuda":
+
+    def measure(job: Job) -> None:
+        with progress.working_on(job):
+            _measure(job, store, conditions, ranks)
+
+    return in_turn(unfinished(jobs, store), measure, conditions.device, budget)
+
+
+class Labelled(Protocol):
+    """What can be named in one short line."""
+
+    @property
+    def label(self) -> str:
+        """That line."""
+
+
+_Item = TypeVar("_Item", bound=Labelled)
+
+
+def in_turn(
+    items: Iterable[_Item],
+    measure: Callable[[_Item], None],
+    device: torch.device,
+    budget: float | None,
+) -> Ending:
+    """Calls ``measure`` with every item, and tells why it ended."""
+    if device.type == "cuda":
         # What times and synchronises takes the current device.
-        torch.cuda.set_device(conditions.device)
+        torch.cuda.set_device(device)
+    label = ""
     try:
         with deadline(budget):
-            for job in unfinished(jobs, store):
-                with progress.working_on(job):
-                    _measure(job, store, conditions, ranks)
+            for item in items:
+                label = item.label
+                measure(item)
     except DeviceLostError as error:
-        print(f"{job.case.label}: the device is lost: {error}", file=sys.stderr)
+        print(f"{label}: the device is lost: {error}", file=sys.stderr)
         return "lost"
     except KeyboardInterrupt:
         return "interrupt"

@@ -15,17 +15,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from perf.rows import env, tuned
-from perf.rows.cases import stage_shape
+from perf.rows import env
+from perf.rows.others import Timing, tuned_key, tuned_line
 from perf.rows.store import Store
-from perf.rows.tuned import Timing
 from perf.static.specialisations import Setting
 from perf.static.trials import TRIALS, Inputs, Subject
 from perf.sweep import contest, measure
-from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError
-from perf.sweep.passes import LAYOUT_OF
-from perf.sweep.sweep import Ending, deadline
-from perf.sweep.workloads import DTYPE_OF
+from perf.sweep.contest import Conditions
+from perf.sweep.streaming import LAYOUT_OF
+from perf.sweep.sweep import Ending, in_turn
+from perf.sweep.workloads import DTYPE_OF, stage_shape
 from sknet_kernels.config import DeviceFacts, LaunchConfig, Stage, candidates
 
 _ROUNDINGS = 8
@@ -62,35 +61,23 @@ def tune(
 
     A subject whose heuristics are wrong gets no row; stderr says so.
     """
-    if conditions.device.type == "cuda":
-        # What times and synchronises takes the current device.
-        torch.cuda.set_device(conditions.device)
-    subject = None
-    try:
-        with deadline(budget):
-            for subject in unfinished(chosen, store):
-                try:
-                    config, timing = measured(subject, conditions)
-                except WrongError as error:
-                    print(f"{subject.label}: {error}", file=sys.stderr)
-                    continue
-                key = tuned.key_of(subject.stage, subject.problem)
-                now = env.snapshot(conditions.device, conditions.seed, ranks=1)
-                line = tuned.line(subject.stage, subject.problem, config, timing, now)
-                store.append_lines({key: line})
-    except DeviceLostError as error:
-        print(f"{subject and subject.label}: the device is lost: {error}", file=sys.stderr)
-        return "lost"
-    except KeyboardInterrupt:
-        return "interrupt"
-    except BudgetSpentError:
-        return "budget"
-    return "complete"
+
+    def append(subject: Subject) -> None:
+        try:
+            config, timing = measured(subject, conditions)
+        except WrongError as error:
+            print(f"{subject.label}: {error}", file=sys.stderr)
+            return
+        now = env.snapshot(conditions.device, conditions.seed, ranks=1)
+        line = tuned_line(subject.stage, subject.problem, config, timing, now)
+        store.append_lines({tuned_key(subject.stage, subject.problem): line})
+
+    return in_turn(unfinished(chosen, store), append, conditions.device, budget)
 
 
 def unfinished(chosen: Sequence[Subject], store: Store) -> list[Subject]:
     """Returns the subjects that have no row."""
-    return [s for s in chosen if tuned.key_of(s.stage, s.problem) not in store.keys]
+    return [s for s in chosen if tuned_key(s.stage, s.problem) not in store.keys]
 
 
 def measured(subject: Subject, conditions: Conditions) -> tuple[LaunchConfig, Timing]:

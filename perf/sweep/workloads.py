@@ -1,6 +1,7 @@
 """What a case computes: the module, its inputs, and the bytes that its mathematics moves.
 
-Every provider of a case gets the same parameters and the same inputs, both from the seed.
+Every provider of a case gets the same parameters and the same inputs, both from the seed. A new
+workload is an entry in `WORKLOADS`, a family of modules one in `perf.peers.families`.
 """
 
 import importlib.util
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 import sknet_triton as skt
 from perf.peers import baseline, competitors, digits, families
-from perf.peers.ours import SKFuse, SKFuseSelect, SKSelect
-from perf.rows.cases import DIGITS_RESOLUTION, Case
+from perf.peers.families import FAMILIES, Family
+from perf.rows.cases import Case, DType, Layout, Level, Mode
 
-Call = Callable[..., Tensor]
+Net = Callable[..., Tensor]
 Source = Literal["plain", "port", "ours", "timm-sk", "timm-se"]
 
 DTYPE_OF = {
@@ -35,34 +36,15 @@ ROUNDOFF_OF = {
     "autocast": 2.0**-8,
 }
 
+NO_STAGE = 0
+DIGITS_RESOLUTION = 8
+
 CALIBRATION_BATCH = 4
 # Images that a network is judged on: enough for a batch norm to average over, few enough for
 # float64 (650 MiB an image through SKNet-50 at 320 pixels, gradients included).
 JUDGED_IMAGES = 8
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How to build one workload.
-
-    Attributes:
-        ours: builds the module of sknet_triton.
-        plain: builds the baseline from it, with the same parameters.
-        inputs: draws the inputs in float32.
-        input_grads: whether the backward pass goes down to the inputs.
-        passes: branch tensors that the mathematics reads or writes, in the case's mode; None where
-            convolutions move more than the stages do.
-        batch_norm: whether training takes statistics of one vector an image, as fc1's norm does.
-    """
-
-    ours: Callable[[Case], nn.Module]
-    plain: Callable[[nn.Module], nn.Module]
-    inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]]
-    input_grads: bool
-    passes: Callable[[Case], int] | None = None
-    batch_norm: bool = True
 
 
 def _branches(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -101,125 +83,177 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Branch tensors that the mathematics reads or writes: each is (k, n) for k * M + n."""
+
+    infer: tuple[int, int]
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+
+    def of(self, case: Case) -> int:
+        """Returns how many there are in the case's mode."""
+        parts = {
+            "infer": (self.infer,),
+            "train": (self.forward, self.backward),
+            "bwd": (self.backward,),
+        }
+        return sum(k * case.M + n for k, n in parts[case.mode])
+
+
 # Reading M branches. The backward pass needs none, because the gradient of an average is a
 # broadcast, which a view can express; a provider that writes it out moves more than is needed.
-def _fuse_passes(case: Case) -> int:
-    return {"infer": case.M, "train": case.M, "bwd": 0}[case.mode]
-
-
+_FUSE = Passes(infer=(1, 0), forward=(1, 0), backward=(0, 0))
 # Reading M branches and writing one. The backward pass reads dout and the branches for dlogits and
 # dx in one go, and writes M gradients.
-def _select_passes(case: Case) -> int:
-    forward, backward = case.M + 1, 2 * case.M + 1
-    return {"infer": forward, "train": forward + backward, "bwd": backward}[case.mode]
-
-
+_SELECT = Passes(infer=(1, 1), forward=(1, 1), backward=(2, 1))
 # Training reads the branches for their statistics, to fuse and to select, and writes V; the
 # backward pass reads dout and the branches twice and writes M gradients. Inference needs no
 # statistics.
-def _fuse_select_passes(case: Case) -> int:
-    forward, backward = 3 * case.M + 1, 3 * case.M + 2
-    return {"infer": 2 * case.M + 1, "train": forward + backward, "bwd": backward}[case.mode]
-
-
+_FUSE_SELECT = Passes(infer=(2, 1), forward=(3, 1), backward=(3, 2))
 # Reading the branches to fuse and to select, and writing one. The backward pass reads dout and the
 # branches for dlogits, then dout again, and writes M gradients.
-def _fusion_passes(case: Case) -> int:
-    forward, backward = 2 * case.M + 1, 2 * case.M + 2
-    return {"infer": forward, "train": forward + backward, "bwd": backward}[case.mode]
+_FUSION = Passes(infer=(2, 1), forward=(2, 1), backward=(2, 2))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How to build one workload.
+
+    Attributes:
+        level: what it is.
+        ours: builds the module of sknet_triton.
+        plain: builds the baseline from it, with the same parameters.
+        inputs: draws the inputs in float32.
+        input_grads: whether the backward pass goes down to the inputs.
+        passes: what the mathematics moves; None where convolutions move more than the stages do.
+        batch_norm: whether training takes statistics of one vector an image, as fc1's norm does.
+    """
+
+    level: Level
+    ours: Callable[[Case], nn.Module]
+    plain: Callable[[nn.Module], nn.Module] = baseline.with_plain_convs
+    inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]] = _image
+    input_grads: bool = True
+    passes: Passes | None = None
+    batch_norm: bool = True
 
 
 def _plain_fuse_select(ours: nn.Module) -> nn.Module:
-    assert isinstance(ours, SKFuseSelect)
+    assert isinstance(ours, baseline.SKFuseSelect)
     return ours.plain()
 
 
-def _family(
-    inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]] = _features,
-    passes: Callable[[Case], int] | None = None,
-    batch_norm: bool = True,
-) -> Workload:
+def _family(family: Family) -> Workload:
     """Returns the workload of a module of another package: before and after `accelerate`."""
     return Workload(
-        ours=families.accelerated,
-        plain=families.original,
-        inputs=inputs,
-        input_grads=True,
-        passes=passes,
-        batch_norm=batch_norm,
+        "family",
+        families.accelerated,
+        families.original,
+        inputs=_feature_branches if family.given else _features,
+        passes=_FUSION if family.given else None,
+        batch_norm=family.batch_norm,
     )
+
+
+def _network(build: Callable[..., nn.Module]) -> Workload:
+    return Workload("model", lambda case: build(M=case.M), input_grads=False)
 
 
 WORKLOADS = {
     "sk_fuse": Workload(
-        ours=lambda case: SKFuse(),
-        plain=lambda ours: baseline.PlainFuse(),
+        "op",
+        lambda case: baseline.SKFuse(),
+        lambda ours: baseline.PlainFuse(),
         inputs=_branches,
-        input_grads=True,
-        passes=_fuse_passes,
+        passes=_FUSE,
         batch_norm=False,
     ),
     "sk_select": Workload(
-        ours=lambda case: SKSelect(),
-        plain=lambda ours: baseline.PlainSelect(),
+        "op",
+        lambda case: baseline.SKSelect(),
+        lambda ours: baseline.PlainSelect(),
         inputs=_logits_and_branches,
-        input_grads=True,
-        passes=_select_passes,
+        passes=_SELECT,
         batch_norm=False,
     ),
     "sk_fuse_select": Workload(
-        ours=lambda case: SKFuseSelect(case.C, case.M),
-        plain=_plain_fuse_select,
+        "op",
+        lambda case: baseline.SKFuseSelect(case.C, case.M),
+        _plain_fuse_select,
         inputs=_branches,
-        input_grads=True,
-        passes=_fuse_select_passes,
+        passes=_FUSE_SELECT,
     ),
-    "sk_conv": Workload(
-        ours=lambda case: skt.SKConv(case.C, case.C, M=case.M),
-        plain=baseline.with_plain_convs,
-        inputs=_image,
-        input_grads=True,
-    ),
+    "sk_conv": Workload("layer", lambda case: skt.SKConv(case.C, case.C, M=case.M)),
     "sk_unit": Workload(
-        ours=lambda case: skt.SKUnit(2 * case.C, case.C, M=case.M),
-        plain=baseline.with_plain_convs,
-        inputs=_unit_input,
-        input_grads=True,
+        "layer", lambda case: skt.SKUnit(2 * case.C, case.C, M=case.M), inputs=_unit_input
     ),
-    "timm_selective_kernel": _family(),
-    "port_sk_conv": _family(),
-    "pytorchcv_sk_conv": _family(),
-    "resnest_split_attention": _family(),
-    "simclr_sk_conv": _family(),
-    "cycle_mlp": _family(batch_norm=False),
-    "vision_permutator": _family(batch_norm=False),
-    "mirnet_skff": _family(_feature_branches, _fusion_passes, batch_norm=False),
-    "dehazeformer_sk_fusion": _family(_feature_branches, _fusion_passes, batch_norm=False),
-    "sknet26": Workload(
-        ours=lambda case: skt.sknet26(M=case.M),
-        plain=baseline.with_plain_convs,
-        inputs=_image,
-        input_grads=False,
-    ),
-    "sknet50": Workload(
-        ours=lambda case: skt.sknet50(M=case.M),
-        plain=baseline.with_plain_convs,
-        inputs=_image,
-        input_grads=False,
-    ),
-    "sknet101": Workload(
-        ours=lambda case: skt.sknet101(M=case.M),
-        plain=baseline.with_plain_convs,
-        inputs=_image,
-        input_grads=False,
-    ),
+    **{name: _family(family) for name, family in FAMILIES.items()},
+    "sknet26": _network(skt.sknet26),
+    "sknet50": _network(skt.sknet50),
+    "sknet101": _network(skt.sknet101),
     "digits": Workload(
-        ours=lambda case: digits.DigitsNet(M=case.M),
-        plain=baseline.with_plain_convs,
+        "workload",
+        lambda case: digits.DigitsNet(M=case.M),
         inputs=_digit_images,
         input_grads=False,
     ),
 }
+
+# The kernel that makes a pass, by the name of the pass; a copy is PyTorch's own.
+KERNEL_OF: dict[str, str | None] = {
+    "copy": None,
+    "moments": "sk_moments",
+    "fuse": "sk_fuse",
+    "select": "sk_select_fwd",
+    "sums": "sk_fuse_select_sums",
+    "dx": "sk_fuse_select_dx",
+}
+
+LEVEL_OF: dict[str, Level] = {
+    **dict.fromkeys(KERNEL_OF, "pass"),
+    **{name: workload.level for name, workload in WORKLOADS.items()},
+}
+
+
+def make_case(
+    workload: str,
+    mode: Mode,
+    *,
+    dtype: DType = "fp32",
+    layout: Layout = "nchw",
+    M: int = 2,
+    batch: int = 8,
+    resolution: int = 224,
+    stage: int = 1,
+) -> Case:
+    """Returns the case with the shape that ``workload`` has at ``resolution``.
+
+    Only passes, ops and layers have a stage. A family has its own M, the digits their own
+    resolution.
+    """
+    level = LEVEL_OF[workload]
+    if level in ("pass", "op", "layer"):
+        channels, size = stage_shape(stage, resolution)
+    elif level == "family":
+        stage, family = NO_STAGE, FAMILIES[workload]
+        M, channels, size = family.M, family.C, -(-resolution // family.reduction)
+    else:
+        stage = NO_STAGE
+        resolution = DIGITS_RESOLUTION if level == "workload" else resolution
+        channels, size = (1 if level == "workload" else 3), resolution
+    return Case(
+        level, workload, mode, dtype, layout, M, batch, resolution, stage, channels, size, size
+    )
+
+
+def stage_shape(stage: int, resolution: int) -> tuple[int, int]:
+    """Returns channels and side of the maps of an SKNet stage: 128 and 56 in stage 1 at 224.
+
+    Every strided layer rounds up, so that the whole way down does.
+    """
+    reduction = 2 ** (stage + 1)
+    return 64 * 2**stage, -(-resolution // reduction)
 
 
 def unsupported(case: Case, device: torch.device) -> str | None:
@@ -308,7 +342,7 @@ def bytes_needed(case: Case) -> int | None:
     passes = WORKLOADS[case.workload].passes
     if passes is None:
         return None
-    return passes(case) * case.B * case.C * case.H * case.W * DTYPE_OF[case.dtype].itemsize
+    return passes.of(case) * case.B * case.C * case.H * case.W * DTYPE_OF[case.dtype].itemsize
 
 
 def _small(case: Case) -> Case:

@@ -55,7 +55,7 @@ class Family:
     """
 
     name: str
-    recognises: Callable[[nn.Module], bool]
+    recognises: Callable[[Any], bool]
     maps: Callable[..., Sequence[Tensor]]
     logits: Callable[[Any, Tensor], Tensor]
     example: Callable[[Any], tuple[Any, ...]]

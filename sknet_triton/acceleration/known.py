@@ -91,12 +91,6 @@ def through(modules: Sequence[Any], x: Tensor) -> Tensor:
 # timm's SelectiveKernel (timm/layers/selective_kernel.py): ``paths`` and ``attn``.
 
 
-def _is_timm(module: Any) -> bool:
-    return has(module, "paths", "attn", "num_paths", "split_input") and has(
-        module.attn, "fc_reduce", "bn", "act", "fc_select"
-    )
-
-
 def _timm_inputs(module: Any, x: Tensor) -> Sequence[Tensor]:
     if module.split_input:
         return x.chunk(module.num_paths, 1)
@@ -119,16 +113,15 @@ def _timm_section(module: Any) -> Section | None:
     return section.plain([conv_norm_relu(path) for path in module.paths], fc1, attn.fc_select)
 
 
-def _timm_example(module: Any) -> tuple[Tensor]:
-    return (images(module.in_channels),)
-
-
 TIMM = Family(
     name="timm SelectiveKernel",
-    recognises=_is_timm,
+    recognises=lambda module: (
+        has(module, "paths", "attn", "num_paths", "split_input")
+        and has(module.attn, "fc_reduce", "bn", "act", "fc_select")
+    ),
     maps=_timm_maps,
     logits=_timm_logits,
-    example=_timm_example,
+    example=lambda module: (images(module.in_channels),),
     section=_timm_section,
     branch_inputs=_timm_inputs,
 )
@@ -156,12 +149,8 @@ def _port_branches(module: Any) -> list[nn.Module] | None:
 
 
 def _is_port(module: nn.Module) -> bool:
-    branches, first, second = (
-        _port_branches(module),
-        _first_child(module, _PORT_FC1),
-        _first_child(module, _PORT_FC2),
-    )
-    return bool(branches) and first is not None and second is not None
+    mlp = [_first_child(module, names) for names in (_PORT_FC1, _PORT_FC2)]
+    return bool(_port_branches(module)) and all(child is not None for child in mlp)
 
 
 def _port_maps(module: Any, x: Tensor) -> list[Tensor]:
@@ -193,16 +182,12 @@ def _port_section(module: Any) -> Section | None:
     return section.plain(blocks, conv_norm_relu(_first_child(module, _PORT_FC1)), second)
 
 
-def _port_example(module: Any) -> tuple[Tensor]:
-    return (images(first_conv(module).in_channels),)
-
-
 PORTS = Family(
     name="SKConv of the common ports",
     recognises=_is_port,
     maps=_port_maps,
     logits=_port_logits,
-    example=_port_example,
+    example=lambda module: (images(first_conv(module).in_channels),),
     section=_port_section,
 )
 
@@ -222,14 +207,6 @@ def _is_split_attention(module: nn.Module) -> bool:
     return has(module, "conv", "fc1", "fc2", "rsoftmax", "radix")
 
 
-def _is_resnest(module: Any) -> bool:
-    return _is_split_attention(module) and module.radix > 1
-
-
-def _is_resnest_radix_1(module: Any) -> bool:
-    return _is_split_attention(module) and module.radix == 1
-
-
 def _present(module: Any, names: tuple[str, ...]) -> list[nn.Module]:
     children = dict(module.named_children())
     return [children[name] for name in names if name in children]
@@ -246,22 +223,18 @@ def _resnest_logits(module: Any, pooled: Tensor) -> Tensor:
     return grouped.transpose(1, 2).flatten(2)
 
 
-def _resnest_example(module: Any) -> tuple[Tensor]:
-    return (images(module.conv.in_channels),)
-
-
 SPLIT_ATTENTION = Family(
     name="ResNeSt split attention",
-    recognises=_is_resnest,
+    recognises=lambda module: _is_split_attention(module) and module.radix > 1,
     maps=_resnest_maps,
     logits=_resnest_logits,
-    example=_resnest_example,
+    example=lambda module: (images(module.conv.in_channels),),
     stacks=False,
 )
 SPLIT_ATTENTION_RADIX_1 = replace(
     SPLIT_ATTENTION,
     name="ResNeSt split attention, radix 1",
-    recognises=_is_resnest_radix_1,
+    recognises=lambda module: _is_split_attention(module) and module.radix == 1,
     activation="sigmoid",
 )
 
@@ -271,17 +244,9 @@ SPLIT_ATTENTION_RADIX_1 = replace(
 # The branches are given: a list of maps [B, C, H, W]. The MLP has no norm.
 
 
-def _given_maps(module: Any, branches: Sequence[Tensor]) -> Sequence[Tensor]:
-    return branches
-
-
 def _fusion_example(module: Any) -> tuple[list[Tensor]]:
     channels = first_conv(module).in_channels
     return ([images(channels) for _ in range(module.height)],)
-
-
-def _is_skff(module: nn.Module) -> bool:
-    return has(module, "height", "conv_du", "fcs")
 
 
 def _skff_logits(module: Any, pooled: Tensor) -> Tensor:
@@ -289,27 +254,19 @@ def _skff_logits(module: Any, pooled: Tensor) -> Tensor:
     return torch.stack([through_rows([head], z) for head in module.fcs], 1)
 
 
-def _is_sk_fusion(module: nn.Module) -> bool:
-    return has(module, "height", "mlp")
-
-
-def _sk_fusion_logits(module: Any, pooled: Tensor) -> Tensor:
-    # gUNet's mlp begins with the pooling, which leaves one position as it is.
-    return branch_major(through_rows(module.mlp, pooled), module.height)
-
-
 MIRNET_SKFF = Family(
     name="MIRNet SKFF",
-    recognises=_is_skff,
-    maps=_given_maps,
+    recognises=lambda module: has(module, "height", "conv_du", "fcs"),
+    maps=lambda module, branches: branches,
     logits=_skff_logits,
     example=_fusion_example,
 )
 SK_FUSION = Family(
     name="DehazeFormer SKFusion",
-    recognises=_is_sk_fusion,
-    maps=_given_maps,
-    logits=_sk_fusion_logits,
+    recognises=lambda module: has(module, "height", "mlp"),
+    maps=lambda module, branches: branches,
+    # gUNet's mlp begins with the pooling, which leaves one position as it is.
+    logits=lambda module, pooled: branch_major(through_rows(module.mlp, pooled), module.height),
     example=_fusion_example,
 )
 
@@ -321,28 +278,12 @@ SK_FUSION = Family(
 _SIMCLR_M = 2
 
 
-def _is_simclr(module: nn.Module) -> bool:
-    return has(module, "main_conv", "mixing_conv")
-
-
-def _simclr_maps(module: Any, x: Tensor) -> list[Tensor]:
-    return list(module.main_conv(x).chunk(_SIMCLR_M, 1))
-
-
-def _simclr_logits(module: Any, pooled: Tensor) -> Tensor:
-    return branch_major(module.mixing_conv(unpooled(pooled)), _SIMCLR_M)
-
-
-def _simclr_example(module: Any) -> tuple[Tensor]:
-    return (images(first_conv(module.main_conv).in_channels),)
-
-
 SIMCLR = Family(
     name="SimCLRv2 SK convolution",
-    recognises=_is_simclr,
-    maps=_simclr_maps,
-    logits=_simclr_logits,
-    example=_simclr_example,
+    recognises=lambda module: has(module, "main_conv", "mixing_conv"),
+    maps=lambda module, x: module.main_conv(x).chunk(_SIMCLR_M, 1),
+    logits=lambda module, pooled: branch_major(module.mixing_conv(unpooled(pooled)), _SIMCLR_M),
+    example=lambda module: (images(first_conv(module.main_conv).in_channels),),
 )
 
 
@@ -353,12 +294,11 @@ SIMCLR = Family(
 _MIXERS = 3
 
 
+_MIXED = ("mlp_c", "reweight", "proj", "proj_drop")
+
+
 def _channels_first(x: Tensor) -> Tensor:
     return x.movedim(-1, 1)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1)
 
 
 def _reweight_logits(module: Any, pooled: Tensor) -> Tensor:
@@ -366,23 +306,9 @@ def _reweight_logits(module: Any, pooled: Tensor) -> Tensor:
     return wide.reshape(*pooled.shape, _MIXERS).transpose(1, 2)
 
 
-def _reweight_finish(module: Any, out: Tensor) -> Tensor:
-    mixed: Tensor = module.proj_drop(module.proj(_channels_last(out)))
-    return mixed
-
-
-def _is_cycle_mlp(module: nn.Module) -> bool:
-    return has(module, "mlp_c", "sfc_h", "sfc_w", "reweight", "proj", "proj_drop")
-
-
 def _cycle_maps(module: Any, x: Tensor) -> list[Tensor]:
     maps = _channels_first(x)
     return [module.sfc_h(maps), module.sfc_w(maps), _channels_first(module.mlp_c(x))]
-
-
-def _is_permutator(module: nn.Module) -> bool:
-    names = ("mlp_c", "mlp_h", "mlp_w", "segment_dim", "reweight", "proj", "proj_drop")
-    return has(module, *names)
 
 
 def _permutator_maps(module: Any, x: Tensor) -> list[Tensor]:
@@ -398,36 +324,26 @@ def _permutator_maps(module: Any, x: Tensor) -> list[Tensor]:
     return [_channels_first(part) for part in (h, w, module.mlp_c(x))]
 
 
-def _cycle_example(module: Any) -> tuple[Tensor]:
-    return (_maps_of(module, HEIGHT),)
-
-
-def _permutator_example(module: Any) -> tuple[Tensor]:
-    # mlp_h maps height * (C / segments) numbers, and segments equals height.
-    return (_maps_of(module, module.segment_dim),)
-
-
 def _maps_of(module: Any, side: int) -> Tensor:
     return torch.randn(BATCH, side, side, module.mlp_c.in_features, dtype=torch.float64)
 
 
 CYCLE_MLP = Family(
     name="CycleMLP reweighting",
-    recognises=_is_cycle_mlp,
+    recognises=lambda module: has(module, "sfc_h", "sfc_w", *_MIXED),
     maps=_cycle_maps,
     logits=_reweight_logits,
-    example=_cycle_example,
-    finish=_reweight_finish,
+    example=lambda module: (_maps_of(module, HEIGHT),),
+    finish=lambda module, out: module.proj_drop(module.proj(out.movedim(1, -1))),
     stacks=False,
 )
-VISION_PERMUTATOR = Family(
+VISION_PERMUTATOR = replace(
+    CYCLE_MLP,
     name="Vision Permutator reweighting",
-    recognises=_is_permutator,
+    recognises=lambda module: has(module, "mlp_h", "mlp_w", "segment_dim", *_MIXED),
     maps=_permutator_maps,
-    logits=_reweight_logits,
-    example=_permutator_example,
-    finish=_reweight_finish,
-    stacks=False,
+    # mlp_h maps height * (C / segments) numbers, and segments equals height.
+    example=lambda module: (_maps_of(module, module.segment_dim),),
 )
 
 register_built_in(

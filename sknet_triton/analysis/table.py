@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,14 +120,15 @@ def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
         OSError: the file cannot be read.
         ValueError: it lacks a column that every such table has.
     """
-    columns = pd.read_csv(path, nrows=0).columns
-    # Python's own float is exact under every version of pandas.
-    exact: dict[int | str, Callable[[str], float]] = {c: _number for c in columns if _is_mean(c)}
     # The path of a module may look like a number or a missing value, and is empty where the module
     # is the model itself.
     dtypes = {"path": "str", "label": "Int64"}
     table = pd.read_csv(
-        path, dtype=dtypes, converters=exact, keep_default_na=False, na_values=[""]
+        path,
+        dtype=dtypes,
+        float_precision="round_trip",
+        keep_default_na=False,
+        na_values=[""],
     ).fillna({"path": ""})
     missing = {"path", "label", "images", "difference"} - set(table.columns)
     if missing:
@@ -137,10 +138,6 @@ def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 def _is_mean(column: str) -> bool:
     return column in ("difference", "change") or column.startswith(_WEIGHT)
-
-
-def _number(text: str) -> float:
-    return float(text or "nan")
 
 
 def plot_units(table: pd.DataFrame) -> Figure:

@@ -4,16 +4,17 @@ Initialisation follows the published prototxt: convolutions by He et al. with fa
 and the classifier Gaussian with standard deviation 0.01.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sknet_triton.layers import SKConv, SKUnit
+from sknet_triton.layers import BranchSpec, SKConv, SKUnit
 from sknet_triton.layers.blocks import conv_bn
+from sknet_triton.layers.sk_conv import Aggregate, FcNorm
 
 Variant = Literal["paper", "caffe"]
 
@@ -45,7 +46,7 @@ SKNET101_CAFFE = (
 )
 
 
-class FeatureInfo(NamedTuple):
+class FeatureInfo(TypedDict):
     """One feature map that a backbone returns: its name, channels and reduction of the input."""
 
     module: str
@@ -68,7 +69,8 @@ class SKNet(nn.Module):
 
     Attributes:
         num_features: channels of the last stage.
-        feature_info: name, channels and reduction of the stem's and every stage's output.
+        feature_info: a dict for the output of the stem and of every stage, as timm has them:
+            ``module``, its name, ``num_chs``, its channels, and ``reduction`` of the input.
 
     Raises:
         ValueError: an argument is out of range, named with the value.
@@ -181,7 +183,7 @@ class SKNetFeatures(SKNet):
         **kwargs: as in `SKNet`, without ``num_classes``.
 
     Attributes:
-        feature_info: name, channels and reduction of each map returned, in order.
+        feature_info: as in `SKNet`, for each map returned, in order.
 
     Raises:
         ValueError: an index is out of range.
@@ -210,41 +212,165 @@ class SKNetFeatures(SKNet):
         return [maps[index] for index in self.out_indices]
 
 
-def sknet26(**kwargs: Any) -> SKNet:
-    """SKNet-26: units 2, 2, 2, 2; 16,746,408 parameters. Arguments as in `sknet50`."""
-    return _build(SKNET26, **kwargs)
+def sknet26(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    variant: Variant = "paper",
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    M: int = 2,
+    r: int = 16,
+    L: int = 32,
+    G: int = 32,
+    branches: Sequence[BranchSpec | tuple[int, int, int]] | None = None,
+    aggregate: Aggregate = "sk",
+    fc_norm: FcNorm = "batch",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SKNet:
+    """SKNet-26: units 2, 2, 2, 2; 16,746,408 parameters.
+
+    Args:
+        num_classes: classes of the head; 0 leaves the pooled features [B, num_features].
+        in_chans: channels of the input.
+        variant: ``"paper"``, or ``"caffe"`` for the stem pooling of the released prototxt.
+        features_only: returns an `SKNetFeatures`, whatever ``num_classes`` is.
+        out_indices: the maps that it returns: 0 is the stem, 1 the first stage; None for all.
+        M: number of branches.
+        r: reduction ratio of fc1.
+        L: least width of fc1.
+        G: groups of every branch.
+        branches: replaces M and G: a `BranchSpec` or (kernel, dilation, groups) per branch.
+        aggregate: ``"sk"``, or ``"sum"`` for the plain sum of the branches.
+        fc_norm: norm of fc1: ``"batch"`` as published, ``"layer"`` or ``"none"``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: an argument is out of range, named with the value.
+    """
+    unit = (M, r, L, G, branches, aggregate, fc_norm)
+    network = (num_classes, in_chans, variant, device, dtype)
+    return _build(SKNET26, features_only, out_indices, unit, network)
 
 
-def sknet50(**kwargs: Any) -> SKNet:
+def sknet50(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    variant: Variant = "paper",
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    M: int = 2,
+    r: int = 16,
+    L: int = 32,
+    G: int = 32,
+    branches: Sequence[BranchSpec | tuple[int, int, int]] | None = None,
+    aggregate: Aggregate = "sk",
+    fc_norm: FcNorm = "batch",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SKNet:
     """SKNet-50 (table 1): units 3, 4, 6, 3; 27,479,784 parameters, 4.46 GMAC at 224x224.
 
     Args:
-        **kwargs: those of `SKNet` and, flat, those of its units (M, r, L, G, branches, aggregate,
-            fc_norm). ``features_only=True`` returns an `SKNetFeatures`, which takes
-            ``out_indices``.
+        num_classes: classes of the head; 0 leaves the pooled features [B, num_features].
+        in_chans: channels of the input.
+        variant: ``"paper"``, or ``"caffe"`` for the stem pooling of the released prototxt.
+        features_only: returns an `SKNetFeatures`, whatever ``num_classes`` is.
+        out_indices: the maps that it returns: 0 is the stem, 1 the first stage; None for all.
+        M: number of branches.
+        r: reduction ratio of fc1.
+        L: least width of fc1.
+        G: groups of every branch.
+        branches: replaces M and G: a `BranchSpec` or (kernel, dilation, groups) per branch.
+        aggregate: ``"sk"``, or ``"sum"`` for the plain sum of the branches.
+        fc_norm: norm of fc1: ``"batch"`` as published, ``"layer"`` or ``"none"``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: an argument is out of range, named with the value.
     """
-    return _build(SKNET50, **kwargs)
+    unit = (M, r, L, G, branches, aggregate, fc_norm)
+    network = (num_classes, in_chans, variant, device, dtype)
+    return _build(SKNET50, features_only, out_indices, unit, network)
 
 
-def sknet101(variant: Variant = "paper", **kwargs: Any) -> SKNet:
+def sknet101(
+    variant: Variant = "paper",
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    M: int = 2,
+    r: int = 16,
+    L: int = 32,
+    G: int = 32,
+    branches: Sequence[BranchSpec | tuple[int, int, int]] | None = None,
+    aggregate: Aggregate = "sk",
+    fc_norm: FcNorm = "batch",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SKNet:
     """SKNet-101 (table 1): units 3, 4, 23, 3; 48,736,040 parameters.
 
     Args:
         variant: ``"caffe"`` builds the released prototxt instead: d = 16 in the second stage and
             its stem pooling; 48,686,760 parameters.
-        **kwargs: as in `sknet50`.
+        num_classes: classes of the head; 0 leaves the pooled features [B, num_features].
+        in_chans: channels of the input.
+        features_only: returns an `SKNetFeatures`, whatever ``num_classes`` is.
+        out_indices: the maps that it returns: 0 is the stem, 1 the first stage; None for all.
+        M: number of branches.
+        r: reduction ratio of fc1.
+        L: least width of fc1.
+        G: groups of every branch.
+        branches: replaces M and G: a `BranchSpec` or (kernel, dilation, groups) per branch.
+        aggregate: ``"sk"``, or ``"sum"`` for the plain sum of the branches.
+        fc_norm: norm of fc1: ``"batch"`` as published, ``"layer"`` or ``"none"``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: an argument is out of range, named with the value.
     """
-    table = SKNET101_CAFFE if variant == "caffe" else SKNET101
-    return _build(table, variant=variant, **kwargs)
+    unit = (M, r, L, G, branches, aggregate, fc_norm)
+    network = (num_classes, in_chans, variant, device, dtype)
+    return _build(
+        SKNET101_CAFFE if variant == "caffe" else SKNET101,
+        features_only,
+        out_indices,
+        unit,
+        network,
+    )
 
 
 _UNIT_OPTIONS = ("M", "r", "L", "G", "branches", "aggregate", "fc_norm")
 
 
-def _build(stages: Sequence[StageSpec], features_only: bool = False, **kwargs: Any) -> SKNet:
-    options = {name: kwargs.pop(name) for name in _UNIT_OPTIONS if name in kwargs}
-    build: Callable[..., SKNet] = SKNetFeatures if features_only else SKNet
-    return build(stages, unit_options=options, **kwargs)
+def _build(
+    stages: Sequence[StageSpec],
+    features_only: bool,
+    out_indices: Sequence[int] | None,
+    unit: tuple[Any, ...],
+    network: tuple[Any, ...],
+) -> SKNet:
+    num_classes, in_chans, variant, device, dtype = network
+    options: dict[str, Any] = {
+        "in_chans": in_chans,
+        "variant": variant,
+        "unit_options": dict(zip(_UNIT_OPTIONS, unit, strict=True)),
+        "device": device,
+        "dtype": dtype,
+    }
+    if features_only:
+        return SKNetFeatures(stages, out_indices, **options)
+    if out_indices is not None:
+        raise ValueError(f"out_indices: expected features_only=True beside it, got {out_indices}")
+    return SKNet(stages, num_classes, **options)
 
 
 def _stage(in_channels: int, spec: StageSpec, options: dict[str, Any]) -> nn.Sequential:
@@ -269,11 +395,12 @@ def _head(
 
 
 def _feature_info(stages: Sequence[StageSpec]) -> list[FeatureInfo]:
-    info = [FeatureInfo("stem", STEM_CHANNELS, 2)]
+    info = [FeatureInfo(module="stem", num_chs=STEM_CHANNELS, reduction=2)]
     reduction = 4
     for i, spec in enumerate(stages):
         reduction *= spec.stride
-        info.append(FeatureInfo(f"stages.{i}", SKUnit.expansion * spec.width, reduction))
+        channels = SKUnit.expansion * spec.width
+        info.append(FeatureInfo(module=f"stages.{i}", num_chs=channels, reduction=reduction))
     return info
 
 

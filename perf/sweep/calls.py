@@ -10,7 +10,7 @@ from torch._functorch import config as functorch_config
 
 from perf.rows.cases import Case
 from perf.sweep import workloads
-from perf.sweep.workloads import Call
+from perf.sweep.workloads import Net
 
 # Calls before a capture, in which libraries choose their algorithms and kernels are compiled.
 CALLS_BEFORE_CAPTURE = 3
@@ -26,23 +26,23 @@ class Evaluation:
     grads: Mapping[str, Tensor]
 
 
-class Step:
+class Call:
     """What one call of a case computes: the forward pass, the backward pass, or both.
 
     Args:
         case: the case.
         module: holds the parameters that are differentiated.
-        call: computes with them.
-        inputs: become the step's own, at fixed addresses.
+        net: computes with them.
+        inputs: become the call's own, at fixed addresses.
         seed: draws the gradient that arrives.
     """
 
     def __init__(
-        self, case: Case, module: nn.Module, call: Call, inputs: tuple[Tensor, ...], seed: int
+        self, case: Case, module: nn.Module, net: Net, inputs: tuple[Tensor, ...], seed: int
     ) -> None:
         self.case = case
         self.module = module
-        self.call = call
+        self.net = net
         self.tensors: dict[str, Tensor] = {}
         if case.differentiates:
             self.tensors |= dict(module.named_parameters())
@@ -57,11 +57,11 @@ class Step:
         self._out: Tensor | None = None
 
     def forward(self) -> Tensor:
-        """Returns the output, under autocast where the case says so: as a user's step does."""
+        """Returns the output, under autocast where the case says so: as a user does."""
         if not self._autocast:
-            return self.call(*self.inputs)
+            return self.net(*self.inputs)
         with torch.autocast(self.inputs[0].device.type, torch.bfloat16):
-            return self.call(*self.inputs)
+            return self.net(*self.inputs)
 
     def __call__(self) -> Results:
         """Returns the output and the gradients of `tensors`."""
@@ -89,18 +89,18 @@ class Step:
 
 
 class Captured:
-    """A step in a CUDA graph, replayed on the tensors that it captured."""
+    """A call in a CUDA graph, replayed on the tensors that it captured."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, call: Call) -> None:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(CALLS_BEFORE_CAPTURE):
-                step()
+                call()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._results = step()
+            self._results = call()
 
     def __call__(self) -> Results:
         """Replays the graph and returns its results, which the next call overwrites."""
@@ -109,32 +109,32 @@ class Captured:
 
 
 class Recorded:
-    """A compiled step that torch.compile replays in CUDA graphs of its own.
+    """A compiled call that torch.compile replays in CUDA graphs of its own.
 
     Its inputs are said to stay where they are, so that no replay copies them first.
     """
 
-    def __init__(self, step: Step) -> None:
-        for x in step.inputs:
+    def __init__(self, call: Call) -> None:
+        for x in call.inputs:
             torch._dynamo.mark_static_address(x)
-        self._step = step
+        self._call = call
 
     def __call__(self) -> Results:
         """Replays, or records where nothing is recorded yet; the next call overwrites it."""
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # the same
-        return self._step()
+        return self._call()
 
 
-def evaluate(step: Step, run: Callable[[], Results]) -> Evaluation:
-    """Returns what ``run`` computes, which carries ``step`` out, as tensors of its own."""
-    if step.case.mode == "bwd":
+def evaluate(call: Call, run: Callable[[], Results]) -> Evaluation:
+    """Returns what ``run`` computes, which carries ``call`` out, as tensors of its own."""
+    if call.case.mode == "bwd":
         # What is timed comes after other backward passes over the same graph, so the judged one
         # does, too.
         run()
     out, grads = run()
     return Evaluation(
         out.detach().clone(),
-        {name: grad.clone() for name, grad in zip(step.tensors, grads, strict=True)},
+        {name: grad.clone() for name, grad in zip(call.tensors, grads, strict=True)},
     )
 
 

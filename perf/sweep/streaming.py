@@ -1,7 +1,7 @@
-"""Passes alone: each streaming kernel of the section as it is launched, and a copy beside them.
+"""Passes alone: each kernel that streams branches as it is launched, and a copy beside them.
 
 A pass reads or writes branch tensors once. What its kernel computes is judged by a training step of
-the whole section at the same sizes, in the same process.
+`sk_fuse_select` at the same sizes, in the same process.
 """
 
 import functools
@@ -11,22 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from perf.rows.cases import Case, make_case
+from perf.rows.cases import Case
 from perf.rows.schema import Result
 from perf.sweep import contest, measure
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import BASELINE, PROVIDERS, Provider
-from perf.sweep.workloads import DTYPE_OF
+from perf.sweep.workloads import DTYPE_OF, KERNEL_OF, make_case
 
 OURS = "ours-triton-eager"
-# The kernel that makes a pass, as the specialisations call it.
-KERNEL_OF = {
-    "moments": "sk_moments",
-    "fuse": "sk_fuse",
-    "select": "sk_select_fwd",
-    "sums": "sk_fuse_select_sums",
-    "dx": "sk_fuse_select_dx",
-}
 LAYOUT_OF = {"nchw": "contiguous", "channels_last": "channels_last"}
 
 
@@ -48,7 +40,7 @@ def _result(case: Case, provider: Provider, conditions: Conditions) -> Result:
     try:
         if case.workload == "copy":
             return _timed(case, Result("ok"), conditions)
-        judged = _judged(_section(case), conditions)
+        judged = _judged(_whole(case), conditions)
         return _timed(case, judged, conditions) if judged.status == "ok" else judged
     except Exception as error:
         return contest.failure(error, conditions.device)
@@ -63,7 +55,7 @@ def _unsupported(case: Case, provider: Provider, device: torch.device) -> str | 
     return provider.unavailable(case, device)
 
 
-def _section(case: Case) -> Case:
+def _whole(case: Case) -> Case:
     return make_case(
         "sk_fuse_select",
         "train",
@@ -77,9 +69,9 @@ def _section(case: Case) -> Case:
 
 
 @functools.cache
-def _judged(section: Case, conditions: Conditions) -> Result:
-    """Judges ``section`` once for all of its passes."""
-    return contest.judge_case(section, (PROVIDERS[OURS],), conditions)[OURS]
+def _judged(whole: Case, conditions: Conditions) -> Result:
+    """Judges a training step once for all of its passes."""
+    return contest.judge_case(whole, (PROVIDERS[OURS],), conditions)[OURS]
 
 
 def _timed(case: Case, judged: Result, conditions: Conditions) -> Result:
@@ -98,7 +90,8 @@ def _timed(case: Case, judged: Result, conditions: Conditions) -> Result:
 def pass_of(case: Case, device: torch.device) -> tuple[measure.Run, int]:
     """Returns what carries the pass out on new tensors, and the bytes that it reads and writes."""
     shape, dtype = (case.B, case.C, case.H * case.W), DTYPE_OF[case.dtype]
-    if case.workload == "copy":
+    kernel = KERNEL_OF[case.workload]
+    if kernel is None:
         source = torch.ones(shape, dtype=dtype, device=device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source), 2 * source.nbytes
@@ -106,7 +99,7 @@ def pass_of(case: Case, device: torch.device) -> tuple[measure.Run, int]:
     from perf.static.specialisations import Setting, streaming_launch
 
     setting = Setting(case.M, LAYOUT_OF[case.layout], dtype, shape, device)
-    launch = streaming_launch(setting, KERNEL_OF[case.workload])
+    launch = streaming_launch(setting, kernel)
     tensors = [x for x in tree_leaves(dict(launch.arguments)) if isinstance(x, Tensor)]
     for x in tensors:
         x.uniform_(0.5, 1.5)
