@@ -58,17 +58,10 @@ def narrow_offsets(ttir: str) -> list[str]:
         made = kernel.operations.get(name)
         if made is None or made.op in _BOUNDED:
             continue
-        bounded = _rounds_down(made, kernel) or _steps(made)
-        if made.op in _GROWING and made.narrow and not bounded:
+        if made.op in _GROWING and made.narrow and not _rounds_down(made, kernel):
             found[made.line] = None
         waiting += made.operands
     return list(found)
-
-
-def _steps(made: Operation) -> bool:
-    """Tells whether a constant is added to a size or counter, which has 32 bits to itself."""
-    constant = any(re.fullmatch(r"c-?\d+_i32(_\d+)?", name) for name in made.operands)
-    return made.op in ("arith.addi", "arith.subi") and constant
 
 
 def _rounds_down(made: Operation, kernel: Kernel) -> bool:

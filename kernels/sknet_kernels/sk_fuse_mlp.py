@@ -51,10 +51,11 @@ def _joined(
     for first in range(0, splits, UNROLL):
         parts = ()
         for k in tl.static_range(UNROLL):
+            number = tl.cast(first, tl.int64) + k
             for j in tl.static_range(ROWS):
                 row_ptrs = ptr + ((j // INNER) * outer + (j % INNER) * inner) + offs
-                there = mask[j] & (first + k < splits)
-                part = tl.load(row_ptrs + (first + k) * step, mask=there, other=0.0)
+                there = mask[j] & (number < splits)
+                part = tl.load(row_ptrs + number * step, mask=there, other=0.0)
                 parts = parts + (part,)
         for k in tl.static_range(UNROLL):
             grown = ()
@@ -619,8 +620,9 @@ def _sk_channels_bwd_kernel(
     # and all images.
     pid = tl.program_id(0)
     norm_ptrs = (fc1_mean_ptr, fc1_var_ptr, fc1_gamma_ptr, fc1_beta_ptr)
-    first_fc1 = tl.cdiv(C, BLOCK_C)
-    first_fc2 = first_fc1 + tl.cdiv(C, BLOCK_N) * tl.cdiv(d, BLOCK_D)
+    channels = tl.cast(C, tl.int64)
+    first_fc1 = tl.cdiv(channels, BLOCK_C)
+    first_fc2 = first_fc1 + tl.cdiv(channels, BLOCK_N) * tl.cdiv(d, BLOCK_D)
     if pid < first_fc1:
         _norms_bwd(
             share_ptr, drift_ptr, dgamma_ptr, dbeta_ptr, sums_ptr, dz_ptr, logits_ptr, hidden_ptr,
@@ -630,13 +632,14 @@ def _sk_channels_bwd_kernel(
     elif pid < first_fc2:
         _fc1_bwd(
             fc1_dweight_ptr, fc1_dbias_ptr, fc1_dgamma_ptr, fc1_dbeta_ptr, dz_ptr, pooled_ptr,
-            hidden_ptr, norm_ptrs, pid - first_fc1, B, C, d,
+            hidden_ptr, norm_ptrs, (pid - first_fc1).to(tl.int32), B, C, d,
             FC1_BATCH_STATS, FC1_EPS, ACC, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         _fc2_bwd(
-            fc2_dweight_ptr, fc2_dbias_ptr, dlogits_ptr, hidden_ptr, norm_ptrs, pid - first_fc2,
-            B, C * NUM_BRANCHES, d, FC1_EPS, ACC, BLOCK_B, BLOCK_N, BLOCK_D,
+            fc2_dweight_ptr, fc2_dbias_ptr, dlogits_ptr, hidden_ptr, norm_ptrs,
+            (pid - first_fc2).to(tl.int32), B, channels * NUM_BRANCHES, d,
+            FC1_EPS, ACC, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
 

@@ -71,8 +71,9 @@ def _sk_moments_kernel(
     first, last = own_tiles(B * tiles_per_image, tiles, part)
     strides = known_strides(strides, ALIGN, LAYOUT)
     # Image and place in it are carried from tile to tile: a division a turn costs as much as a sum.
-    pid_b, place = (first // tiles_per_image).to(tl.int64), first % tiles_per_image
-    first_s = tl.minimum(place.to(tl.int64) * BLOCK_S, tl.cast(S, tl.int64) - 1)
+    pid_b = (first // tiles_per_image).to(tl.int64)
+    place = (first % tiles_per_image).to(tl.int64)
+    first_s = tl.minimum(place * BLOCK_S, tl.cast(S, tl.int64) - 1)
     corner = (pid_b, pid_c * BLOCK_C, first_s)
     exists = (mask_c & (first < last))[:, None]
     shifts = ()
@@ -81,7 +82,7 @@ def _sk_moments_kernel(
         shifts = shifts + (load_tile(x_ptrs[i], strides, i, corner, exists, 1, "rows", ACC),)
     sums = zero_sums(2 * NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
     for _ in tl.range(first, last, num_stages=NUM_STAGES):
-        corner = (pid_b, pid_c * BLOCK_C, place.to(tl.int64) * BLOCK_S)
+        corner = (pid_b, pid_c * BLOCK_C, place * BLOCK_S)
         # Tiles are [BLOCK_C, BLOCK_S].
         mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
         grown = ()
