@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,16 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import sknet_triton as skt
 from perf.peers import rebuilt
 from sknet_triton.acceleration import unregister_family
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.backend import current_backend
+from sknet_triton.layers import section
 from tests.plain_sknet import scramble
 from tests.processes import needs_gloo
 
@@ -376,6 +381,20 @@ class Unreadable(rebuilt.SelectiveKernel):
         self.attn = None  # type: ignore[assignment]  # on purpose
 
 
+class PicklesItself(rebuilt.SKConv):
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+
+    def __reduce__(self) -> Any:
+        return PicklesItself, (), self.__dict__
+
+
+def calling(module: nn.Module) -> Callable[[Tensor], Any]:
+    """What patches put in the place of a forward: a copy of ``module`` still runs ``module``."""
+    own = module.forward
+    return lambda x: own(x)
+
+
 def changed(change: Callable[[Any], Any]) -> nn.Module:
     module = rebuilt.SKConv(8, 4)
     change(module)
@@ -401,6 +420,11 @@ UNCHECKABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "its parameters are UninitializedParameters",
     ),
     "no attn": (Unreadable, "its structure cannot be read"),
+    "closure": (
+        lambda: changed(lambda module: setattr(module.fc1, "forward", calling(module.fc1))),
+        "the forward of fc1 was replaced on the instance",
+    ),
+    "pickle": (PicklesItself, "it is copied and pickled in a way of its own"),
 }
 
 
@@ -423,14 +447,30 @@ def default_device(name: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize(
-    "context",
-    [lambda: torch.device("meta"), lambda: default_device("meta"), torch.inference_mode],
-    ids=["device", "default device", "inference mode"],
-)
-def test_the_callers_context_does_not_matter(context: Callable[[], Any]) -> None:
-    modules: list[nn.Module] = [rebuilt.SKConv(8, 4), rebuilt.CycleMLP(8), rebuilt.SplitAttn(8, 4)]
-    with context():
+class DoublesEverything(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if isinstance(out, Tensor) and func is torch.stack else out
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "device": lambda: torch.device("meta"),
+    "default device": lambda: default_device("meta"),
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "fake tensors": FakeTensorMode,
+    "counter": lambda: FlopCounterMode(display=False),
+    "function mode": DoublesEverything,
+    "anomalies": torch.autograd.detect_anomaly,
+    "saved on the CPU": torch.autograd.graph.save_on_cpu,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection:UserWarning")
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_the_callers_context_does_not_matter(name: str) -> None:
+    modules: list[nn.Module] = [rebuilt.SKConv(8, 4), rebuilt.CycleMLP(8), rebuilt.SKFF(8)]
+    with CONTEXTS[name]():
         assert [row_of(module).status for module in modules] == ["accelerated"] * 3
 
 
@@ -538,6 +578,157 @@ def test_compiled_code_holds_the_stages_where_they_pay_and_the_row_says_where(
         assert any(name.startswith("sknet_triton.") for name in called)
 
 
+# Tools that look at a module, rebuild it, or put something in its place.
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "not full"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: rebuilt.SelectiveKernel(8, 4, groups=2),
+        lambda: rebuilt.SplitAttn(8, 4),
+        lambda: rebuilt.SKConv(8, 4),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+def test_a_backward_hook_anywhere_sees_what_it_saw(
+    build: Callable[[], nn.Module], full: bool
+) -> None:
+    own = scramble(build()).double()
+    for module in own.modules():
+        # Until they copy, torch refuses the hook at a ReLU that works in place.
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    for path, _ in own.named_modules():
+        torch.manual_seed(0)
+        x, grads = images().requires_grad_(), list[list[Any]]()
+        for module in (copy.deepcopy(own), copy.deepcopy(own)):
+            if grads:
+                skt.accelerate(module)
+            seen: list[Any] = []
+            register = "register_full_backward_hook" if full else "register_backward_hook"
+            getattr(module.get_submodule(path), register)(
+                lambda _, *both, seen=seen: seen.extend([*both[0], *both[1]])
+            )
+            (x.grad,) = torch.autograd.grad(module(x).square().sum(), x)
+            grads.append([*seen, x.grad])
+        torch.testing.assert_close(grads[1], grads[0], rtol=EXACT, atol=EXACT, msg=path)
+
+
+class Wrapped(nn.Module):
+    """What DeepSpeed makes on top of a module: a subclass that takes its attributes over."""
+
+    @staticmethod
+    def of(module: nn.Module) -> nn.Module:
+        cls: Any = type("Wrapped", (type(module),), {"marked": True})
+        wrapped: nn.Module = cls.__new__(cls)
+        wrapped.__dict__ = module.__dict__.copy()
+        return wrapped
+
+
+def made_anew(module: nn.Module) -> nn.Module:
+    """Returns another instance of its class with its parts, as layers that are cloned."""
+    new: nn.Module = type(module).__new__(type(module))
+    nn.Module.__init__(new)
+    new.__dict__.update((k, v) for k, v in vars(module).items() if not k.startswith("_skt_"))
+    return new
+
+
+def replica(module: Any) -> nn.Module:
+    """Returns what DataParallel makes of a module for another device."""
+    twin = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(twin, name, None if parameter is None else 2 * parameter)
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else replica(child)
+    return cast(nn.Module, twin)
+
+
+class WithAdapter(nn.Module):
+    """A convolution beside a low-rank one, as adapters are injected."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Conv2d(base.in_channels, 1, base.kernel_size, base.stride, base.padding)
+        self.up = nn.Conv2d(1, base.out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x) + self.up(self.down(x))
+        return out
+
+
+def with_adapters(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for path, child in list(module.named_modules()):
+        if isinstance(child, nn.Conv2d) and child.dilation == (1, 1):
+            parent, _, name = path.rpartition(".")
+            module.get_submodule(parent).add_module(name, WithAdapter(child).double())
+    return module
+
+
+class SyncBatchNormAct(nn.SyncBatchNorm):
+    """timm's, which its own conversion makes of a batch norm with its activation inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = cast(Any, self).act(super().forward(x))
+        return out
+
+
+def synced(module: nn.Module) -> nn.Module:
+    for norm in cast(Any, module).modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.__class__ = SyncBatchNormAct if hasattr(norm, "act") else nn.SyncBatchNorm  # type: ignore[assignment]  # as timm's conversion does
+            cast(Any, norm).process_group = None
+    return module
+
+
+REBUILT: dict[str, tuple[Callable[[Any], nn.Module], bool]] = {
+    "DeepSpeed": (Wrapped.of, True),
+    "copy of DeepSpeed": (lambda module: copy.deepcopy(Wrapped.of(module)), True),
+    "made anew": (made_anew, False),
+    "replica": (replica, True),
+    "adapters": (with_adapters, True),
+    "SyncBatchNorm": (synced, True),
+}
+
+
+@pytest.mark.parametrize("name", REBUILT)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: rebuilt.SplitAttn(8, 4),
+        lambda: rebuilt.SKConv(8, 4),
+        lambda: rebuilt.SKConvHeads(8, 4),
+    ],
+)
+def test_what_is_made_of_an_accelerated_module_computes_the_same(
+    build: Callable[[], nn.Module], name: str
+) -> None:
+    change, fits = REBUILT[name]
+    own, x = scramble(build()).double(), images()
+    module = copy.deepcopy(own)
+    skt.accelerate(module)
+    own, module = change(own), change(module)
+    torch.testing.assert_close(module(x), own(x), rtol=EXACT, atol=EXACT)
+    assert (cast(Accelerated, module)._skt_checked.reason is None) == fits
+    assert hasattr(module, "marked") == ("DeepSpeed" in name)
+
+
+@needs_gloo
+@pytest.mark.parametrize(
+    "build", [lambda: rebuilt.SKConv(8, 4), lambda: rebuilt.SelectiveKernel(8, 4)]
+)
+def test_statistics_of_several_processes_are_no_hindrance(build: Callable[[], nn.Module]) -> None:
+    with one_process():
+        module = synced(build())
+        assert row_of(module).status == "accelerated"
+        for norm in cast(Any, module).modules():
+            if isinstance(norm, nn.SyncBatchNorm):
+                norm.process_group = SimpleNamespace(size=lambda: 2, group_name="both")
+                assert section.group_of(norm) == "both"
+
+
 # restore, and what was put on top.
 
 
@@ -613,10 +804,18 @@ def test_a_parametrized_module_is_left_and_a_parametrized_child_not(blend: nn.Mo
     assert row_of(module).status == "accelerated"
 
 
-@needs_gloo
-def test_fully_shard_on_top_stays() -> None:
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]  # exported, but not by name
     try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@needs_gloo
+def test_fully_shard_on_top_stays() -> None:
+    with one_process():
         module, x = scramble(rebuilt.SKConv(8, 4)), torch.randn(2, 8, 5, 4)
         skt.accelerate(module)
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
@@ -628,8 +827,6 @@ def test_fully_shard_on_top_stays() -> None:
         torch.testing.assert_close(out, expected)
         out.sum().backward()
         assert type(module).__name__ == "FSDPSKConv"
-    finally:
-        dist.destroy_process_group()
 
 
 def test_in_place_changes_are_named_by_autograd() -> None:

@@ -6,12 +6,14 @@ itself is not touched.
 """
 
 import copy
+import functools
 import inspect
 import math
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ from sknet_triton.layers.blocks import HOOKS
 # Far above the rounding of float64 through two batch norms, far below any other formula.
 TOLERANCE = 1e-8
 
+_THREAD = "sknet_triton check"
 _SEED = 0
 _MODES = ((False, False), (False, True), (True, True))
 # What nn.Module keeps in an instance, compared elsewhere or of no effect on a forward.
@@ -95,9 +98,19 @@ def check(
     parameters, buffers and inputs afterwards, and the random numbers drawn; and, with ``besides``,
     what the module keeps on itself and what else the forward does (`effects`).
     """
+    arguments = module, family, cls or type(module), besides
+    if threading.current_thread().name.startswith(_THREAD):
+        return _checked(*arguments)
+    # A new thread has none of the caller's: default device, autocast, inference mode, hooks of
+    # saved tensors, modes that see every function or operator.
+    with ThreadPoolExecutor(1, _THREAD) as thread:
+        return thread.submit(_checked, *arguments).result()
+
+
+def _checked(module: nn.Module, family: Family, cls: Any, besides: bool) -> Checked:
     try:
         with _isolated():
-            return _compared(module, family, cls or type(module), besides)
+            return _compared(module, family, cls, besides)
     except _UnfitError as error:
         return Checked(str(error))
 
@@ -130,8 +143,14 @@ def _compared(module: nn.Module, family: Family, cls: Any, besides: bool) -> Che
 
 
 def _check_forward(module: nn.Module, cls: Any) -> None:
-    if "forward" in module.__dict__:
-        raise _UnfitError("its forward was replaced on the instance")
+    for path, child in module.named_modules():
+        forward = vars(child).get("forward")
+        # Not a method of its own, it would run the module itself when a copy is called.
+        if forward and (child is module or getattr(forward, "__self__", None) is not child):
+            whose = f"the forward of {path}" if path else "its forward"
+            raise _UnfitError(f"{whose} was replaced on the instance")
+    if (cls.__reduce__, cls.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__):
+        raise _UnfitError("it is copied and pickled in a way of its own")
     if inspect.unwrap(cls.forward) is not cls.forward:
         raise _UnfitError("its forward is decorated, and does what the decorator does")
     if "parametrizations" in module._modules:
@@ -158,17 +177,13 @@ _one_at_a_time = threading.RLock()
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Computes on the CPU, in plain PyTorch, and puts the caller's random states back.
+    """Computes in plain PyTorch, and puts the caller's random states back.
 
     Seeded is the CPU's generator alone: ``torch.manual_seed`` reseeds those of all devices.
     """
     with ExitStack() as stack:
         stack.enter_context(_one_at_a_time)
         stack.enter_context(use_backend("reference"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
         state = torch.default_generator.get_state()
         stack.callback(torch.default_generator.set_state, state)
         stack.callback(random.setstate, random.getstate())
@@ -189,7 +204,23 @@ def _random_twin(module: nn.Module) -> nn.Module:
         memo[id(buffer)] = _random(buffer) if floating else torch.zeros_like(buffer, device="cpu")
     for child in module.modules():
         memo.update((id(getattr(child, name)), type(getattr(child, name))()) for name in HOOKS)
-    return copy.deepcopy(module, memo)
+    twin = copy.deepcopy(module, memo)
+    for child in twin.modules():
+        cls: Any = type(child)
+        if issubclass(cls, nn.SyncBatchNorm):
+            child.__class__ = _alone(cls)
+    return twin
+
+
+class _Alone(nn.SyncBatchNorm):
+    """A norm of this process alone; torch's takes no CPU tensors where there may be others."""
+
+    forward = nn.BatchNorm2d.forward
+
+
+@functools.cache
+def _alone(cls: Any) -> Any:
+    return _Alone if cls is nn.SyncBatchNorm else type(cls.__name__, (cls, _Alone), {})
 
 
 def _random(like: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ _TORCH = (
     "torch.nn",
     "torch.overrides",
     "torch.autograd.function",
+    "torch.fx.traceback",
     "torch.utils._device",
     "torch._C",
     "torch._jit_internal",

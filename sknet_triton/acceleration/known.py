@@ -218,7 +218,7 @@ def _resnest_maps(module: Any, x: Tensor) -> list[Tensor]:
 
 def _resnest_logits(module: Any, pooled: Tensor) -> Tensor:
     wide = through(_present(module, _RESNEST_MLP), unpooled(pooled))
-    cardinality = module.fc2.groups
+    cardinality = first_conv(module.fc2).groups
     grouped = wide.reshape(wide.shape[0], cardinality, module.radix, -1)
     return grouped.transpose(1, 2).flatten(2)
 
@@ -228,7 +228,7 @@ SPLIT_ATTENTION = Family(
     recognises=lambda module: _is_split_attention(module) and module.radix > 1,
     maps=_resnest_maps,
     logits=_resnest_logits,
-    example=lambda module: (images(module.conv.in_channels),),
+    example=lambda module: (images(first_conv(module.conv).in_channels),),
     stacks=False,
 )
 SPLIT_ATTENTION_RADIX_1 = replace(

@@ -181,7 +181,10 @@ class Accelerated(nn.Module):
         return self._skt_checked.reason is None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        as_usual = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        if "_skt_original" not in vars(type(self)):
+            return as_usual
+        _, _, *state = as_usual
         return _new, (self._skt_original, self._skt_family), *state
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -285,6 +288,7 @@ def _accelerated_class(original: Any, family: Family) -> Any:
             or original.forward is not own
             or is_symbolic(inputs)
             or any_hook(self._skt_silent)
+            or self._is_full_backward_hook is False
             or not self._skt_fits()
             or not family.pays(inputs)
         ):
@@ -297,6 +301,10 @@ def _accelerated_class(original: Any, family: Family) -> Any:
         "__doc__": original.__doc__,
         "_skt_family": family,
         "_skt_original": original,
+        # Of an instance that another way than `_swap` made; it runs its own forward.
+        "_skt_checked": Checked("it was not compared"),
+        "_skt_silent": (),
+        "_skt_parts": (),
     }
     return type(f"Accelerated{original.__name__}", (original, Accelerated), members)
 

@@ -76,7 +76,7 @@ def chosen(find: Callable[[], Section | None], x: Tensor) -> tuple[Section, func
         return None
     if by_modules:
         norms = [section.fc1.norm, *(block.norm for block in section.branches)]
-        if not any(type(norm) is nn.SyncBatchNorm for norm in norms):
+        if not any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
             return None
     return section, "formulas" if way == "composed" else way
 
@@ -145,7 +145,7 @@ def _takes_batch(bn: Any) -> bool:
 
 def group_of(bn: Any) -> str:
     """Names the group that ``bn`` takes statistics over; empty for this process alone."""
-    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
         return ""
     if not dist.is_available() or not dist.is_initialized():
         return ""
