@@ -74,12 +74,25 @@ def test_report_that_lacks_a_row_is_named(
     checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     by_name = {table.name: table for table in TABLES}
-    for name, marked in (("traffic", "ours-triton-eager"), ("families", "mirnet_skff")):
+    for name, marked, named in (
+        ("traffic", "ours-triton-eager", "ours-triton-eager"),
+        ("families", "mirnet_skff,train", "mirnet_skff"),
+    ):
         table = by_name[name]
         report = checkout / REPORTS / table.report
         whole = report.read_text()
         report.write_text("".join(s for s in whole.splitlines(keepends=True) if marked not in s))
         said = refusal(capsys, "publish")
         assert f"{table.report}: no row of" in said
-        assert marked in said
+        assert named in said
         report.write_text(whole)
+
+
+def test_a_family_that_nobody_has_measured_has_no_line_yet(checkout: Path) -> None:
+    table = next(table for table in TABLES if table.name == "families")
+    report = checkout / REPORTS / table.report
+    lines = report.read_text().splitlines(keepends=True)
+    report.write_text("".join(line for line in lines if "mirnet_skff" not in line))
+    left = table.lines(checkout)
+    report.write_text("".join(lines))
+    assert left == [line for line in table.lines(checkout) if "mirnet_skff" not in line]

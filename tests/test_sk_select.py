@@ -210,7 +210,7 @@ def test_other_activations_match_float64(
     weights = logits.double()
     terms = ROUNDINGS * (1.0 + weights.abs().max().item())
     oracle = textbook(wide(xs), weights, activation)
-    largest = textbook(magnitudes(xs), weights if activation else weights.abs(), activation)
+    largest = textbook(magnitudes(xs), WEIGHTS[activation](weights).abs(), None)
     assert_matches(out, oracle, largest, terms)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from perf.peers.families import FAMILIES
 from perf.rows import others, schema
 from perf.rows.cases import LAYOUTS
 from perf.rows.errors import UsageError
 from perf.rows.typed_csv import Schema
+from perf.sweep.workloads import LEVEL_OF
 
 REPORTS = "perf/reports"
 _TRAFFIC_PROVIDERS = ("plain-eager", "plain-compile", "ours-pytorch-compile", "ours-triton-eager")
@@ -136,7 +136,7 @@ def families(report: pd.DataFrame) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     by_row = report.set_index(["workload", "layout", "mode", "provider"]).sort_index()
-    for name in FAMILIES:
+    for name in [name for name in LEVEL_OF if name in set(report.workload)]:
         for layout in LAYOUTS:
             cells = [
                 _ratio(by_row.ms_p50, name, layout, mode, pair)
