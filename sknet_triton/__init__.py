@@ -6,7 +6,7 @@ imports neither triton nor a device driver; both wait for the first GPU tensor.
 
 from sknet_triton import functional
 from sknet_triton.acceleration import Family, accelerate, register_family, restore
-from sknet_triton.backend import Backend, use_backend
+from sknet_triton.backend import Backend, set_backend, use_backend
 from sknet_triton.checkpoints import convert_state_dict, load_checkpoint
 from sknet_triton.inference import fuse_bn
 from sknet_triton.layers import BranchSpec, SKConv, SKUnit
@@ -31,6 +31,7 @@ __all__ = [
     "load_checkpoint",
     "register_family",
     "restore",
+    "set_backend",
     "sknet26",
     "sknet50",
     "sknet101",

@@ -3,11 +3,8 @@
 import importlib.util
 import os
 import sys
-import threading
-import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -25,27 +22,37 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 _process: Backend | None = None
 _block: ContextVar[Backend | None] = ContextVar("sknet_triton_backend", default=None)
-# What code under torch.compile chose, which cannot set a ContextVar.
+# The block inside of code under torch.compile, which cannot set a ContextVar.
 _traced: Backend | None = None
-_thread = threading.local()
 _this = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Backend | None:
     # torch.compile cannot read a ContextVar before torch 2.14. It can read an attribute of a
     # module, and its guard reads it again before every call, in the caller's thread and context.
-    if name == "_chosen":
-        _settle()
-        return _block.get() or _process
+    if name == "_in_block":
+        return _block.get()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
-    """Chooses the implementation of every stage, as a setter or as a context manager.
+def set_backend(name: Backend) -> None:
+    """Chooses the implementation of every stage for the whole process, outside of blocks.
 
-    ``use_backend("reference")`` holds from that line on, for the whole process;
-    ``with use_backend("reference"):`` holds inside the block, for this thread and context (as of
-    ``contextvars``) alone, and goes before what the process is set to.
+    Args:
+        name: as in `use_backend`, whose blocks go before it.
+
+    Raises:
+        ValueError: ``name`` is not one of the three.
+    """
+    global _process
+    _process = _checked(name, "name")
+
+
+class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
+    """Chooses the implementation of every stage for a block, in its thread and context.
+
+    ``with use_backend("reference"):`` goes before `set_backend` and is seen nowhere else; the
+    context is that of ``contextvars``.
 
     Args:
         name: ``"auto"`` takes Triton for tensors on a GPU and PyTorch for all others, and for all
@@ -57,60 +64,26 @@ class use_backend:  # noqa: N801 - used as a function, as torch.no_grad is
         ValueError: ``name`` is not one of the three.
     """
 
-    _open = False
-
     def __init__(self, name: Backend) -> None:
-        global _traced
         self._name = _checked(name, "name")
         self._outer: list[Backend | None] = []
-        if torch.compiler.is_dynamo_compiling():
-            self._before, _traced = _traced, self._name
-            return
-        _settle()
-        self._open = True
-        _thread.last = weakref.ref(self)
 
     def __enter__(self) -> None:
-        global _traced
-        if torch.compiler.is_dynamo_compiling():
-            self._outer.append(self._before)
-            _traced = self._name
-            return
-        self._open = False
-        self._outer.append(_block.get())
-        _block.set(self._name)
+        self._outer.append(_exchanged(self._name))
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        global _traced
-        if torch.compiler.is_dynamo_compiling():
-            _traced = self._outer.pop()
-        else:
-            _block.set(self._outer.pop())
-
-    def __del__(self) -> None:
-        # Of a statement of its own, at the end of the line.
-        self._settle()
-
-    def _settle(self) -> None:
-        """Sets the process, unless this was a block's: no other thread sees a block begin."""
-        global _process
-        if self._open:
-            self._open, _process = False, self._name
+    def __exit__(self, *_: object) -> None:
+        _exchanged(self._outer.pop())
 
 
-def _settle() -> None:
-    """Carries out the setters that this thread is past, before it chooses or reads."""
-    global _process, _traced
-    if _traced is not None:
-        _process, _traced = _traced, None
-    last = getattr(_thread, "last", lambda: None)()
-    if last is not None:
-        last._settle()
+def _exchanged(name: Backend | None) -> Backend | None:
+    """Makes ``name`` the block's choice; returns the one before."""
+    global _traced
+    if torch.compiler.is_dynamo_compiling():
+        before, _traced = _traced, name
+    else:
+        before = _block.get()
+        _block.set(name)
+    return before
 
 
 def current_backend() -> Backend:
@@ -121,8 +94,7 @@ def current_backend() -> Backend:
     Raises:
         ValueError: ``SKNET_TRITON_BACKEND`` holds an unknown name.
     """
-    chosen: Backend | None = _traced or _this._chosen
-    return chosen if chosen is not None else _from_environment()
+    return _traced or _this._in_block or _process or _from_environment()
 
 
 def takes_triton(tensor: Tensor) -> bool:

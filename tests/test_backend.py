@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from sknet_triton import Backend, backend, functional, use_backend
+from sknet_triton import Backend, backend, functional, set_backend, use_backend
 from tests.processes import needs_gloo
 
 BRANCHES = [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]
@@ -30,14 +30,14 @@ def test_the_default_is_auto() -> None:
 
 
 def test_the_setter_holds_until_the_next() -> None:
-    use_backend("reference")
+    set_backend("reference")
     assert backend.current_backend() == "reference"
-    use_backend("triton")
+    set_backend("triton")
     assert backend.current_backend() == "triton"
 
 
 def test_a_block_restores_what_was_set_before() -> None:
-    use_backend("triton")
+    set_backend("triton")
     with use_backend("reference"):
         assert backend.current_backend() == "reference"
     assert backend.current_backend() == "triton"
@@ -61,8 +61,9 @@ def test_an_exception_restores_and_is_not_swallowed() -> None:
 
 def test_an_object_sets_its_backend_each_time_it_is_entered() -> None:
     reference = use_backend("reference")
-    use_backend("triton")
+    set_backend("triton")
     for _ in range(2):
+        assert backend.current_backend() == "triton"
         with reference:
             assert backend.current_backend() == "reference"
 
@@ -82,7 +83,7 @@ def seen_elsewhere() -> str:
 def test_a_block_is_its_threads_own_and_a_setter_the_processes() -> None:
     with use_backend("reference"):
         assert seen_elsewhere() == "auto"
-        in_a_thread(lambda: use_backend("triton"))
+        in_a_thread(lambda: set_backend("triton"))
         assert backend.current_backend() == "reference"
     assert backend.current_backend() == seen_elsewhere() == "triton"
 
@@ -126,15 +127,6 @@ def test_blocks_of_several_threads_are_seen_by_none_other_and_leave_nothing() ->
     assert backend.current_backend() == seen_elsewhere() == "auto"
 
 
-def test_a_kept_object_sets_the_process_when_the_thread_is_past_it() -> None:
-    kept = use_backend("reference")
-    assert backend.current_backend() == seen_elsewhere() == "reference"
-    with kept:
-        use_backend("triton")
-    del kept
-    assert backend.current_backend() == "triton"
-
-
 def test_compiled_code_follows_the_block_the_setter_and_the_thread(fresh_dynamo: None) -> None:
     counter = CompileCounter()
 
@@ -153,7 +145,7 @@ def test_compiled_code_follows_the_block_the_setter_and_the_thread(fresh_dynamo:
         assert other == [1]
     assert value() == 1
     assert counter.frame_count == 2
-    use_backend("triton")
+    set_backend("triton")
     assert value() == 3
 
 
@@ -168,11 +160,24 @@ def test_a_block_inside_of_compiled_code(fresh_dynamo: None) -> None:
     assert backend.current_backend() == seen_elsewhere() == "auto"
 
 
+def test_a_setter_inside_of_compiled_code(fresh_dynamo: None) -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def shifted(x: Tensor) -> Tensor:
+        set_backend("triton")
+        return x + (backend.current_backend() == "triton")
+
+    assert [shifted(torch.zeros(1)).item() for _ in range(2)] == [1, 1]
+    assert backend.current_backend() == seen_elsewhere() == "triton"
+
+
+@pytest.mark.parametrize("choose", [use_backend, set_backend])
 @pytest.mark.parametrize("name", ["cuda", "Triton", "", None])
-def test_an_unknown_name_is_refused_and_changes_nothing(name: str | None) -> None:
-    use_backend("reference")
+def test_an_unknown_name_is_refused_and_changes_nothing(
+    name: str | None, choose: Callable[[Any], object]
+) -> None:
+    set_backend("reference")
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
-        use_backend(name)  # type: ignore[arg-type]
+        choose(name)
     assert str(caught.value) == f"name: expected one of auto, triton, reference, got {name!r}"
     assert backend.current_backend() == "reference"
 

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sknet_triton import SKConv, functional, use_backend
+from sknet_triton import SKConv, functional, set_backend, use_backend
 from sknet_triton import backend as backend_module
 from sknet_triton.backend import ENVIRONMENT_VARIABLE, Backend, current_backend
 from tests.helpers import assert_same
@@ -169,7 +169,7 @@ def test_a_choice_made_in_a_forked_child_stays_there(
 
 
 def choose(_: int, folder: str) -> None:
-    use_backend("reference")
+    set_backend("reference")
     inside = current_backend()
     outside = contextvars.Context().run(current_backend)
     (Path(folder) / "chosen").write_text(f"{inside} {outside}")
