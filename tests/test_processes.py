@@ -159,7 +159,7 @@ def test_a_choice_made_in_a_forked_child_stays_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend_module, "_process", None)
-    use_backend("triton")
+    set_backend("triton")
     with use_backend("auto"):
         cast(Any, mp).start_processes(choose, (str(tmp_path),), nprocs=1, start_method="fork")
         assert current_backend() == "auto"
