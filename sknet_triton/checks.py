@@ -2,40 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
+import torch
 from torch import Tensor
 
-
-class Norm(Protocol):
-    """What is checked of a `functional.BatchNormArgs`."""
-
-    @property
-    def running_mean(self) -> Tensor | None:
-        """[n], or None."""
-
-    @property
-    def running_var(self) -> Tensor | None:
-        """[n], or None."""
-
-    @property
-    def eps(self) -> float:
-        """Added to the variance."""
-
-    @property
-    def batch_stats(self) -> bool:
-        """Whether the statistics of the batch are taken."""
-
-    @property
-    def group(self) -> str:
-        """Names a process group, or is empty."""
+from sknet_kernels.config import MAX_BRANCHES
+from sknet_triton.reference import BatchNormArgs
 
 
-def check_section(
+def check_fuse_select(
     xs: list[Tensor],
-    norms: Sequence[Norm],
+    norms: Sequence[BatchNormArgs],
     fc1_weight: Tensor,
-    fc1_norm: Norm,
+    fc1_norm: BatchNormArgs,
     fc2_weight: Tensor,
 ) -> None:
     """Checks what `functional.sk_fuse_select` takes beside the branches.
@@ -47,11 +26,11 @@ def check_section(
     if len(norms) != M:
         raise ValueError(f"norms: expected one a branch, {M}, got {len(norms)}")
     for i, n in enumerate(norms):
-        ours, first = (n.eps, n.batch_stats, n.group), norms[0]
-        if ours != (first.eps, first.batch_stats, first.group):
+        agreed, own = ((x.eps, x.batch_stats, x.process_group) for x in (norms[0], n))
+        if own != agreed:
             raise ValueError(
-                f"norms[{i}]: expected eps, batch_stats and group of norms[0], "
-                f"{(first.eps, first.batch_stats, first.group)}, got {ours}"
+                f"norms[{i}]: expected eps, batch_stats and process_group of norms[0], "
+                f"{agreed}, got {own}"
             )
     for n in (*norms, fc1_norm):
         if not n.batch_stats and (n.running_mean is None or n.running_var is None):
@@ -59,10 +38,10 @@ def check_section(
                 "norms: running_mean and running_var are needed where batch_stats is False, "
                 "got None"
             )
-    taken = [n.group for n in (norms[0], fc1_norm) if n.batch_stats]
+    taken = [n.process_group for n in (norms[0], fc1_norm) if n.batch_stats]
     if len(set(taken)) > 1:
         raise ValueError(
-            f"fc1_norm: expected the group of the norms, {taken[0]!r}, got {taken[1]!r}"
+            f"fc1_norm: expected the process_group of the norms, {taken[0]}, got {taken[1]}"
         )
     if fc1_weight.dim() != 2 or fc1_weight.shape[1] != C:
         raise ValueError(
@@ -180,4 +159,23 @@ def check_logits(logits: Tensor, xs: list[Tensor]) -> None:
     if logits.device != xs[0].device:
         raise ValueError(
             f"logits: expected the device of the branches, {xs[0].device}, got {logits.device}"
+        )
+
+
+def check_limits(xs: Sequence[Tensor]) -> None:
+    """Checks what the Triton kernels ask of the branches beyond what `checked_branches` does.
+
+    Raises:
+        TypeError: they have no kernels for the dtype.
+        ValueError: the branches outnumber what they take.
+    """
+    if len(xs) > MAX_BRANCHES:
+        raise ValueError(
+            f"branches: the triton backend takes at most {MAX_BRANCHES}, got {len(xs)}; "
+            "use_backend('reference') takes any number"
+        )
+    if xs[0].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(
+            "branches: the triton backend takes float16, bfloat16, float32 and float64, "
+            f"got {xs[0].dtype}"
         )

@@ -239,7 +239,7 @@ def magnitudes(xs: Sequence[Tensor]) -> list[Tensor]:
 
 def is_plain(sk: SKConv) -> bool:
     """Tells whether what lies between the convolutions and V is what `sk_fuse_select` computes."""
-    return sk._plain_section() is not None
+    return sk._parts() is not None
 
 
 class Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -51,6 +51,7 @@ def select_bwd(
 def moments(xs: Sequence[Tensor], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns mean, biased and unbiased variance [M, C]."""
     (mean, var), kept = sk_moments(flat(xs), **options)
+    assert kept is not None
     assert torch.equal(kept[0], mean)
     return mean, var, kept[1]
 

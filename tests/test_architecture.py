@@ -16,8 +16,10 @@ from tests.helpers import ROOT
 # From the lowest floor up. A module may import its own floor's package and whatever lies below.
 FLOORS = (
     {"sknet_kernels"},
-    {"sknet_triton.backend", "sknet_triton.checks", "sknet_triton.reference"},
+    {"sknet_triton.backend", "sknet_triton.reference"},
+    {"sknet_triton.checks"},
     {"sknet_triton.ops"},
+    {"sknet_triton.fused"},
     {"sknet_triton.functional"},
     {"sknet_triton.layers", "sknet_triton.hf_kernel"},
     {"sknet_triton.models"},

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, functional, use_backend
+from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, fused, use_backend
 from sknet_triton.backend import Backend
 from tests.helpers import EXACT, assert_same, outcome
 from tests.plain_sknet import largest_error, scramble
@@ -89,7 +89,7 @@ def tripwire(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise TogetherError
 
-    monkeypatch.setattr(functional, "fused", refuse)
+    monkeypatch.setattr(fused, "fuse_select", refuse)
 
 
 @pytest.mark.usefixtures("tripwire")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from sknet_triton import functional, ops
+from sknet_triton import functional, fused, ops
 from tests.helpers import Case, Recorded
 from tests.test_ops import OPERATOR_CASES, tensors
 
@@ -121,7 +121,7 @@ def test_every_step_of_the_section(
     section: SectionCase, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without kernels the operators run in programs that were made where there were some.
-    monkeypatch.setattr(functional, "way_of", lambda x: "kernels")
+    monkeypatch.setattr(fused, "way_of", lambda x: "kernels")
     with Recorded() as recorded:
         out = section.run(device, grad=True)
         torch.autograd.backward(out, section.case.tensor(device, seed=9))

@@ -14,10 +14,10 @@ from perf.static.bytes import counted_bytes
 from sknet_kernels import launch as launching
 from sknet_kernels.config import LaunchConfig
 from sknet_kernels.norms import Norms
-from sknet_triton import SKConv, functional, use_backend
+from sknet_triton import SKConv, functional, fused, use_backend
 from sknet_triton.backend import Backend, current_backend
-from sknet_triton.layers import section
-from sknet_triton.reference import stages
+from sknet_triton.layers import parts
+from sknet_triton.reference import passes
 from tests import launchers
 from tests.helpers import (
     BACKENDS,
@@ -59,7 +59,7 @@ def norms_of(case: Case, device: torch.device) -> Norms:
 def test_moments(case: Case, device: torch.device) -> None:
     xs = case.branches(device)
     mean, var, unbiased = launchers.moments(xs)
-    exact_mean, exact_var = stages.moments(wide(xs))
+    exact_mean, exact_var = passes.moments(wide(xs))
     scale = torch.stack([x.double().abs().amax() for x in xs])[:, None]
     eps = torch.finfo(mean.dtype).eps
     assert ((mean - exact_mean).abs() <= 64 * eps * scale).all()
@@ -76,7 +76,7 @@ def test_moments_of_a_large_mean_keep_their_digits(
     xs = [x + 1e4 for x in Case((4, 6, 5, 7), layout=layout).branches(device)]
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
     mean, var, _ = launchers.moments(xs, config=config)
-    exact_mean, exact_var = stages.moments(wide(xs))
+    exact_mean, exact_var = passes.moments(wide(xs))
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
     # A mean near 1e4 has an ulp of 1e-3, and parts lie up to half a deviation apart. For scale:
     # E[x^2] - E[x]^2 in float32 would be off by 1e8 * 6e-8, more than the variance itself.
@@ -87,9 +87,9 @@ def test_moments_of_a_large_mean_keep_their_digits(
 def test_sums(case: Case, device: torch.device) -> None:
     xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
     got, norm = launchers.sums(dout, xs, norms), launchers.norm_rows(norms)
-    exact = stages.sums(dout.double(), wide(xs), norm)
-    magnitude = stages.sums(dout.double().abs(), wide(xs), norm)
-    xhat = stages.sums(torch.ones_like(dout.double()), wide(xs), norm)[1]
+    exact = passes.sums(dout.double(), wide(xs), norm)
+    magnitude = passes.sums(dout.double().abs(), wide(xs), norm)
+    xhat = passes.sums(torch.ones_like(dout.double()), wide(xs), norm)[1]
     assert got.shape == exact.shape
     # |dout k xhat| <= |dout| * 8: samples of a normal distribution, centred and scaled.
     bound = 256 * torch.finfo(got.dtype).eps * (8 * magnitude[0] + 8 * xhat + 1)
@@ -103,7 +103,7 @@ def test_sums_split_over_programs(splits: int, device: torch.device) -> None:
     xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
     got = launchers.sums(dout, xs, norms, config=config)
-    exact = stages.sums(dout, xs, launchers.norm_rows(norms))
+    exact = passes.sums(dout, xs, launchers.norm_rows(norms))
     torch.testing.assert_close(got, exact, rtol=EXACT, atol=EXACT)
     assert torch.equal(got, launchers.sums(dout, xs, norms, config=config))
 
@@ -118,7 +118,7 @@ def test_gradients(case: Case, drifts: bool, device: torch.device) -> None:
     got = launchers.dx(dout, xs, norms, logits, share, drift if drifts else None)
 
     inputs = (dout.double(), wide(xs), norm, torch.softmax(logits.double(), 1), share.double())
-    exact = stages.gradients(*inputs, drift.double().transpose(0, 1) if drifts else None)
+    exact = passes.gradients(*inputs, drift.double().transpose(0, 1) if drifts else None)
     # |xhat| stays under 16, so this bounds every term.
     spatial = (1,) * (dout.dim() - 2)
     terms = inputs[0].abs() + inputs[4].abs().view(*share.shape, *spatial)
@@ -144,7 +144,7 @@ def test_an_input_at_exactly_zero_passes_no_gradient(drifts: bool, device: torch
     zeros = norms._replace(bias=tuple(torch.zeros_like(share[0]) for _ in xs))
     rows = None if drift is None else drift.transpose(0, 1)
     attn = torch.softmax(logits, 1)
-    exact = stages.gradients(dout, xs, launchers.norm_rows(zeros), attn, share, rows)
+    exact = passes.gradients(dout, xs, launchers.norm_rows(zeros), attn, share, rows)
     for dx, expected in zip(got, exact, strict=True):
         torch.testing.assert_close(dx, expected, rtol=EXACT, atol=EXACT)
     if not drifts:
@@ -176,26 +176,26 @@ def composed(sk: SKConv) -> SKConv:
 @pytest.fixture
 def section_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the formulas of `sk_fuse_select` where eager PyTorch would rather call the modules."""
-    way_of = functional.way_of
+    way_of = fused.way_of
 
-    def fused(x: Tensor) -> functional.Way:
+    def fusing(x: Tensor) -> fused.Way:
         way = way_of(x)
         return "formulas" if way == "composed" else way
 
-    monkeypatch.setattr(functional, "way_of", fused)
+    monkeypatch.setattr(fused, "way_of", fusing)
 
 
 def test_eager_pytorch_calls_the_modules_and_the_others_do_not(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sk, x = SKConv(3, 4, G=1, d=5, device=device), torch.randn(2, 3, 4, 4, device=device)
-    run, calls = section.run, []
+    run, calls = parts.run, []
 
-    def recorded(plain: section.Section, maps: list[Tensor], way: functional.Way) -> Tensor:
+    def recorded(found: parts.Parts, maps: list[Tensor], way: fused.Way) -> Tensor:
         calls.append(current_backend())
-        return run(plain, maps, way)
+        return run(found, maps, way)
 
-    monkeypatch.setattr(section, "run", recorded)
+    monkeypatch.setattr(parts, "run", recorded)
     for backend in BACKENDS:
         with use_backend(backend):
             sk(x)
@@ -290,6 +290,48 @@ def test_skconv_equals_its_modules(
         assert_same(actual, expected)
 
 
+def another_momentum(sk: SKConv) -> None:
+    cast(Any, sk.branches[1]).bn.momentum = 0.4
+
+
+def one_norm_for_all(sk: SKConv) -> None:
+    cast(Any, sk.branches[1]).bn = cast(Any, sk.branches[0]).bn
+
+
+# What is done to a module between two steps.
+CHANGES: dict[str, Callable[[SKConv], Any]] = {
+    "nothing": lambda sk: None,
+    "momentum": for_norms(lambda bn: setattr(bn, "momentum", 0.7)),
+    "momentum of one norm": another_momentum,
+    "momentum None": for_norms(set_momentum_none),
+    "a shared norm": one_norm_for_all,
+    "new buffers": for_norms(lambda bn: bn.reset_running_stats()),
+    "buffers of another dtype": for_norms(lambda bn: bn.to(torch.float64)),
+    "frozen branches": freeze_branches,
+    "frozen fc1": freeze_fc1,
+    "no tracking": for_norms(without_tracking),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_running_statistics_move_as_the_modules_move_them(
+    name: str, backend: Backend, device: torch.device, section_in_eager: None
+) -> None:
+    sk = scrambled(SKConv(3, 4, M=2, G=1, d=5, device=device)).train()
+    twin = composed(sk)
+    for step in range(4):
+        if step == 2:
+            for module in (sk, twin):
+                CHANGES[name](module)
+        x = torch.randn(3, 3, 4, 4, device=device)
+        for module, chosen in ((sk, backend), (twin, "reference")):
+            with use_backend(cast(Backend, chosen)):
+                module(x)
+        for (key, got), exact in zip(sk.named_buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(got, exact, rtol=3e-6, atol=1e-6, msg=f"{key}, step {step}")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -382,7 +424,7 @@ def leaves_of(x: Any) -> list[Tensor]:
 
 
 # How the section is carried out: the steps in PyTorch, by launchers, as operators.
-WAYS: dict[str, tuple[functional.Way, bool]] = {
+WAYS: dict[str, tuple[fused.Way, bool]] = {
     "formulas": ("formulas", False),
     "launchers": ("kernels", False),
     "operators": ("kernels", True),
@@ -408,8 +450,8 @@ def test_every_gradient_is_that_of_pytorchs_own_operators(
 
     with use_backend("reference"):
         expected = run()
-    monkeypatch.setattr(functional, "way_of", lambda x: WAYS[way][0])
-    monkeypatch.setattr(functional, "_watched", lambda tensors: WAYS[way][1])
+    monkeypatch.setattr(fused, "way_of", lambda x: WAYS[way][0])
+    monkeypatch.setattr(fused, "_watched", lambda tensors: WAYS[way][1])
     for got, exact in zip(run(), expected, strict=True):
         torch.testing.assert_close(got, exact, rtol=EXACT, atol=EXACT)
 
@@ -427,8 +469,8 @@ def test_launchers_run_on_plain_tensors_and_operators_in_graphs(device: torch.de
             functional.sk_fuse_select(branches, *positional, **biases)
         recorded.append(sorted(mode.calls))
     assert recorded == [["sk_hidden", "sk_logits", "sk_out"]] * 2
-    assert not functional._watched([*xs, None, positional[1]])
-    assert functional._watched([xs[0].as_subclass(Subclass)])
+    assert not fused._watched([*xs, None, positional[1]])
+    assert fused._watched([xs[0].as_subclass(Subclass)])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -518,7 +560,7 @@ def test_launches(
                 out = sk.train()(x)
             with counted_launches() as backward:
                 torch.autograd.backward(out.sum())
-            assert (forward.total(), len(foreach), backward.total()) == (6, 3, 4), again
+            assert (forward.total(), foreach, backward.total()) == (6, [], 4), again
             with counted_launches() as inference, torch.no_grad():
                 sk.eval()(x)
             assert inference.total() == 4

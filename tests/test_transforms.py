@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
-from sknet_triton import Backend, SKConv, backend, functional, ops, use_backend
+from sknet_triton import Backend, SKConv, backend, functional, fused, ops, use_backend
 from sknet_triton.functional import BatchNormArgs
 from tests.helpers import BACKENDS, EXACT
 from tests.plain_sknet import scramble
@@ -150,8 +150,11 @@ def test_a_gradient_penalty_through_skconv(backend: Backend, training: bool) -> 
 
 
 def test_statistics_over_a_group_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "sum_over", lambda group, x: x)
-    xs, norm = [random(*SHAPE).requires_grad_()] * 2, BatchNormArgs(None, None, group="0")
+    monkeypatch.setattr(fused, "sum_over", lambda group, x: x)
+    xs, norm = (
+        [random(*SHAPE).requires_grad_()] * 2,
+        BatchNormArgs(None, None, process_group=cast(Any, 0)),
+    )
     out = functional.sk_fuse_select(xs, [norm] * 2, random(2, 3), norm, random(6, 2)).out
     with pytest.raises(RuntimeError, match=r"sk_fuse_select: statistics over a process group"):
         torch.autograd.grad(out.sum(), xs[0], create_graph=True)

@@ -204,6 +204,20 @@ def channel_vectors(ptrs, offs_c, mask_c, ACC: tl.constexpr, ABSENT: tl.constexp
 
 
 @triton.jit
+def move_towards(running_ptr, offs_c, batch, mask_c, keep, momentum, ACC: tl.constexpr):
+    """Running = keep * running + momentum * batch in place, for vectors [BLOCK_C]."""
+    running = tl.load(running_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
+    moved = running * keep + batch * momentum
+    tl.store(running_ptr + offs_c, moved.to(running_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def count_batch(tracked_ptr, is_first):
+    """Adds 1 to the one element of ``tracked_ptr``, in one program."""
+    tl.store(tracked_ptr, tl.load(tracked_ptr) + 1, mask=is_first)
+
+
+@triton.jit
 def inverse_deviations(var_ptrs, offs_c, mask_c, EPS: tl.constexpr, ACC: tl.constexpr):
     """Returns rstd_i = 1 / sqrt(var_i + EPS) of every branch as vectors [BLOCK_C]."""
     rstds = ()

@@ -25,6 +25,26 @@ class Norms(NamedTuple):
     eps: float
 
 
+class Running(NamedTuple):
+    """Running statistics of batch norms over the same channels, one a branch, moved in place.
+
+    Attributes:
+        mean: [n] each.
+        var: unbiased, likewise.
+        tracked: how many batches they have seen, [] each.
+        momentum: the weight of a new batch.
+    """
+
+    mean: tuple[Tensor, ...]
+    var: tuple[Tensor, ...]
+    tracked: tuple[Tensor, ...]
+    momentum: float
+
+    def signature(self) -> object:
+        """Returns what a compiled kernel depends on."""
+        return self.momentum, tuple([(x.dtype, x.data_ptr() % 16) for xs in self[:3] for x in xs])
+
+
 class ChannelGradients(NamedTuple):
     """Gradients of small tensors, each in the dtype of its parameter; None where there is none.
 

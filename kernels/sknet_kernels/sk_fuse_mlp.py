@@ -19,12 +19,14 @@ from sknet_kernels.jit import (
     branch_weights_bwd,
     channel_vector,
     channel_vectors,
+    count_batch,
     kept_by_relu,
+    move_towards,
     relu,
     zero_tiles,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
-from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
+from sknet_kernels.norms import ChannelGradients, Norms, Running, common_dtype
 
 
 @triton.jit
@@ -165,11 +167,12 @@ def _activated(hidden, norm):
     return hhat, relu(hhat * gamma[None, :] + beta[None, :])
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "keep", "momentum"])
 def _sk_logits_kernel(
     logits_ptr,
     stats_ptr,
     kept_ptr,
+    running_ptrs,
     hidden_ptr,
     fc1_norm_ptrs,
     weight_ptr,
@@ -178,6 +181,8 @@ def _sk_logits_kernel(
     B,
     N,
     d,
+    keep,
+    momentum,
     EPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -187,7 +192,8 @@ def _sk_logits_kernel(
     """logits[b, n] = z weight^T + bias, with z = max((hidden - mean) * rstd * gamma + beta, 0).
 
     Where the norm has no mean, mean and variance are those of hidden over its images, and the first
-    program writes stats, mean and biased variance, and kept, mean and unbiased variance.
+    program writes stats, mean and biased variance, and kept, mean and unbiased variance; without
+    kept it sets running = keep * running + momentum * (mean, unbiased variance), and counts.
     Shapes: hidden [B, d], logits [B, N], stats and kept [2, d] in the dtype of sums, N = M * C;
     weight [N, d] of any strides; bias [N], gamma and beta [d] or None. Passes moved: none of full
     size. Source: Li et al. 2019, eqs. 3 and 4.
@@ -213,8 +219,13 @@ def _sk_logits_kernel(
             mask_stats = mask_d & (pid == 0)
             tl.store(stats_ptr + offs_d, mean, mask=mask_stats)
             tl.store(stats_ptr + d + offs_d, var, mask=mask_stats)
-            tl.store(kept_ptr + offs_d, mean, mask=mask_stats)
-            tl.store(kept_ptr + d + offs_d, m2 / tl.cast(B - 1, ACC), mask=mask_stats)
+            unbiased = m2 / tl.cast(B - 1, ACC)
+            if kept_ptr is not None:
+                tl.store(kept_ptr + offs_d, mean, mask=mask_stats)
+                tl.store(kept_ptr + d + offs_d, unbiased, mask=mask_stats)
+            else:
+                move_towards(running_ptrs[0], offs_d, mean, mask_stats, keep, momentum, ACC)
+                move_towards(running_ptrs[1], offs_d, unbiased, mask_stats, keep, momentum, ACC)
             norm = (mean, 1.0 / tl.sqrt(var + EPS), norm[2], norm[3])
         hidden_ptrs = hidden_ptr + offs_b[:, None] * d + offs_d[None, :]
         hidden = tl.load(hidden_ptrs, mask=mask_b[:, None] & mask_d[None, :], other=0.0)
@@ -222,6 +233,8 @@ def _sk_logits_kernel(
         # weight is 0 past d, but 0 * inf is NaN.
         z = tl.where(mask_d[None, :], z, 0.0)
         logits += tl.dot(z, weight, input_precision="ieee", out_dtype=ACC)
+    if running_ptrs is not None:
+        count_batch(running_ptrs[2], pid == 0)
     logits += channel_vector(bias_ptr, offs_n, mask_n, ACC, 0.0)[None, :]
     offs = offs_b[:, None] * N + offs_n[None, :]
     tl.store(logits_ptr + offs, logits, mask=mask_b[:, None] & mask_n[None, :])
@@ -586,23 +599,26 @@ def sk_logits(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     M: int,
+    running: Running | None = None,
     *,
     config: MLPConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Launches fc1's norm, ReLU and fc2: hidden [B, d] -> logits [B, M, C] and statistics.
 
     The statistics of the batch are mean and biased variance [2, d], and in memory of their own
-    mean and unbiased variance [2, d]; None where ``fc1_norm`` says what to apply.
+    mean and unbiased variance [2, d]; None where ``fc1_norm`` says what to apply. With ``running``,
+    of one norm, the latter are not returned: it is moved towards them.
     """
     B, d = hidden.shape
     logits = hidden.new_empty((B, M, fc2_weight.shape[0] // M))
     vectors = _vectors(fc1_norm)
     stats = hidden.new_empty((2, d)) if vectors[0] is None else None
-    kept = hidden.new_empty((2, d)) if vectors[0] is None else None
+    kept = hidden.new_empty((2, d)) if vectors[0] is None and running is None else None
+    moved, momentum = _moved(running)
     launch(
         sk_logits_launch,
-        logits, stats, kept, hidden, vectors, fc2_weight, fc2_bias,
-        eps=fc1_norm.eps, config=config,
+        logits, stats, kept, moved, hidden, vectors, fc2_weight, fc2_bias,
+        eps=fc1_norm.eps, momentum=momentum, config=config,
     )  # fmt: skip
     return logits, stats, kept
 
@@ -679,6 +695,14 @@ def _vectors(norm: Norms) -> tuple[Tensor | None, ...]:
     return mean, var, gamma, beta
 
 
+def _moved(running: Running | None) -> tuple[tuple[Tensor, ...] | None, float]:
+    """Returns mean, var and tracked of one norm, and their momentum."""
+    if running is None:
+        return None, 0.0
+    (mean,), (var,), (tracked,), momentum = running
+    return (mean, var, tracked), momentum
+
+
 def _empty(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else torch.empty_like(parameter)
 
@@ -712,12 +736,14 @@ def sk_logits_launch(
     logits: Tensor,
     stats: Tensor | None,
     kept: Tensor | None,
+    running: tuple[Tensor, ...] | None,
     hidden: Tensor,
     fc1_norm: tuple[Tensor | None, ...],
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     *,
     eps: float,
+    momentum: float,
     config: MLPConfig | None = None,
 ) -> Launch:
     """Returns the launch that fills ``logits`` [B, M, C], ``stats`` and ``kept`` [2, d]."""
@@ -726,12 +752,13 @@ def sk_logits_launch(
     config = config or MLPConfig.logits(problem, DeviceFacts.of(hidden.device))
     return _mlp_launch(
         _sk_logits_kernel,
-        (logits, stats, kept, hidden, fc1_norm, fc2_weight, fc2_bias),
+        (logits, stats, kept, running, hidden, fc1_norm, fc2_weight, fc2_bias),
         problem,
         config,
         # An empty batch has statistics, of nothing, to be written.
         programs=max(1, cdiv(B, config.block_b)) * cdiv(M * C, config.block_n),
         weight=fc2_weight,
+        momentum=momentum,
         EPS=eps,
     )
 
@@ -806,6 +833,7 @@ def _mlp_launch(
     programs: int,
     weight: Tensor,
     S: int | None = None,
+    momentum: float = 0.0,
     **constants: Any,
 ) -> Launch:
     """Returns the launch of a kernel that takes ``pointers`` first, then what it names of these."""
@@ -817,6 +845,8 @@ def _mlp_launch(
         "N": problem.M * problem.C,
         "d": problem.d,
         "S": S,
+        "keep": 1 - momentum,
+        "momentum": momentum,
     }
     known = {
         "NUM_BRANCHES": problem.M,

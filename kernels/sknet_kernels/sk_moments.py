@@ -13,8 +13,10 @@ from sknet_kernels.config import (
     cdiv,
 )
 from sknet_kernels.jit import (
+    count_batch,
     known_strides,
     load_tile,
+    move_towards,
     own_tiles,
     plus,
     row_starts,
@@ -23,6 +25,7 @@ from sknet_kernels.jit import (
     zero_sums,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
+from sknet_kernels.norms import Running
 
 
 @triton.jit
@@ -113,13 +116,19 @@ def _sk_moments_kernel(
         tl.store(ptrs + 2 * step, tl.maximum(m2, 0.0), mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["size", "splits"])
+@triton.jit(do_not_specialize=["C", "splits", "keep", "momentum"])
 def _sk_moments_finish_kernel(
     applied_ptr,
     kept_ptr,
+    running_mean_ptrs,
+    running_var_ptrs,
+    tracked_ptrs,
     partial_ptr,
-    size,
+    C,
     splits,
+    keep,
+    momentum,
+    NUM_BRANCHES: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -128,14 +137,16 @@ def _sk_moments_finish_kernel(
 
     n = sum(n_p); mean = sum(n_p mean_p) / n, taken from mean_0 on;
     M2 = sum(M2_p + n_p (mean_p - mean)^2); the variances are M2 / n and M2 / (n - 1).
-    Shapes: partial [splits, 3, size]; applied, mean and biased variance, and kept, mean and
-    unbiased variance, both [2, size], with size = M * C. Arithmetic in ACC.
-    Passes moved: none of full size. Source: Chan, Golub and LeVeque 1983.
+    Without kept, running = keep * running + momentum * (mean, unbiased variance), and tracked
+    grows by 1.
+    Shapes: partial [splits, 3, M, C]; applied, mean and biased variance, and kept, mean and
+    unbiased variance, both [2, M, C]; running statistics [C] and tracked [] a branch. Arithmetic in
+    ACC. Passes moved: none of full size. Source: Chan, Golub and LeVeque 1983.
     """
     # One program owns BLOCK_C channels of the branches laid end to end.
     offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < size
-    step = tl.cast(size, tl.int64)
+    step = tl.cast(C, tl.int64) * NUM_BRANCHES
+    mask_c = offs_c < step
     pivot = tl.load(partial_ptr + step + offs_c, mask=mask_c, other=0.0)  # [BLOCK_C]
     sizes, apart = tl.zeros([BLOCK_P, BLOCK_C], ACC), tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for first in range(0, splits, BLOCK_P):
@@ -158,28 +169,39 @@ def _sk_moments_finish_kernel(
         grown = tl.load(ptrs, mask=mask, other=0.0) * distance * distance
         m2 += tl.where(mask, tl.load(ptrs + 2 * step, mask=mask, other=0.0) + grown, 0.0)
     total = tl.sum(m2, axis=0)
+    unbiased = total / tl.maximum(n - 1.0, 1.0)
     tl.store(applied_ptr + offs_c, mean, mask=mask_c)
-    tl.store(kept_ptr + offs_c, mean, mask=mask_c)
     tl.store(applied_ptr + step + offs_c, total / tl.maximum(n, 1.0), mask=mask_c)
-    tl.store(kept_ptr + step + offs_c, total / tl.maximum(n - 1.0, 1.0), mask=mask_c)
+    if kept_ptr is not None:
+        tl.store(kept_ptr + offs_c, mean, mask=mask_c)
+        tl.store(kept_ptr + step + offs_c, unbiased, mask=mask_c)
+    else:
+        for i in tl.static_range(NUM_BRANCHES):
+            own = offs_c - tl.cast(C, tl.int64) * i
+            mask = (own >= 0) & (own < C)
+            move_towards(running_mean_ptrs[i], own, mean, mask, keep, momentum, ACC)
+            move_towards(running_var_ptrs[i], own, unbiased, mask, keep, momentum, ACC)
+            count_batch(tracked_ptrs[i], tl.program_id(0) == 0)
 
 
 def sk_moments(
-    xs: tuple[Tensor, ...], *, config: LaunchConfig | None = None
-) -> tuple[Tensor, Tensor]:
+    xs: tuple[Tensor, ...], running: Running | None = None, *, config: LaunchConfig | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Launches moments: M tensors [B, C, S] -> statistics to apply and to keep, [2, M, C] each.
 
     Both begin with the mean; the variance that is applied is biased, that which a running average
-    keeps is not.
+    keeps is not. With ``running`` they are not returned: it is moved towards them.
     """
     x = xs[0]
     M, C = len(xs), x.shape[1]
     config = configuration(MOMENTS, xs, config)
     acc, _ = accumulator(x.dtype)
     partial = x.new_empty((config.splits, 3, M, C), dtype=acc)
-    applied, kept = x.new_empty((2, M, C), dtype=acc), x.new_empty((2, M, C), dtype=acc)
+    applied = x.new_empty((2, M, C), dtype=acc)
+    kept = x.new_empty((2, M, C), dtype=acc) if running is None else None
     launch(sk_moments_launch, partial, xs, config=config)
-    launch(sk_moments_finish_launch, applied, kept, partial)
+    *pointers, momentum = running or (None, None, None, 0.0)
+    launch(sk_moments_finish_launch, applied, kept, *pointers, partial, momentum=momentum)
     return applied, kept
 
 
@@ -188,15 +210,37 @@ def sk_moments_launch(*pointers: Pointer, config: LaunchConfig | None = None) ->
     return streaming_launch(_sk_moments_kernel, pointers, stage=MOMENTS, config=config)
 
 
-def sk_moments_finish_launch(applied: Tensor, kept: Tensor, partial: Tensor) -> Launch:
+def sk_moments_finish_launch(
+    applied: Tensor,
+    kept: Tensor | None,
+    running_mean: Pointer,
+    running_var: Pointer,
+    tracked: Pointer,
+    partial: Tensor,
+    *,
+    momentum: float,
+) -> Launch:
     """Returns the launch that fills statistics [2, M, C] from ``partial`` [SPLITS, 3, M, C]."""
-    size = applied[0].numel()
+    _, M, C = applied.shape
     return Launch(
         kernel=_sk_moments_finish_kernel,
-        programs=cdiv(size, FINISH_CHANNELS),
-        pointers={"applied_ptr": applied, "kept_ptr": kept, "partial_ptr": partial},
-        scalars={"size": size, "splits": partial.shape[0]},
+        programs=cdiv(M * C, FINISH_CHANNELS),
+        pointers={
+            "applied_ptr": applied,
+            "kept_ptr": kept,
+            "running_mean_ptrs": running_mean,
+            "running_var_ptrs": running_var,
+            "tracked_ptrs": tracked,
+            "partial_ptr": partial,
+        },
+        scalars={
+            "C": C,
+            "splits": partial.shape[0],
+            "keep": 1 - momentum,
+            "momentum": momentum,
+        },
         constants={
+            "NUM_BRANCHES": M,
             "ACC": accumulator(applied.dtype)[1],
             "BLOCK_P": FINISH_PARTS,
             "BLOCK_C": FINISH_CHANNELS,

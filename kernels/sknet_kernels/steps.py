@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sknet_kernels.layout import as_bcs, empty_like_branch
-from sknet_kernels.norms import Norms
+from sknet_kernels.norms import Norms, Running
 from sknet_kernels.sk_fuse import sk_fuse_partials
 from sknet_kernels.sk_fuse_mlp import sk_channels_bwd, sk_hidden, sk_hidden_bwd, sk_logits
 from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
@@ -21,9 +21,14 @@ __all__ = ["channels_bwd", "dx", "hidden", "hidden_bwd", "logits", "moments", "o
 logits, channels_bwd = sk_logits, sk_channels_bwd
 
 
-def moments(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the batch's statistics [2, M, C], as they are applied and as they are kept."""
-    return sk_moments(_views(branches))
+def moments(
+    branches: Sequence[Tensor], running: Running | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the batch's statistics [2, M, C], as they are applied and as they are kept.
+
+    With ``running`` the latter are not returned: it is moved towards them.
+    """
+    return sk_moments(_views(branches), running)
 
 
 def hidden(

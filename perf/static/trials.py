@@ -32,7 +32,7 @@ from sknet_kernels.sk_fuse_mlp import sk_hidden, sk_hidden_bwd
 from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
 from sknet_kernels.sk_moments import sk_moments
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
-from sknet_triton.reference import passes
+from sknet_triton.reference import steps
 
 _REDUCTION = 16
 _MODELLED = next(target for target in TARGETS if target.name == "sm_90")
@@ -109,7 +109,9 @@ class Trial:
 
 
 def _moments(given: Inputs, config: LaunchConfig) -> tuple[Tensor, ...]:
-    return sk_moments(given.xs, config=config)
+    applied, kept = sk_moments(given.xs, config=config)
+    assert kept is not None
+    return applied, kept
 
 
 def _fuse(given: Inputs, config: LaunchConfig) -> tuple[Tensor, ...]:
@@ -149,18 +151,18 @@ def _select_bwd_exact(given: Inputs) -> tuple[Tensor, ...]:
 
 
 TRIALS = {
-    MOMENTS: Trial(_moments, lambda given: passes.moments(given.xs)),
-    FUSE: Trial(_fuse, lambda given: passes.hidden(given.xs, given.norms, given.fc1, None)),
-    SELECT: Trial(_select, lambda given: (passes.out(given.xs, given.logits, given.norms),)),
+    MOMENTS: Trial(_moments, lambda given: steps.moments(given.xs)),
+    FUSE: Trial(_fuse, lambda given: steps.hidden(given.xs, given.norms, given.fc1, None)),
+    SELECT: Trial(_select, lambda given: (steps.out(given.xs, given.logits, given.norms),)),
     SELECT_BWD: Trial(_select_bwd, _select_bwd_exact),
     SUMS: Trial(
         _sums,
-        lambda given: passes.hidden_bwd(given.dout, given.xs, given.logits, given.norms, given.fc2),
+        lambda given: steps.hidden_bwd(given.dout, given.xs, given.logits, given.norms, given.fc2),
     ),
     DX: Trial(
         _dx,
         lambda given: tuple(
-            passes.dx(given.dout, given.xs, given.logits, given.norms, given.share, given.drift)
+            steps.dx(given.dout, given.xs, given.logits, given.norms, given.share, given.drift)
         ),
     ),
 }

@@ -129,7 +129,7 @@ def _compared(module: nn.Module, family: Family, cls: Any, besides: bool) -> Che
             own = _outcome(twin, cls.forward, inputs, gradients)
         if own is None:
             raise _UnfitError("its own forward returns nothing")
-        for compute in (family.through_stages, family.through_section):
+        for compute in (family.through_stages, family.through_fuse_select):
             with _says(f"{family.name} does not fit it"):
                 ours = _outcome(twin, compute, inputs, gradients)
             if ours is None:

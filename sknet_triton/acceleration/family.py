@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from sknet_triton import functional
 from sknet_triton.backend import takes_triton
 from sknet_triton.functional import Activation, Reduction
-from sknet_triton.layers import section
-from sknet_triton.layers.section import Section
+from sknet_triton.layers import parts
+from sknet_triton.layers.parts import Parts
 
 
 def _unchanged(module: nn.Module, out: Tensor) -> Tensor:
     return out
 
 
-def _no_section(module: nn.Module) -> Section | None:
+def _no_parts(module: nn.Module) -> Parts | None:
     return None
 
 
@@ -46,7 +46,7 @@ class Family:
         finish: V -> what the module returns.
         activation: as in `functional.sk_select`.
         reduction: as in `functional.sk_fuse`.
-        section: the parts between the convolutions and V where the branches are convolution,
+        parts: what lies between the convolutions and V where the branches are convolution,
             batch norm and ReLU and the MLP likewise: `functional.sk_fuse_select` computes them.
         branch_inputs: the module's input -> the input of every branch's convolution; None where
             each gets the module's own.
@@ -62,13 +62,13 @@ class Family:
     finish: Callable[[Any, Tensor], Tensor] = _unchanged
     activation: Activation | None = "softmax"
     reduction: Reduction = "mean"
-    section: Callable[[Any], Section | None] = _no_section
+    parts: Callable[[Any], Parts | None] = _no_parts
     branch_inputs: Callable[[Any, Any], Sequence[Any] | None] = _same_for_all
     stacks: bool = True
 
     def forward(self, module: nn.Module, *inputs: Any) -> Tensor:
         """Computes what the module's own forward does."""
-        out = self.through_section(module, *inputs)
+        out = self.through_fuse_select(module, *inputs)
         return self.through_stages(module, *inputs) if out is None else out
 
     def pays(self, inputs: tuple[Any, ...]) -> bool:
@@ -89,17 +89,17 @@ class Family:
         maps = _promoted(self.maps(module, *inputs))
         return maps, self.logits(module, functional.sk_fuse(maps, reduction=self.reduction))
 
-    def through_section(self, module: nn.Module, *inputs: Any) -> Tensor | None:
+    def through_fuse_select(self, module: nn.Module, *inputs: Any) -> Tensor | None:
         """Calls the convolutions and `functional.sk_fuse_select`; None where it may not."""
-        if self.section is _no_section:
+        if self.parts is _no_parts:
             return None
-        chosen = section.chosen(lambda: self.section(module), inputs[0])
-        if chosen is None:
+        fusible = parts.fusible(lambda: self.parts(module), inputs[0])
+        if fusible is None:
             return None
-        (x,), (parts, way) = inputs, chosen
-        each = self.branch_inputs(module, x) or [x] * len(parts.branches)
-        maps = [branch.conv(part) for branch, part in zip(parts.branches, each, strict=True)]
-        return self.finish(module, section.run(parts, _promoted(maps), way))
+        (x,), (found, way) = inputs, fusible
+        each = self.branch_inputs(module, x) or [x] * len(found.branches)
+        maps = [branch.conv(part) for branch, part in zip(found.branches, each, strict=True)]
+        return self.finish(module, parts.run(found, _promoted(maps), way))
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         # Its functions may be lambdas, which pickle cannot find.

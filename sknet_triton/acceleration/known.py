@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sknet_triton.acceleration.family import Family, register_built_in
-from sknet_triton.layers import section
-from sknet_triton.layers.section import NORMS, Block, Section
+from sknet_triton.layers import parts
+from sknet_triton.layers.parts import NORMS, Block, Parts
 
 # What an example is made of: a batch that batch norms can take, and sides that are not alike.
 BATCH, HEIGHT, WIDTH = 4, 5, 4
@@ -74,7 +74,7 @@ def through_rows(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     makes Inductor copy the maps around it into channels_last.
     """
     for module in modules:
-        if isinstance(module, nn.Conv2d) and section.is_linear(module):
+        if isinstance(module, nn.Conv2d) and parts.is_linear(module):
             x = F.linear(x, module.weight.flatten(1), module.bias)
         else:
             x = module(unpooled(x)).flatten(1)
@@ -107,10 +107,10 @@ def _timm_logits(module: Any, pooled: Tensor) -> Tensor:
     return branch_major(wide, module.num_paths)
 
 
-def _timm_section(module: Any) -> Section | None:
+def _timm_parts(module: Any) -> Parts | None:
     attn = module.attn
     fc1 = conv_norm_relu(attn.fc_reduce, attn.bn, attn.act)
-    return section.plain([conv_norm_relu(path) for path in module.paths], fc1, attn.fc_select)
+    return parts.parts_of([conv_norm_relu(path) for path in module.paths], fc1, attn.fc_select)
 
 
 TIMM = Family(
@@ -122,7 +122,7 @@ TIMM = Family(
     maps=_timm_maps,
     logits=_timm_logits,
     example=lambda module: (images(module.in_channels),),
-    section=_timm_section,
+    parts=_timm_parts,
     branch_inputs=_timm_inputs,
 )
 
@@ -176,10 +176,10 @@ def _takes_rows(module: nn.Module) -> bool:
     return bool(kinds) and isinstance(kinds[0], nn.Linear)
 
 
-def _port_section(module: Any) -> Section | None:
+def _port_parts(module: Any) -> Parts | None:
     second = _first_child(module, _PORT_FC2)
     blocks = [conv_norm_relu(branch) for branch in _port_branches(module) or ()]
-    return section.plain(blocks, conv_norm_relu(_first_child(module, _PORT_FC1)), second)
+    return parts.parts_of(blocks, conv_norm_relu(_first_child(module, _PORT_FC1)), second)
 
 
 PORTS = Family(
@@ -188,7 +188,7 @@ PORTS = Family(
     maps=_port_maps,
     logits=_port_logits,
     example=lambda module: (images(first_conv(module).in_channels),),
-    section=_port_section,
+    parts=_port_parts,
 )
 
 

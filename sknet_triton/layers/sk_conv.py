@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sknet_triton import functional
 from sknet_triton.backend import is_symbolic
-from sknet_triton.layers import section
+from sknet_triton.layers import parts
 from sknet_triton.layers.blocks import conv_bn
 
 Aggregate = Literal["sk", "sum"]
@@ -128,11 +128,11 @@ class SKConv(nn.Module):
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
         if self.aggregate == "sum":
             return _sum([branch(x) for branch in self.branches])
-        chosen = section.chosen(self._plain_section, x)
-        if chosen is not None:
-            plain, way = chosen
+        fusible = parts.fusible(self._parts, x)
+        if fusible is not None:
+            found, way = fusible
             self._check_batch(x.shape[0])
-            return section.run(plain, [branch.conv(x) for branch in plain.branches], way)
+            return parts.run(found, [branch.conv(x) for branch in found.branches], way)
         maps = [branch(x) for branch in self.branches]
         logits = self.logits(functional.sk_fuse(maps))
         return functional.sk_select(maps, logits)
@@ -143,15 +143,15 @@ class SKConv(nn.Module):
         wide: Tensor = self.fc2(self.fc1(pooled[:, :, None, None]))
         return wide.reshape(pooled.shape[0], self.M, self.out_channels)
 
-    def _plain_section(self) -> section.Section | None:
-        blocks = [section.sequential(branch) for branch in self.branches]
-        return section.plain(blocks, section.sequential(self.fc1), self.fc2)
+    def _parts(self) -> parts.Parts | None:
+        blocks = [parts.sequential(branch) for branch in self.branches]
+        return parts.parts_of(blocks, parts.sequential(self.fc1), self.fc2)
 
     def _check_batch(self, size: int) -> None:
         if is_symbolic(size):
             return
         bn = getattr(self.fc1, "bn", None)
-        alone = isinstance(bn, section.NORMS) and bn.training and not section.group_of(bn)
+        alone = isinstance(bn, parts.NORMS) and bn.training and parts.group_of(bn) is None
         if alone and size == 1:
             raise ValueError(
                 "x: SKConv in training needs a batch of at least 2, because fc1's batch norm sees "

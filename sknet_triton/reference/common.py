@@ -1,10 +1,13 @@
 """What every formula of the reference shares."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,3 +39,15 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def over_space(per_channel: Tensor, spatial_axes: int) -> Tensor:
     """Views [..., C] as [..., C, 1, ...], ready to broadcast over so many axes of space."""
     return per_channel.reshape(*per_channel.shape, *(1,) * spatial_axes)
+
+
+def sum_over(group: "ProcessGroup | None", x: Tensor) -> Tensor:
+    """Returns the sum of ``x`` over the processes of ``group``; ``x`` itself for no group."""
+    if group is None:
+        return x
+    # PyTorch's functional collectives are those that torch.compile traces.
+    from torch.distributed import _functional_collectives as collectives
+
+    reduced = collectives.all_reduce(x.contiguous(), "sum", group)
+    total: Tensor = collectives.wait_tensor(reduced)  # type: ignore[no-untyped-call]
+    return total

@@ -1,7 +1,8 @@
 """fuse and select with batch norm and ReLU inside, composed of PyTorch's own operators."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,33 +11,31 @@ from sknet_triton.reference.common import accumulation_dtype, cast, no_autocast
 from sknet_triton.reference.sk_fuse import pooled
 from sknet_triton.reference.sk_select import sk_select
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-class Norm(Protocol):
-    """What is read of a batch norm over n channels; `functional.BatchNormArgs` has it."""
 
-    @property
-    def weight(self) -> Tensor | None:
-        """[n], or None for ones."""
+@dataclass(frozen=True)
+class BatchNormArgs:
+    """What `functional.sk_fuse_select` needs of one batch norm over n channels.
 
-    @property
-    def bias(self) -> Tensor | None:
-        """[n], or None for zeros."""
+    Attributes:
+        weight: [n], or None for ones.
+        bias: [n], or None for zeros.
+        running_mean: [n]; needed where ``batch_stats`` is False.
+        running_var: [n]; needed where ``batch_stats`` is False.
+        eps: added to the variance.
+        batch_stats: whether to normalise by the statistics of the batch, as in training.
+        process_group: whose joint batch is meant; None for that of this process.
+    """
 
-    @property
-    def running_mean(self) -> Tensor | None:
-        """[n]; read where ``batch_stats`` is False."""
-
-    @property
-    def running_var(self) -> Tensor | None:
-        """[n]; read where ``batch_stats`` is False."""
-
-    @property
-    def eps(self) -> float:
-        """Added to the variance."""
-
-    @property
-    def batch_stats(self) -> bool:
-        """Whether to normalise by the statistics of the batch."""
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    eps: float = 1e-5
+    batch_stats: bool = True
+    process_group: "ProcessGroup | None" = None
 
 
 class Composed(NamedTuple):
@@ -59,10 +58,10 @@ class Composed(NamedTuple):
 
 def composed(
     branches: Sequence[Tensor],
-    norms: Sequence[Norm],
+    norms: Sequence[BatchNormArgs],
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
-    fc1_norm: Norm,
+    fc1_norm: BatchNormArgs,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
 ) -> Composed:
@@ -90,7 +89,9 @@ def composed(
     )
 
 
-def _statistics(x: Tensor, norms: Sequence[Norm]) -> list[tuple[Tensor | None, Tensor | None]]:
+def _statistics(
+    x: Tensor, norms: Sequence[BatchNormArgs]
+) -> list[tuple[Tensor | None, Tensor | None]]:
     """Returns mean and variance of every norm: the running ones, or room for the batch's of x."""
     dtype = accumulation_dtype(x.dtype)
     if not norms[0].batch_stats:
@@ -99,7 +100,7 @@ def _statistics(x: Tensor, norms: Sequence[Norm]) -> list[tuple[Tensor | None, T
     return list(zip(room[: len(norms)], room[len(norms) :], strict=True))
 
 
-def _normalised(x: Tensor, norm: Norm, mean: Tensor | None, var: Tensor | None) -> Tensor:
+def _normalised(x: Tensor, norm: BatchNormArgs, mean: Tensor | None, var: Tensor | None) -> Tensor:
     dtype = accumulation_dtype(x.dtype)
     weight, bias = cast(norm.weight, dtype), cast(norm.bias, dtype)
     # At momentum 1 the room holds the batch's mean and unbiased variance and nothing else.

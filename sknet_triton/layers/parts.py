@@ -1,16 +1,18 @@
-"""How modules hand their norms and their MLP to `sk_fuse_select`, and when they may."""
+"""How modules hand their norms and their MLP to `fused.fuse_select`, and when they may."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sknet_kernels.norms import Norms
-from sknet_triton import functional
+from sknet_kernels.norms import Norms, Running
+from sknet_triton import fused
 from sknet_triton.backend import is_symbolic
 from sknet_triton.layers.blocks import any_hook
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -29,8 +31,8 @@ class Block(NamedTuple):
     silent: tuple[nn.Module, ...]
 
 
-class Section(NamedTuple):
-    """Everything between the convolutions and V that `sk_fuse_select` computes."""
+class Parts(NamedTuple):
+    """What lies between a module's convolutions and V, as `sk_fuse_select` computes it."""
 
     branches: tuple[Block, ...]
     fc1: Block
@@ -55,8 +57,8 @@ def sequential(block: nn.Module) -> Block | None:
     return Block(conv, norm, (block, norm, act))
 
 
-def chosen(find: Callable[[], Section | None], x: Tensor) -> tuple[Section, functional.Way] | None:
-    """Returns what ``find`` does and how `sk_fuse_select` carries it out, on an input like ``x``.
+def fusible(find: Callable[[], Parts | None], x: Tensor) -> tuple[Parts, fused.Way] | None:
+    """Returns what ``find`` does and how it is carried out, on an input like ``x``.
 
     None says to call the modules one by one. The Triton kernels and torch.compile fuse the formulas
     of `sk_fuse_select`; elsewhere the modules are as fast, and an exported program and a graph of
@@ -65,26 +67,26 @@ def chosen(find: Callable[[], Section | None], x: Tensor) -> tuple[Section, func
     """
     if is_symbolic(x):
         return None
-    way = functional.way_of(x)
+    way = fused.way_of(x)
     # An empty batch has no statistics: the modules know what torch does then. Processes that share
     # statistics all take part, also one without an image.
     by_modules = way == "composed" or x.shape[0] == 0
     if by_modules and not (dist.is_available() and dist.is_initialized()):
         return None
-    section = find()
-    if section is None:
+    parts = find()
+    if parts is None:
         return None
     if by_modules:
-        norms = [section.fc1.norm, *(block.norm for block in section.branches)]
+        norms = [parts.fc1.norm, *(block.norm for block in parts.branches)]
         if not any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
             return None
-    return section, "formulas" if way == "composed" else way
+    return parts, "formulas" if way == "composed" else way
 
 
-def plain(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -> Section | None:
-    """Returns the parts as a section where it is what `sk_fuse_select` computes, else None.
+def parts_of(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -> Parts | None:
+    """Returns the parts where they are what `sk_fuse_select` computes, else None.
 
-    It is not where a part is None, a module was parametrized, a hook wants to see an intermediate
+    They are not where one is None, a module was parametrized, a hook wants to see an intermediate
     tensor, the norms disagree, or a convolution of the MLP is no plain one.
     """
     found = tuple([block for block in branches if block is not None])
@@ -92,29 +94,32 @@ def plain(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -
         return None
     if not (is_linear(fc1.conv) and is_linear(fc2)):
         return None
-    section = Section(found, fc1, fc2)
-    return None if any_hook(section.silent) or not _agree(section) else section
+    parts = Parts(found, fc1, fc2)
+    return None if any_hook(parts.silent) or not _agree(parts) else parts
 
 
-def run(section: Section, maps: Sequence[Tensor], way: functional.Way) -> Tensor:
-    """Runs `sk_fuse_select` on the convolutions' outputs and updates the running statistics."""
-    norms, fc1_norm = [block.norm for block in section.branches], section.fc1.norm
+def run(parts: Parts, maps: Sequence[Tensor], way: fused.Way) -> Tensor:
+    """Runs `fused.fuse_select` on the convolutions' outputs and moves the running statistics."""
+    norms, fc1_norm = [block.norm for block in parts.branches], parts.fc1.norm
     batch_stats, fc1_batch_stats = _takes_batch(norms[0]), _takes_batch(fc1_norm)
-    out, kept, fc1_kept = functional.fused(
-        way,
+    arguments = fused.Arguments(
         maps,
         _norms(norms, batch_stats),
-        _parameter(section.fc1.conv, "weight"),
-        _parameter(section.fc1.conv, "bias"),
+        _parameter(parts.fc1.conv, "weight"),
+        _parameter(parts.fc1.conv, "bias"),
         _norms([fc1_norm], fc1_batch_stats),
-        _parameter(section.fc2, "weight"),
-        _parameter(section.fc2, "bias"),
-        batch_stats,
-        fc1_batch_stats,
-        (batch_stats and group_of(norms[0])) or (fc1_batch_stats and group_of(fc1_norm)) or "",
+        _parameter(parts.fc2, "weight"),
+        _parameter(parts.fc2, "bias"),
     )
-    groups = [(norms, kept), ([fc1_norm], None if fc1_kept is None else fc1_kept[:, None])]
-    _move([(moved, statistics) for moved, statistics in groups if statistics is not None])
+    group = group_of(norms[0]) if batch_stats else group_of(fc1_norm)
+    running, fc1_running = _running(norms), _running([fc1_norm])
+    out, kept, fc1_kept = fused.fuse_select(
+        way, arguments, batch_stats, fc1_batch_stats, group, running, fc1_running
+    )
+    if kept is not None:
+        _move(norms, *kept)
+    if fc1_kept is not None:
+        _move([fc1_norm], *fc1_kept[:, None])
     return out
 
 
@@ -129,8 +134,8 @@ def is_linear(conv: nn.Module) -> bool:
     )
 
 
-def _agree(section: Section) -> bool:
-    norms, fc1_norm = [branch.norm for branch in section.branches], section.fc1.norm
+def _agree(parts: Parts) -> bool:
+    norms, fc1_norm = [branch.norm for branch in parts.branches], parts.fc1.norm
     first: Any = norms[0]
     batch, group = _takes_batch(first), group_of(first)
     for n in norms[1:]:
@@ -143,14 +148,15 @@ def _takes_batch(bn: Any) -> bool:
     return bool(bn.training or _buffer(bn, "running_mean") is None)
 
 
-def group_of(bn: Any) -> str:
-    """Names the group that ``bn`` takes statistics over; empty for this process alone."""
+def group_of(bn: Any) -> "ProcessGroup | None":
+    """Returns the processes that ``bn`` takes statistics over; None for this one alone."""
     if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
-        return ""
+        return None
     if not dist.is_available() or not dist.is_initialized():
-        return ""
+        return None
     group: Any = bn.process_group or dist.group.WORLD
-    return str(group.group_name) if group.size() > 1 else ""
+    found: ProcessGroup | None = group if group.size() > 1 else None
+    return found
 
 
 def _norms(norms: Sequence[Any], batch_stats: bool) -> Norms:
@@ -176,43 +182,37 @@ def _buffer(module: nn.Module, name: str) -> Any:
     return buffers[name] if name in buffers else getattr(module, name)
 
 
+def _running(norms: Sequence[Any]) -> Running | None:
+    """Returns the running statistics, None where they are not moved all alike."""
+    first = norms[0]
+    momentum = first.momentum
+    if momentum is None or len(set(map(id, norms))) < len(norms):
+        return None
+    if not all([_keeps(bn) and bn.momentum == momentum for bn in norms]):  # noqa: C419 - every call
+        return None
+    return Running(
+        tuple([_buffer(bn, "running_mean") for bn in norms]),
+        tuple([_buffer(bn, "running_var") for bn in norms]),
+        tuple([_buffer(bn, "num_batches_tracked") for bn in norms]),
+        momentum,
+    )
+
+
 def _keeps(bn: Any) -> bool:
     return bool(bn.training and bn.track_running_stats and _buffer(bn, "running_mean") is not None)
 
 
-def _move(groups: Sequence[tuple[Sequence[Any], Tensor]]) -> None:
-    """Moves running statistics towards the batch's, as ``nn.BatchNorm2d`` in training does.
+def _move(norms: Sequence[Any], means: Tensor, variances: Tensor) -> None:
+    """Moves running statistics towards the batch's [n, C], as ``nn.BatchNorm2d`` does, one by one.
 
-    ``groups`` are n norms with the batch's mean and unbiased variance [2, n, C], overwritten.
+    It is for norms that are not moved all alike, or that share a module.
     """
-    norms = [bn for group, _ in groups for bn in group]
-    momenta = {bn.momentum for bn in norms}
-    together = len(momenta) == 1 and None not in momenta and len(set(map(id, norms))) == len(norms)
-    if not (together and all([_keeps(bn) for bn in norms])):  # noqa: C419 - at every call
-        for group, statistics in groups:
-            for bn, mean, var in zip(group, *statistics, strict=True):
-                _move_one(bn, mean, var)
-        return
-    (momentum,) = momenta
-    torch._foreach_add_([_buffer(bn, "num_batches_tracked") for bn in norms], 1)
-    running: list[Tensor] = []
-    batch: list[Tensor] = []
-    for group, statistics in groups:
-        running += [_buffer(bn, "running_mean") for bn in group]
-        running += [_buffer(bn, "running_var") for bn in group]
-        batch += statistics.flatten(0, 1).unbind()
-    taken = [statistics for _, statistics in groups]
-    weights = [1 - momentum] * len(running) + [momentum] * len(taken)
-    torch._foreach_mul_(running + taken, weights)
-    torch._foreach_add_(running, batch)
-
-
-def _move_one(bn: Any, mean: Tensor, var: Tensor) -> None:
-    if not _keeps(bn):
-        return
-    bn.num_batches_tracked.add_(1)
-    weight = bn.momentum
-    if weight is None:
-        weight = bn.num_batches_tracked.double().reciprocal()
-    for running, batch in ((bn.running_mean, mean), (bn.running_var, var)):
-        running.mul_(1 - weight).add_(batch * weight)
+    for bn, mean, var in zip(norms, means, variances, strict=True):
+        if not _keeps(bn):
+            continue
+        bn.num_batches_tracked.add_(1)
+        weight = bn.momentum
+        if weight is None:
+            weight = bn.num_batches_tracked.double().reciprocal()
+        for running, batch in ((bn.running_mean, mean), (bn.running_var, var)):
+            running.mul_(1 - weight).add_(batch * weight)

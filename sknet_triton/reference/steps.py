@@ -1,0 +1,257 @@
+"""The section between the convolutions and V as seven steps, and their PyTorch form.
+
+A step reads or writes full-size tensors, or lies between two that do. The derivation: with x the
+convolutions' outputs, y_i = gamma_i xhat_i + beta_i and u_i = max(y_i, 0), one read of dV and x
+gives P1 = sum dV k, P2 = sum k, P3 = sum dV k xhat and P4 = sum k xhat over space, k being 0 where
+u is, else 1. From them da_i = gamma_i P3 + beta_i P1, the gradients of the MLP, ds,
+dbeta_i = sum_b (a_i P1 + (ds / S) P2), dgamma_i = sum_b (a_i P3 + (ds / S) P4), and with one more
+read dx_i = gamma_i rstd_i (k (a_i dV + ds / S) - dbeta_i / m - xhat_i dgamma_i / m).
+
+Small tensors are kept in the accumulation dtype. fc1_weight is [d, C] and fc2_weight [M * C, d], or
+with two more axes of size 1 as a convolution has it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
+from sknet_triton.reference import passes
+from sknet_triton.reference.common import accumulation_dtype, cast, sum_over
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Steps:
+    """An implementation of the seven steps: these formulas, Triton's launchers, or operators.
+
+    ``norms`` are those of the branches, ``fc1_norm`` holds one; the statistics in them are applied.
+
+    Attributes:
+        moments: branches -> the batch's mean and biased variance [2, M, C], and once more as
+            running statistics keep them, mean and unbiased variance [2, M, C]. Launchers take a
+            `Running` too, which they move, and then return None for the latter.
+        hidden: branches, norms, fc1_weight, fc1_bias -> s [B, C] and fc1's output [B, d].
+        logits: hidden, fc1_norm (a mean of None: the batch's statistics), fc2_weight, fc2_bias,
+            M -> logits [B, M, C], and the batch's statistics, [2, d] and [2, d] as for
+            ``moments``, with a `Running` too; None where they were given.
+        out: branches, logits, norms -> V, like a branch.
+        hidden_bwd: dV, branches, logits, norms, fc2_weight -> P1 to P4 [4, B, M, C], dlogits
+            [B, M, C] and dz [B, d].
+        channels_bwd: see `channels_bwd`.
+        dx: dV, branches, logits, norms, share [B, C], drift [2, M, C] or None -> the gradients
+            of the branches.
+    """
+
+    moments: Callable[..., tuple[Tensor, Tensor | None]]
+    hidden: Callable[..., tuple[Tensor, Tensor]]
+    logits: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    out: Callable[..., Tensor]
+    hidden_bwd: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    channels_bwd: Callable[..., ChannelGradients]
+    dx: Callable[..., Sequence[Tensor]]
+
+
+def moments(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns mean and biased variance [2, M, C], then mean and unbiased variance [2, M, C]."""
+    mean, var = passes.moments(branches)
+    size = branches[0].shape[0] * positions(branches[0])
+    return torch.stack([mean, var]), torch.stack([mean, var * (size / (size - 1))])
+
+
+def hidden(
+    branches: Sequence[Tensor],
+    norms: Norms,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns s [B, C] (eqs. 1 and 2) and fc1's output [B, d] (eq. 3)."""
+    norm = _rows(branches[0], norms)
+    pooled = passes.fuse(branches, norm)
+    return pooled, F.linear(pooled, _matrix(fc1_weight, pooled), cast(fc1_bias, pooled.dtype))
+
+
+def logits(
+    hidden: Tensor,
+    fc1_norm: Norms,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    M: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns logits [B, M, C] (eqs. 3 to 5) and the batch's statistics, or None."""
+    applied, kept = None, None
+    if fc1_norm.mean[0] is None:
+        var, mean = torch.var_mean(hidden, 0, correction=0)
+        size = hidden.shape[0]
+        applied = torch.stack([mean, var])
+        kept = torch.stack([mean, var * (size / (size - 1))])
+        fc1_norm = fc1_norm._replace(mean=(mean,), var=(var,))
+    _, _, z = _fc1_norm(hidden, fc1_norm)
+    wide = F.linear(z, _matrix(fc2_weight, z), cast(fc2_bias, z.dtype))
+    return wide.view(hidden.shape[0], M, fc2_weight.shape[0] // M), applied, kept
+
+
+def out(
+    branches: Sequence[Tensor],
+    logits: Tensor,
+    norms: Norms,
+) -> Tensor:
+    """Returns V, the sum of softmax(logits)_i * u_i, in the dtype of the branches (eq. 6)."""
+    norm = _rows(branches[0], norms)
+    return passes.select(branches, logits, norm)
+
+
+def hidden_bwd(
+    dout: Tensor,
+    branches: Sequence[Tensor],
+    logits: Tensor,
+    norms: Norms,
+    fc2_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns P1 to P4 [4, B, M, C], dlogits [B, M, C] and dz [B, d]."""
+    sums = passes.sums(dout, branches, _rows(dout, norms))
+    attn = torch.softmax(logits, dim=1)
+    weight, bias = _stacked(norms.weight, norms, sums, 1), _stacked(norms.bias, norms, sums, 0)
+    dattn = weight * sums[2] + bias * sums[0]
+    dlogits = attn * (dattn - torch.sum(attn * dattn, dim=1, keepdim=True))
+    return sums, dlogits, dlogits.flatten(1) @ _matrix(fc2_weight, sums)
+
+
+def channels_bwd(
+    sums: Tensor,
+    dlogits: Tensor,
+    dz: Tensor,
+    logits: Tensor,
+    pooled: Tensor,
+    hidden: Tensor,
+    norms: Norms,
+    fc1_norm: Norms,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    S: int,
+    batch_stats: bool,
+    fc1_batch_stats: bool,
+    group: "ProcessGroup | None" = None,
+    counts: Sequence[Tensor] | None = None,
+) -> ChannelGradients:
+    """Returns what the backward has left to give but dx.
+
+    Args:
+        sums: P1 to P4 [4, B, M, C].
+        dlogits: [B, M, C].
+        dz: gradient of fc2's input [B, d].
+        logits: [B, M, C].
+        pooled: s [B, C].
+        hidden: fc1's output before its norm [B, d].
+        norms: of the branches.
+        fc1_norm: with the statistics that were applied.
+        fc1_weight: [d, C].
+        fc1_bias: [d] or None.
+        fc2_weight: [M * C, d].
+        fc2_bias: [M * C] or None.
+        S: positions.
+        batch_stats: whether the branches' norms took the statistics of the batch.
+        fc1_batch_stats: whether fc1's norm did.
+        group: the processes that share the statistics; None for this one alone.
+        counts: images, and values a channel, over the processes of ``group``.
+    """
+    B = dz.shape[0]
+    images, size = (B, B * S) if counts is None else counts
+    scale, hhat, z = _fc1_norm(hidden, fc1_norm)
+    dy = dz.masked_fill(z <= 0, 0)
+    fc1_gamma, fc1_beta = torch.sum(dy * hhat, 0), torch.sum(dy, 0)
+    dhidden = dy
+    if fc1_batch_stats:
+        fc1_drift = sum_over(group, torch.stack([fc1_beta, fc1_gamma])) / images
+        dhidden = dy - fc1_drift[0] - hhat * fc1_drift[1]
+    dhidden = dhidden * scale
+    share = (dhidden @ _matrix(fc1_weight, sums)) / S
+    attn = torch.softmax(logits, dim=1)
+    p1, p2, p3, p4 = sums
+    beta = torch.sum(attn * p1 + share[:, None] * p2, dim=0)
+    gamma = torch.sum(attn * p3 + share[:, None] * p4, dim=0)
+    drift = None
+    if batch_stats:
+        drift = sum_over(group, torch.stack([beta, gamma])) / size
+    flat = dlogits.flatten(1)
+    return ChannelGradients(
+        share,
+        drift,
+        gamma.to(common_dtype(norms.weight, gamma)),
+        beta.to(common_dtype(norms.bias, beta)),
+        (dhidden.t() @ pooled).to(fc1_weight.dtype).view(fc1_weight.shape),
+        _like(fc1_bias, torch.sum(dhidden, 0)),
+        _like(fc1_norm.weight[0], fc1_gamma),
+        _like(fc1_norm.bias[0], fc1_beta),
+        (flat.t() @ z).to(fc2_weight.dtype).view(fc2_weight.shape),
+        _like(fc2_bias, torch.sum(flat, 0)),
+    )
+
+
+def dx(
+    dout: Tensor,
+    branches: Sequence[Tensor],
+    logits: Tensor,
+    norms: Norms,
+    share: Tensor,
+    drift: Tensor | None,
+) -> list[Tensor]:
+    """Returns scale_i (k (a_i dout + share) - drift_i0 - xhat_i drift_i1) for every branch."""
+    norm = _rows(dout, norms)
+    attn = torch.softmax(logits, dim=1)
+    rows = None if drift is None else drift.transpose(0, 1)
+    return passes.gradients(dout, branches, norm, attn, share, rows)
+
+
+REFERENCE = Steps(moments, hidden, logits, out, hidden_bwd, channels_bwd, dx)
+
+
+def positions(x: Tensor) -> int:
+    """Returns S of [B, C, *spatial]."""
+    return math.prod(x.shape[2:])
+
+
+def _rows(x: Tensor, norms: Norms) -> Tensor:
+    """Returns the rows mean, rstd, scale and beta, [M, 4, C]."""
+    like = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+    mean, var = _stacked(norms.mean, norms, like, 0), _stacked(norms.var, norms, like, 1)
+    rstd = torch.rsqrt(var + norms.eps)
+    scale = _stacked(norms.weight, norms, like, 1) * rstd
+    return torch.stack([mean, rstd, scale, _stacked(norms.bias, norms, like, 0)], dim=1)
+
+
+def _stacked(vectors: Sequence[Tensor | None], norms: Norms, like: Tensor, absent: float) -> Tensor:
+    """Returns [M, C] in the dtype of ``like``, with ``absent`` in the place of None."""
+    return torch.stack(
+        [
+            like.new_full(other.shape, absent) if x is None else x.to(like.dtype)
+            for x, other in zip(vectors, norms.mean, strict=True)
+            if other is not None
+        ]
+    )
+
+
+def _fc1_norm(hidden: Tensor, fc1_norm: Norms) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns scale = gamma * rstd, xhat and z = max(y, 0) of fc1's norm: [d], [B, d], [B, d]."""
+    mean, rstd, scale, beta = _rows(hidden, fc1_norm)[0]
+    centred = hidden - mean
+    return scale, centred * rstd, torch.relu(centred * scale + beta)
+
+
+def _matrix(weight: Tensor, like: Tensor) -> Tensor:
+    """Returns a weight [n, m], or [n, m, 1, 1] as a convolution has it, as a matrix."""
+    return weight.flatten(1).to(like.dtype)
+
+
+def _like(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+    """Returns the gradient in the parameter's dtype, None where there is no parameter."""
+    return None if parameter is None else gradient.to(parameter.dtype)
