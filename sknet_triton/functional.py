@@ -163,18 +163,16 @@ def sk_fuse_select(
     way = fused.way_of(xs[0])
     if way == "composed" and group is None:
         check_counts(xs[0], norm.batch_stats, fc1_norm.batch_stats)
-        out, means, variances, fc1_mean, fc1_var = reference.composed(
+        out, kept, fc1_kept = reference.composed(
             xs, norms, fc1_weight, fc1_bias, fc1_norm, fc2_weight, fc2_bias
         )
-        mean = None if means is None else torch.stack(means)
-        var = None if variances is None else torch.stack(variances)
-        return FuseSelect(out, mean, var, fc1_mean, fc1_var)
-    arguments = fused.Arguments(
-        xs, _norms(norms), fc1_weight, fc1_bias, _norms([fc1_norm]), fc2_weight, fc2_bias
-    )
-    out, kept, fc1_kept = fused.fuse_select(
-        way, arguments, norm.batch_stats, fc1_norm.batch_stats, group
-    )
+    else:
+        arguments = fused.Arguments(
+            xs, _norms(norms), fc1_weight, fc1_bias, _norms([fc1_norm]), fc2_weight, fc2_bias
+        )
+        out, kept, fc1_kept = fused.fuse_select(
+            way, arguments, norm.batch_stats, fc1_norm.batch_stats, group
+        )
     mean, var = (None, None) if kept is None else kept
     fc1_mean, fc1_var = (None, None) if fc1_kept is None else fc1_kept
     return FuseSelect(out, mean, var, fc1_mean, fc1_var)

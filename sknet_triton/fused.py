@@ -403,7 +403,7 @@ def _differentiable_backward(
         tensors = [None if x is None else x.view_as(x) for x in tensors]
         wanted = [x for x in tensors if x is not None and x.requires_grad]
         a = Arguments.of(settings._replace(by="reference"), tensors)
-        out = reference.composed(
+        out, *_ = reference.composed(
             a.branches,
             _norm_args(a.norms, settings.batch_stats),
             a.fc1_weight.flatten(1),
@@ -411,7 +411,7 @@ def _differentiable_backward(
             _norm_args(a.fc1_norm, settings.fc1_batch_stats)[0],
             a.fc2_weight.flatten(1),
             a.fc2_bias,
-        ).out
+        )
     found = iter(torch.autograd.grad(out, wanted, dout, create_graph=create_graph))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in tensors)
 
@@ -420,7 +420,7 @@ def _applied(norms: Norms, stats: Tensor | None) -> Norms:
     """Returns ``norms`` with the statistics [2, n, C] of the batch, where there are any."""
     if stats is None:
         return norms
-    rows = stats.flatten(0, -2).unbind()
+    rows = (stats if stats.dim() == 2 else stats.flatten(0, 1)).unbind()
     n = len(rows) // 2
     return Norms(rows[:n], rows[n:], norms.weight, norms.bias, norms.eps)
 

@@ -2,14 +2,14 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sknet_triton.functional import BatchNormArgs
-from sknet_triton.reference.composed import Composed, composed
+from sknet_triton.reference import composed
 
 EXACT = 1e-11  # float64 with a few hundred additions
 
@@ -33,6 +33,14 @@ VARIANTS = [
     Variant(batch_stats=False),
     Variant(fc1_batch_stats=False, affine=False, bias=True),
 ]
+
+
+class Result(NamedTuple):
+    """What `composed` returns."""
+
+    out: Tensor
+    kept: Tensor | None
+    fc1_kept: Tensor | None
 
 
 class Modules(nn.Module):
@@ -63,11 +71,13 @@ class Modules(nn.Module):
         attn = torch.softmax(logits.view(len(pooled), len(xs), -1), 1)
         return (maps * attn.view(*attn.shape, *(1,) * (maps.dim() - 3))).sum(1)
 
-    def composed(self, *xs: Tensor) -> Composed:
+    def composed(self, *xs: Tensor) -> Result:
         norms = [arguments(norm) for norm in self.norms]
         fc1, fc2 = self.fc1, self.fc2
-        return composed(
-            xs, norms, fc1.weight, fc1.bias, arguments(self.fc1_norm), fc2.weight, fc2.bias
+        return Result(
+            *composed(
+                xs, norms, fc1.weight, fc1.bias, arguments(self.fc1_norm), fc2.weight, fc2.bias
+            )
         )
 
 
@@ -104,16 +114,17 @@ def test_its_statistics_are_batch_norms_to_the_bit(v: Variant) -> None:
     modules = Modules(v)
     got = modules.composed(*modules.xs)
     modules(*modules.xs)
-    assert (got.means is None, got.variances is None) == (not v.batch_stats,) * 2
-    assert (got.fc1_mean is None, got.fc1_var is None) == (not v.fc1_batch_stats,) * 2
-    for norm, mean, var in zip(modules.norms, got.means or (), got.variances or (), strict=False):
-        assert torch.equal(mean, cast(Tensor, norm.running_mean))
-        assert torch.equal(var, cast(Tensor, norm.running_var))
-        assert not mean.requires_grad
-    if got.fc1_mean is not None and got.fc1_var is not None:
+    assert (got.kept is None) == (not v.batch_stats)
+    assert (got.fc1_kept is None) == (not v.fc1_batch_stats)
+    if got.kept is not None:
+        assert not got.kept.requires_grad
+        for norm, mean, var in zip(modules.norms, *got.kept, strict=True):
+            assert torch.equal(mean, cast(Tensor, norm.running_mean))
+            assert torch.equal(var, cast(Tensor, norm.running_var))
+    if got.fc1_kept is not None:
         # Its pooled mean is rounded in another order than the modules' is.
-        torch.testing.assert_close(got.fc1_mean, modules.fc1_norm.running_mean)
-        torch.testing.assert_close(got.fc1_var, modules.fc1_norm.running_var)
+        torch.testing.assert_close(got.fc1_kept[0], modules.fc1_norm.running_mean)
+        torch.testing.assert_close(got.fc1_kept[1], modules.fc1_norm.running_var)
 
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
@@ -124,8 +135,7 @@ def test_the_mlp_of_half_precision_is_float32(batch_stats: bool, parameters: tor
     got = modules.composed(*modules.xs)
     assert got.out.dtype == torch.bfloat16
     if batch_stats:
-        statistics = (*(got.means or ()), *(got.variances or ()), got.fc1_mean, got.fc1_var)
-        assert all(t is not None and t.dtype == torch.float32 for t in statistics)
+        assert all(t is not None and t.dtype == torch.float32 for t in got[1:])
     exact = copy.deepcopy(modules).double()(*(x.double() for x in modules.xs))
     torch.testing.assert_close(got.out.double(), exact, rtol=2e-2, atol=2e-2)
     torch.autograd.backward(got.out.sum())

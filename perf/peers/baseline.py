@@ -221,17 +221,24 @@ class Section:
     module: nn.Module
     maps: list[Tensor]
 
+    @functools.cached_property
+    def leaves(self) -> list[Tensor]:
+        """All that a step gives a gradient."""
+        return [*self.maps, *self.module.parameters()]
+
     def infer(self) -> None:
         """Computes V in evaluation mode."""
-        self.module.eval()
+        if self.module.training:
+            self.module.eval()
         with torch.no_grad():
             self.module(self.maps[0])
 
     def train(self, dout: Tensor) -> None:
         """Computes V, moves the running statistics and computes every gradient anew."""
-        for leaf in (*self.maps, *self.module.parameters()):
+        if not self.module.training:
+            self.module.train()
+        for leaf in self.leaves:
             leaf.grad = None
-        self.module.train()
         torch.autograd.backward(self.module(self.maps[0]), dout)
 
 

@@ -112,9 +112,14 @@ def run(parts: Parts, maps: Sequence[Tensor], way: fused.Way) -> Tensor:
         _parameter(parts.fc2, "bias"),
     )
     group = group_of(norms[0]) if batch_stats else group_of(fc1_norm)
-    running, fc1_running = _running(norms), _running([fc1_norm])
     out, kept, fc1_kept = fused.fuse_select(
-        way, arguments, batch_stats, fc1_batch_stats, group, running, fc1_running
+        way,
+        arguments,
+        batch_stats,
+        fc1_batch_stats,
+        group,
+        _running(norms) if batch_stats else None,
+        _running([fc1_norm]) if fc1_batch_stats else None,
     )
     if kept is not None:
         _move(norms, *kept)

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -144,15 +144,17 @@ class SKConv(nn.Module):
         return wide.reshape(pooled.shape[0], self.M, self.out_channels)
 
     def _parts(self) -> parts.Parts | None:
-        blocks = [parts.sequential(branch) for branch in self.branches]
-        return parts.parts_of(blocks, parts.sequential(self.fc1), self.fc2)
+        # Asked at every call, and attributes of modules are slow.
+        children: Any = self._modules
+        blocks = [parts.sequential(x) for x in children["branches"]._modules.values()]
+        return parts.parts_of(blocks, parts.sequential(children["fc1"]), children["fc2"])
 
     def _check_batch(self, size: int) -> None:
-        if is_symbolic(size):
+        if is_symbolic(size) or size != 1:
             return
         bn = getattr(self.fc1, "bn", None)
         alone = isinstance(bn, parts.NORMS) and bn.training and parts.group_of(bn) is None
-        if alone and size == 1:
+        if alone:
             raise ValueError(
                 "x: SKConv in training needs a batch of at least 2, because fc1's batch norm sees "
                 "one value per channel and image, got 1; SKConv(..., fc_norm='layer') takes any "

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,24 +38,6 @@ class BatchNormArgs:
     process_group: "ProcessGroup | None" = None
 
 
-class Composed(NamedTuple):
-    """What `composed` returns; the statistics are None where running ones were taken.
-
-    Attributes:
-        out: V, [B, C, *spatial] in the dtype of the branches.
-        means: the batch's mean of every branch, M tensors [C] in the accumulation dtype.
-        variances: the unbiased variance, likewise.
-        fc1_mean: the batch's mean of fc1's output [d].
-        fc1_var: the unbiased variance, likewise.
-    """
-
-    out: Tensor
-    means: tuple[Tensor, ...] | None
-    variances: tuple[Tensor, ...] | None
-    fc1_mean: Tensor | None
-    fc1_var: Tensor | None
-
-
 def composed(
     branches: Sequence[Tensor],
     norms: Sequence[BatchNormArgs],
@@ -64,40 +46,45 @@ def composed(
     fc1_norm: BatchNormArgs,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-) -> Composed:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Computes V = sum of a_i u_i, as `functional.sk_fuse_select` says, for eager PyTorch.
 
     Every operator is PyTorch's, so every kind of derivative is. What it keeps for the backward is
     the branches and the u_i. The norms agree in ``batch_stats``; no process group is known here.
+
+    Returns:
+        V in the dtype of the branches; mean and unbiased variance of the branches [2, M, C] and of
+        fc1's output [2, d] in the accumulation dtype, None where running ones were taken.
     """
     first = branches[0]
     dtype = accumulation_dtype(first.dtype)
     with no_autocast(first):
-        statistics = _statistics(first, norms)
+        kept, statistics = _statistics(first, norms)
         maps = [
             _normalised(x, norm, *pair).relu_()
             for x, norm, pair in zip(branches, norms, statistics, strict=True)
         ]
         hidden = F.linear(pooled(maps), cast(fc1_weight, dtype), cast(fc1_bias, dtype))
-        (fc1_statistics,) = _statistics(hidden, [fc1_norm])
+        fc1_kept, (fc1_statistics,) = _statistics(hidden, [fc1_norm])
         z = _normalised(hidden, fc1_norm, *fc1_statistics).relu_()
         logits = F.linear(z, cast(fc2_weight, dtype), cast(fc2_bias, dtype))
         out = sk_select(maps, logits.view(first.shape[0], len(maps), first.shape[1]))
-    means, variances = zip(*statistics, strict=True) if norms[0].batch_stats else (None, None)
-    return Composed(
-        out, means, variances, *(fc1_statistics if fc1_norm.batch_stats else (None, None))
-    )
+    return out, kept, None if fc1_kept is None else fc1_kept[:, 0]
 
 
 def _statistics(
     x: Tensor, norms: Sequence[BatchNormArgs]
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """Returns mean and variance of every norm: the running ones, or room for the batch's of x."""
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """Returns room [2, n, C] for the batch's statistics of x, and mean and variance of every norm.
+
+    Those are views of the room, or the running ones.
+    """
     dtype = accumulation_dtype(x.dtype)
     if not norms[0].batch_stats:
-        return [(cast(n.running_mean, dtype), cast(n.running_var, dtype)) for n in norms]
-    room = x.new_zeros((2 * len(norms), x.shape[1]), dtype=dtype).unbind()
-    return list(zip(room[: len(norms)], room[len(norms) :], strict=True))
+        return None, [(cast(n.running_mean, dtype), cast(n.running_var, dtype)) for n in norms]
+    room = x.new_zeros((2, len(norms), x.shape[1]), dtype=dtype)
+    rows = room.flatten(0, 1).unbind()
+    return room, list(zip(rows[: len(norms)], rows[len(norms) :], strict=True))
 
 
 def _normalised(x: Tensor, norm: BatchNormArgs, mean: Tensor | None, var: Tensor | None) -> Tensor:
