@@ -290,7 +290,7 @@ def refusing_to_wait() -> Iterator[NoSynchronisation]:
         yield mode
 
 
-STEMS = ("sk_fuse", "sk_select", "passes")
+STEMS = ("sk_fuse", "sk_select", "steps")
 
 
 @pytest.fixture

@@ -599,7 +599,7 @@ def bad_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     frozen = functional.BatchNormArgs(None, None, batch_stats=False)
     yield "norms: expected one a branch, 2, got 1", lambda: call([x, x], [norm], w1, fc1_norm, w2)
     yield (
-        r"norms\[1\]: expected eps, batch_stats and group of norms\[0\]",
+        r"norms\[1\]: expected eps, batch_stats and process_group of norms\[0\]",
         lambda: call([x, x], [norm, other], w1, fc1_norm, w2),
     )
     yield (
