@@ -12,7 +12,7 @@ from sknet_kernels import arguments
 from sknet_kernels import launch as launching
 from sknet_kernels.config import STAGES, DeviceFacts, Stage
 from sknet_kernels.launch import Launch
-from sknet_kernels.norms import Norms
+from sknet_kernels.norms import Norms, Running
 from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_partials
 from sknet_kernels.sk_fuse_mlp import sk_channels_bwd, sk_hidden, sk_hidden_bwd, sk_logits
 from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
@@ -145,8 +145,12 @@ def _section(setting: Setting, batch_stats: bool) -> None:
     def vectors(*sizes: int) -> tuple[Tensor, ...]:
         return tuple(torch.empty(size, device=setting.device) for size in sizes)
 
+    def running(n: int, size: int) -> Running:
+        tracked = tuple(torch.empty((), dtype=torch.int64, device=setting.device) for _ in range(n))
+        return Running(vectors(*[size] * n), vectors(*[size] * n), tracked, 0.1)
+
     if batch_stats:
-        (mean, var), _ = sk_moments(xs)
+        (mean, var), _ = sk_moments(xs, running(M, C))
     else:
         mean, var = torch.empty(2, M, C, device=setting.device)
     norms = Norms(tuple(mean), tuple(var), vectors(*[C] * M), vectors(*[C] * M), 1e-5)
@@ -158,7 +162,7 @@ def _section(setting: Setting, batch_stats: bool) -> None:
     )
 
     pooled, hidden = sk_hidden(sk_fuse_partials(xs, norms), S, fc1, None)
-    logits, _, _ = sk_logits(hidden, given, fc2, None, M)
+    logits, _, _ = sk_logits(hidden, given, fc2, None, M, running(1, d) if batch_stats else None)
     sk_select_fwd(out, xs, logits, norms)
     partials = sk_fuse_select_sums(out, xs, norms)
     sums, dlogits, dz = sk_hidden_bwd(partials, logits, norms, fc2)
