@@ -31,7 +31,7 @@ from perf.peers import rebuilt
 from sknet_triton.acceleration import unregister_family
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.backend import current_backend
-from sknet_triton.layers import section
+from sknet_triton.layers import parts
 from tests.plain_sknet import scramble
 from tests.processes import needs_gloo
 
@@ -725,8 +725,8 @@ def test_statistics_of_several_processes_are_no_hindrance(build: Callable[[], nn
         assert row_of(module).status == "accelerated"
         for norm in cast(Any, module).modules():
             if isinstance(norm, nn.SyncBatchNorm):
-                norm.process_group = SimpleNamespace(size=lambda: 2, group_name="both")
-                assert section.group_of(norm) == "both"
+                norm.process_group = SimpleNamespace(size=lambda: 2)
+                assert parts.group_of(norm) is norm.process_group
 
 
 # restore, and what was put on top.

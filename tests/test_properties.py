@@ -17,7 +17,7 @@ from torch import Tensor
 from sknet_kernels.config import MAX_BRANCHES, LaunchConfig
 from sknet_triton import Backend, functional, use_backend
 from sknet_triton.functional import Activation, Reduction
-from sknet_triton.reference import accumulation_dtype, stages
+from sknet_triton.reference import accumulation_dtype
 from tests import launchers, strategies
 from tests.helpers import BACKENDS, assert_matches, magnitudes, store_rounding, wide
 from tests.strategies import (
@@ -223,15 +223,15 @@ def check_norm_kernels(sample: Sample, config: LaunchConfig) -> None:
     norm, attn = launchers.norm_rows(norms), torch.softmax(logits, 1)
     share, drift = sample.small(2, B, C), sample.small(3, 2, M, C)
     pairs: list[tuple[Tensor, Tensor]] = [
-        (launchers.fuse_norm(xs, norms, config=config), stages.fuse(xs, norm)),
-        (launchers.select(xs, logits, norms, config=config), stages.select(xs, logits, norm)),
-        (launchers.sums(dout, xs, norms, config=config), stages.sums(dout, xs, norm)),
+        (launchers.fuse_norm(xs, norms, config=config), passes.fuse(xs, norm)),
+        (launchers.select(xs, logits, norms, config=config), passes.select(xs, logits, norm)),
+        (launchers.sums(dout, xs, norms, config=config), passes.sums(dout, xs, norm)),
     ]
     got = launchers.dx(dout, xs, norms, logits, share, drift, config=config)
     rows = drift.transpose(0, 1)
-    pairs += zip(got, stages.gradients(dout, xs, norm, attn, share, rows), strict=True)
+    pairs += zip(got, passes.gradients(dout, xs, norm, attn, share, rows), strict=True)
     if B:
-        pairs += zip(launchers.moments(xs, config=config)[:2], stages.moments(xs), strict=True)
+        pairs += zip(launchers.moments(xs, config=config)[:2], passes.moments(xs), strict=True)
     for actual, exact in pairs:
         torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-11)
 
