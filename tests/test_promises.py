@@ -726,7 +726,7 @@ def test_statistics_of_several_processes_are_no_hindrance(build: Callable[[], nn
         for norm in cast(Any, module).modules():
             if isinstance(norm, nn.SyncBatchNorm):
                 norm.process_group = SimpleNamespace(size=lambda: 2)
-                assert parts.group_of(norm) is norm.process_group
+                assert cast(Any, parts.group_of(norm)) is norm.process_group
 
 
 # restore, and what was put on top.

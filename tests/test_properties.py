@@ -17,7 +17,7 @@ from torch import Tensor
 from sknet_kernels.config import MAX_BRANCHES, LaunchConfig
 from sknet_triton import Backend, functional, use_backend
 from sknet_triton.functional import Activation, Reduction
-from sknet_triton.reference import accumulation_dtype
+from sknet_triton.reference import accumulation_dtype, passes
 from tests import launchers, strategies
 from tests.helpers import BACKENDS, assert_matches, magnitudes, store_rounding, wide
 from tests.strategies import (
