@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perf.__main__ import main
-from perf.commands.arguments import chosen_device, read_report
+from perf.commands.options import chosen_device, read_report
 from perf.peers import baseline
 from perf.report import tables
 from perf.rows import env, schema

@@ -348,7 +348,7 @@ def test_where_a_table_goes_is_checked_before_the_work(
     def work(*arguments: object) -> None:
         raise AssertionError("worked first")
 
-    monkeypatch.setattr("perf.static.kernels.kernel_table", work)
+    monkeypatch.setattr("perf.static.compiled.kernel_table", work)
     monkeypatch.setattr("perf.static.traffic.traffic", work)
     monkeypatch.setenv("TRITON_INTERPRET", str(int(command == "traffic")))
     assert f"--out: {out}" in refused(command, "--out", out)

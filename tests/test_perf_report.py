@@ -12,7 +12,7 @@ import torch
 from perf.report import tables
 from perf.rows import env, schema
 from perf.rows.cases import Case
-from perf.rows.schema import COLUMNS, Result, Row
+from perf.rows.schema import Result, Row
 from perf.rows.store import open_store
 from perf.sweep.workloads import make_case
 from tests.sweeps import write_report
@@ -36,7 +36,7 @@ def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
         ],
     )
     frame = schema.read(path)
-    assert tuple(frame.columns) == COLUMNS
+    assert tuple(frame.columns) == schema.SCHEMA.names
     assert frame.B.tolist() == [8, 8]
     assert frame.reason.tolist() == ["", reason]
     assert frame.ms_p50[0] == 1.5

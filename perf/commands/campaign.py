@@ -20,7 +20,7 @@ from typing import IO, NoReturn
 
 import torch
 
-from perf.commands.arguments import DEVICES, duration
+from perf.commands.options import DEVICES, duration
 from perf.commands.run import STATUSES
 from perf.report import tables
 from perf.rows import schema

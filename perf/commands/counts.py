@@ -10,7 +10,7 @@ from dataclasses import asdict
 import pandas as pd
 import torch
 
-from perf.commands.arguments import add_table, needs_compiler, table_file
+from perf.commands.options import add_table, needs_compiler, table_file
 from perf.rows.errors import UsageError
 from perf.rows.others import SIZES
 
@@ -130,7 +130,7 @@ def kernels(args: argparse.Namespace) -> int:
     H200; tb_s and what it is made of are explained in perf/static/model.py.
     """
     needs_compiler("kernels cannot be compiled")
-    from perf.static.kernels import kernel_table
+    from perf.static.compiled import kernel_table
     from perf.static.model import COPY_TB_S
 
     with table_file(args.out) as write:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from perf.commands.arguments import check_providers, check_rows, read_report, whole_file
+from perf.commands.options import check_providers, check_rows, read_report, whole_file
 from perf.report import comparison, tables
 from perf.report.documents import published
 from perf.report.tables import Align, text_table

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from perf.commands.arguments import DEVICES, chosen_device, duration, seed, sizes, whole_number
+from perf.commands.options import DEVICES, chosen_device, duration, seed, sizes, whole_number
 from perf.report import tables
 from perf.rows import cases, schema
 from perf.rows import env as environment

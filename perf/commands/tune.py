@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from perf.commands.arguments import (
+from perf.commands.options import (
     DEVICES,
     chosen_device,
     duration,

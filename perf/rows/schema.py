@@ -111,7 +111,6 @@ SCHEMA = Schema(
     ),
     key=KEY_COLUMNS,
 )
-COLUMNS = SCHEMA.names
 
 Key = tuple[str, ...]
 
