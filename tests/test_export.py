@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from perf.peers.baseline import PlainSKConv
 from sknet_triton import (
     Backend,
     SKConv,
@@ -210,6 +211,41 @@ def test_a_program_has_the_modules_gradients(
     # A program may drop the buffers that it does not read.
     expected = {k: t for k, t in expected.items() if k in actual or "num_batches" not in k}
     assert_same_step(actual, expected, bound=EXACT_NETWORK)
+
+
+def quantised(module: nn.Module, x: Tensor, aware: bool) -> tuple[Tensor, list[str]]:
+    """Returns what a program of ``module`` gives in 8 bits, after training or trained for it."""
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", reason="needs torchao")
+    x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=aware))
+    program = torch.export.export(module.train(aware), (x,)).module()
+    prepared = (pt2e.prepare_qat_pt2e if aware else pt2e.prepare_pt2e)(program, quantizer)
+    prepared(x).sum().backward()
+    if aware:
+        sys.modules["torchao.quantization.pt2e"].move_exported_model_to_eval(prepared)
+    converted = pt2e.convert_pt2e(prepared)
+    return converted(x), [str(node.target) for node in converted.graph.nodes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aware", [False, True], ids=["post-training", "quantisation-aware"])
+def test_a_program_is_quantised_as_plain_modules_are(aware: bool) -> None:
+    module, plain = scramble(SKConv(8, 8, G=4)), PlainSKConv(8, 8, G=4)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(4, 8, 12, 10)
+    expected, names = quantised(plain, x, False)
+    if not any("dequantize_per_channel" in name for name in names):
+        pytest.skip("torchao quantises no convolution of this version of torch")
+    if aware:
+        trained = copy.deepcopy(module)
+        trained(x)
+        expected = trained.eval()(x)
+    actual, names = quantised(module, x, aware)
+    for name, count in {"dequantize_per_channel": 4, "conv2d": 4, "batch_norm": 0}.items():
+        assert sum(name in target for target in names) == count
+    # 8 bits of weights and of maps, one convolution after another: 2**-8, a few times.
+    assert largest_error(actual, expected) < 2**-5
 
 
 @pytest.mark.slow
