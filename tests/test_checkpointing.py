@@ -1,4 +1,4 @@
-"""Training in less memory: recomputed activations and accumulated micro batches.
+"""Training in less memory: recomputed activations.
 
 Recomputing a batch norm moves its running statistics a second time, in PyTorch as here: the oracle
 of the statistics is the modules called one by one under the same checkpointing.
@@ -227,24 +227,7 @@ def test_the_network_recomputes_its_units_as_checkpoint_does(backend: Backend) -
     assert seen["stages.0.1.sk.fc1.bn.num_batches_tracked"] == 2
 
 
-# --- micro batches ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_gradients_of_micro_batches_add_up(layer: str, backend: Backend) -> None:
-    # In evaluation, since statistics would be those of a micro batch.
-    whole, parts = build(layer).eval(), build(layer).eval()
-    x, sizes = batch(4), [1, 2, 1]
-    with use_backend("reference"):
-        out = whole(x)
-        weight = torch.linspace(-1, 2, out.numel(), dtype=x.dtype, device=DEVICE).view_as(out)
-        torch.autograd.backward((out * weight).sum())
-    with use_backend(backend):
-        for micro, w in zip(torch.split(x, sizes), torch.split(weight, sizes), strict=True):
-            torch.autograd.backward((parts(micro) * w).sum())
-    expected = {name: cast(Tensor, p.grad) for name, p in whole.named_parameters()}
-    assert_same({name: cast(Tensor, p.grad) for name, p in parts.named_parameters()}, expected)
+# --- two graphs at a time -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -187,7 +187,8 @@ class Parallel:
         training: whether batch norms take statistics.
         accumulate: whether a step is one micro batch an image, all but the last under ``no_sync``.
         joint: whether the oracle sees the joint batch at once.
-        backends: which are asked; an option of DistributedDataParallel alone needs no second one.
+        backends: which are asked; an option of DistributedDataParallel alone needs no second one,
+            and the kernels are asked where statistics, graphs or gradients are their own.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -206,13 +207,13 @@ VIEWS: dict[str, Any] = {"gradient_as_bucket_view": True}
 
 PARALLEL = {
     "plain": Parallel(),
-    "static graph": Parallel(STATIC),
+    "static graph": Parallel(STATIC, backends=ONE),
     "bucket views": Parallel(VIEWS, backends=ONE),
     "small buckets": Parallel(SMALL, backends=ONE),
     "unused parameters looked for": Parallel({"find_unused_parameters": True}, backends=ONE),
-    "accumulated": Parallel(accumulate=True),
+    "accumulated": Parallel(accumulate=True, backends=ONE),
     "accumulated in bucket views": Parallel(VIEWS, accumulate=True, backends=ONE),
-    "partly frozen": Parallel(before=partly_frozen),
+    "partly frozen": Parallel(before=partly_frozen, backends=OTHER),
     "statistics of shares": Parallel(training=True, joint=False),
     "synced statistics": Parallel(build=layer, after=synced, training=True),
     "checkpointed": Parallel(build=checkpointed_network),
@@ -274,23 +275,23 @@ def compiled_in_place(model: Any) -> Any:
 
 SHARDED = {
     "root": Sharded(),
-    "units": Sharded(("0", "1", "")),
+    "units": Sharded(("0", "1", ""), backends=ONE),
     "SKConv": Sharded(("0.sk", "1.sk", "")),
     "convolution": Sharded(("0.sk.branches.0.conv", "0.sk.branches.1.conv", "")),
-    "branch": Sharded(("0.sk.branches.0", ""), False),
+    "branch": Sharded(("0.sk.branches.0", ""), False, backends=ONE),
     "norm": Sharded(("0.sk.branches.1.bn", ""), False),
     "activation": Sharded(("0.sk.branches.1.act", ""), False, backends=ONE),
-    "fc1": Sharded(("0.sk.fc1", "1.sk.fc1", ""), False),
+    "fc1": Sharded(("0.sk.fc1", "1.sk.fc1", ""), False, backends=ONE),
     "fc1's convolution": Sharded(("0.sk.fc1.conv", ""), False, backends=ONE),
     "fc1's norm": Sharded(("0.sk.fc1.bn", ""), False, backends=ONE),
     "fc2": Sharded(("0.sk.fc2", "1.sk.fc2", ""), False, training=True),
-    "fc1 and fc2 in a group": Sharded((("0.sk.fc1", "0.sk.fc2"), ""), False),
+    "fc1 and fc2 in a group": Sharded((("0.sk.fc1", "0.sk.fc2"), ""), False, backends=ONE),
     "units, statistics of shares": Sharded(("0", "1", ""), training=True),
     "checkpointed": Sharded(("stages.0.0", "stages.0.1", ""), build=checkpointed_network),
     "compiled": Sharded(
         ("0", ""), build=layer, before=compiled_in_place, backends=FSDP_BACKENDS[-1:]
     ),
-    "accelerated": Sharded(("0", ""), build=peer, before=accelerated),
+    "accelerated": Sharded(("0", ""), build=peer, before=accelerated, backends=ONE),
     "accelerated, norm": Sharded(("0.paths.0.bn", ""), build=peer, before=accelerated),
     "accelerated, attention": Sharded(
         ("0.attn.fc_select", ""), build=peer, before=accelerated, backends=ONE

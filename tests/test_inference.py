@@ -141,30 +141,6 @@ def test_convolutions_that_someone_else_holds_are_not_written_to() -> None:
 # --- rounding -----------------------------------------------------------------------------------
 
 
-def test_one_pair_in_float32_stays_within_its_bound() -> None:
-    """Elementwise, against float64.
-
-    A folded weight meets 4 roundings (eps added, rsqrt, times gamma, times w), none worse than
-    eps; so does the bias. The convolution adds K products and the bias: K + 1 roundings at most.
-    """
-    net = build("SKNet", torch.float32)
-    block = cast(Any, net).stem
-    conv, bn = block.conv, block.bn
-    x = image(net, torch.float32)
-    wide = copy.deepcopy(block)[:2].double()  # without the ReLU, which rounds nothing
-    exact = wide(x.double())
-    scale = (wide.bn.weight * torch.rsqrt(wide.bn.running_var + bn.eps)).abs()[:, None, None]
-    products = nn.functional.conv2d(
-        x.double().abs(), wide.conv.weight.abs(), None, conv.stride, conv.padding
-    )
-    magnitude = scale * (products + wide.bn.running_mean.abs()[:, None, None])
-    magnitude = magnitude + wide.bn.bias.abs()[:, None, None]
-    K = conv.weight[0].numel()
-    fuse_bn(net)
-    actual = cast(Any, net).stem[:2](x)
-    assert ((actual - exact).abs() <= (K + 5) * torch.finfo(torch.float32).eps * magnitude).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["SKNet", "M3", "sum"])
 def test_a_network_in_low_precision_is_as_close_as_before(name: str, dtype: torch.dtype) -> None:

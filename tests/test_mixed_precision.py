@@ -17,7 +17,7 @@ from sknet_triton import SKConv, functional, use_backend
 from sknet_triton.backend import Backend
 from sknet_triton.functional import BatchNormArgs
 from tests.helpers import BACKENDS, store_rounding
-from tests.plain_sknet import largest_error, scramble
+from tests.plain_sknet import scramble
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOW = (torch.bfloat16, torch.float16)
@@ -417,17 +417,3 @@ def test_the_whole_section_of_what_is_not_finite(
         assert kinds(expected.pop(stopped)) == "..n"
         assert kinds(parameters.pop(stopped)) == "..."
     assert_same_kinds([*parameters.values()], [*expected.values()])
-
-
-@both
-def test_a_spoilt_image_spoils_no_other_in_eval(backend: Backend) -> None:
-    clean, spoilt = (section_modules(training=False) for _ in range(2))
-    xs = spoilt_branches("nan", torch.float64)
-    with use_backend(backend), quiet_interpreter(), torch.no_grad():
-        out = our_section(xs, spoilt)
-        for x in xs:
-            x[1] = 0.0
-        expected = our_section(xs, clean)
-    assert out[1].isnan().any()
-    for image in (0, 2):
-        assert largest_error(out[image], expected[image]) < 1e-14

@@ -16,7 +16,8 @@ from tests.helpers import Case, Recorded
 from tests.test_ops import OPERATOR_CASES, tensors
 
 # The same operators on a machine without kernels, where they take PyTorch's formulas.
-KERNELS = pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "no kernels"])
+KERNEL_IDS = {True: "kernels", False: "no kernels"}
+KERNELS = pytest.mark.parametrize("kernels", KERNEL_IDS, ids=KERNEL_IDS.get)
 
 
 @pytest.fixture
@@ -115,8 +116,12 @@ SECTION_CASES = [
 
 
 @pytest.mark.slow
-@KERNELS
-@pytest.mark.parametrize("section", SECTION_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("kernels", "section"),
+    [(True, section) for section in SECTION_CASES]
+    + [(False, section) for section in SECTION_CASES[:5]],
+    ids=lambda value: str(value) if isinstance(value, SectionCase) else KERNEL_IDS[value],
+)
 def test_every_step_of_the_section(
     section: SectionCase, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sknet_triton import functional, ops, reference, use_backend
+from sknet_triton import functional, reference, use_backend
 from tests.helpers import Case
 
 OPERATOR_CASES = [
@@ -47,18 +47,6 @@ def test_compiled_section_equals_eager(layout: str, device: torch.device) -> Non
     assert out.stride() == expected.stride()
     for grad, reference_grad in zip(grads, exact, strict=True):
         torch.testing.assert_close(grad, reference_grad)
-
-
-def test_fake_strides_are_the_real_strides(device: torch.device) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    for case in OPERATOR_CASES:
-        xs, logits = tensors(case, device, grad=False)
-        real = ops.sk_select(xs, logits, "softmax")
-        with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(x) for x in xs]
-            fake = ops.sk_select(fakes, mode.from_tensor(logits), "softmax")
-        assert fake.stride() == real.stride(), case
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -33,20 +33,15 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     return make_up(monkeypatch).asked
 
 
-def test_a_small_sweep_end_to_end(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_a_small_sweep_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.csv"
-    done = subprocess.run(
-        [*PERF, *TINY, *UNCOMPILED, "--out", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert lines[-1] == str(out)
-    assert "\r" not in done.stdout
-    assert "unsupported: ours-triton-eager (3 rows)" in done.stdout
+    assert main([*TINY, *UNCOMPILED, "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.splitlines()[-1] == str(out)
+    assert "\r" not in said.out
+    assert "unsupported: ours-triton-eager (3 rows)" in said.out
     frame = schema.read(out)
     assert set(zip(frame.workload, frame.provider, strict=True)) == {
         (workload, provider)

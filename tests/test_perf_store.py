@@ -13,15 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from perf.__main__ import IO_ERROR, main
 from perf.rows import env, schema
 from perf.rows.errors import StopError, UsageError
 from perf.rows.schema import Result, Row
 from perf.rows.store import Store, collect, open_store
-from perf.sweep import workloads
-from perf.sweep.presets import PRESETS
 from perf.sweep.ranks import Rank, part_of, parts_of
 from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
@@ -109,55 +106,6 @@ def test_what_a_column_cannot_hold_is_an_error_before_it_is_written(tmp_path: Pa
                 store.append([*rows_of(1), Row(CASE, PROVIDER, result, ENV)])
         assert store.keys == set()
     assert schema.read(path).empty
-
-
-class Spoilt(nn.Module):
-    """An op whose output has one or more elements that are no numbers."""
-
-    def __init__(self, module: nn.Module, value: float, elements: int | None) -> None:
-        super().__init__()
-        self.module = module
-        self.value = value
-        self.elements = elements
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        out: Tensor = self.module(*inputs)
-        spoilt = torch.zeros_like(out)
-        spoilt.view(-1)[: self.elements] = self.value
-        return out + spoilt
-
-
-@pytest.mark.parametrize(
-    ("value", "elements", "mode"), [(float("nan"), 1, "train"), (float("inf"), None, "infer")]
-)
-@pytest.mark.usefixtures("one_thread")
-def test_output_that_is_no_number_is_an_unverified_row(
-    value: float,
-    elements: int | None,
-    mode: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    right = workloads.WORKLOADS["sk_select"]
-    spoilt = replace(
-        right,
-        ours=lambda case: Spoilt(right.ours(case), value, elements),
-        plain=lambda ours: right.plain(ours.get_submodule("module")),
-    )
-    monkeypatch.setitem(workloads.WORKLOADS, "sk_select", spoilt)
-    monkeypatch.setitem(PRESETS, "quick", replace(PRESETS["quick"], seconds=0.01, rounds=2))
-    out = tmp_path / "a.csv"
-    chosen = ["--level", "op", "--workload", "sk_select", "--batch", "2", "--resolution", "32"]
-    providers = ["--provider", "plain-eager", PROVIDER]
-    assert main(["run", *chosen, "--mode", mode, *providers, "--out", str(out)]) == 0
-    frame = schema.read(out).set_index("provider")
-    assert frame.status.to_dict() == {"plain-eager": "ok", PROVIDER: "unverified"}
-    assert not torch.tensor(frame.out_err[PROVIDER]).isfinite()
-    for command in (["summary", str(out)], ["compare", str(out), str(out)], ["plot", str(out)]):
-        assert main(command) == 0
-    assert main(["run", *chosen, "--mode", mode, *providers, "--out", str(out), "--resume"]) == 0
-    assert len(schema.read(out)) == 2
 
 
 # Full disks
