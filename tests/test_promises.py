@@ -30,8 +30,9 @@ import sknet_triton as skt
 from perf.peers import rebuilt
 from sknet_triton.acceleration import unregister_family
 from sknet_triton.acceleration.swap import Accelerated
-from sknet_triton.backend import current_backend
+from sknet_triton.backend import Backend, current_backend
 from sknet_triton.layers import parts
+from tests.helpers import BACKENDS
 from tests.plain_sknet import scramble
 from tests.processes import needs_gloo
 from tests.test_acceleration import Blend, blend_family
@@ -728,6 +729,17 @@ def test_statistics_of_several_processes_are_no_hindrance(build: Callable[[], nn
             if isinstance(norm, nn.SyncBatchNorm):
                 norm.process_group = SimpleNamespace(size=lambda: 2)
                 assert cast(Any, parts.group_of(norm)) is norm.process_group
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_channels_may_be_pruned_away_from_skconv(backend: Backend) -> None:
+    narrow: Any = scramble(skt.SKConv(8, 4, G=1)).double()
+    module, x = skt.SKConv(8, 8, G=1), images()
+    # Pruning replaces what has weights, and knows no other attribute.
+    for name in ("branches", "fc1", "fc2"):
+        setattr(module, name, getattr(narrow, name))
+    with skt.use_backend(backend):
+        assert torch.equal(module(x), narrow(x))
 
 
 # restore, and what was put on top.

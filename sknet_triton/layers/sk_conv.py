@@ -141,7 +141,7 @@ class SKConv(nn.Module):
         """Maps the pooled sum [B, out_channels] to logits [B, M, out_channels] (eqs. 3 and 5)."""
         self._check_batch(pooled.shape[0])
         wide: Tensor = self.fc2(self.fc1(pooled[:, :, None, None]))
-        return wide.reshape(pooled.shape[0], self.M, self.out_channels)
+        return wide.reshape(pooled.shape[0], self.M, pooled.shape[1])
 
     def _parts(self) -> parts.Parts | None:
         # Asked at every call, and attributes of modules are slow.
