@@ -185,6 +185,7 @@ def test_the_error_for_batch_1_in_training_reaches_the_caller() -> None:
         compiled(torch.randn(1, 8, 7, 6))
 
 
+@pytest.mark.slow
 def test_autocast_compiles_to_one_graph() -> None:
     module = scramble(SKConv(8, 8, G=4)).eval()
     x = torch.randn(4, 8, 7, 6)

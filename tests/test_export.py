@@ -253,6 +253,7 @@ def traced(module: nn.Module, x: Tensor) -> Any:
         return torch.jit.load(buffer)  # type: ignore[no-untyped-call]  # torch leaves it so
 
 
+@pytest.mark.slow
 @every_case
 def test_a_trace_is_the_module_at_any_size_also_after_save_and_load(
     subject: Subject, backend: Backend
@@ -304,6 +305,7 @@ TRACED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", TRACED)
 def test_a_graph_of_torch_fx_is_the_module_at_any_size(name: str, training: bool) -> None:

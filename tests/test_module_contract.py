@@ -538,6 +538,7 @@ def test_functional_call_takes_the_tensors_it_is_given(way: str) -> None:
 MULTI_AVERAGES = {"ema": cast(Any, get_ema_multi_avg_fn)(0.75), "swa": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["modules", "triton"])
 @pytest.mark.parametrize("average", MULTI_AVERAGES)
 def test_an_average_of_models_gets_its_own_statistics(average: str, way: str) -> None:
@@ -617,6 +618,7 @@ def assert_the_rest_learns_as_before(change: str, way: Way) -> None:
     assert_same(seen, {k: v for k, v in expected.items() if k.removeprefix("grad ") not in still})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", STILL)
 @pytest.mark.parametrize("way", ["modules", "triton"])
 def test_what_is_not_frozen_gets_the_gradient_it_always_got(change: str, way: str) -> None:

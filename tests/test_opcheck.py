@@ -58,6 +58,7 @@ def test_the_other_activations_and_the_sum(activation: str, device: torch.device
     opcheck(ops.sk_select_bwd, (case.tensor(device), xs, logits, activation))
 
 
+@pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("needed", ["branches", "logits", "one branch"])
 def test_gradients_that_only_some_ask_for(needed: str, device: torch.device) -> None:

@@ -291,6 +291,7 @@ def test_check_says_who_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.startswith("unsupported") for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_a_pass_is_timed_after_its_section_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Provider, "unavailable", lambda *_: None)

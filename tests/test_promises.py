@@ -317,7 +317,11 @@ REPLACED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None], bool]]
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["eager", "compiled"],
+)
 @pytest.mark.parametrize("name", REPLACED)
 def test_a_child_replaced_afterwards_is_looked_at(
     name: str, compiled: bool, fresh_dynamo: None
@@ -556,6 +560,7 @@ def compiled_operators(module: nn.Module, inputs: Any) -> list[str]:
     return [name for name in names if "_are_functorch_transforms_active" not in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacks", [False, True])
 @pytest.mark.parametrize("copied", [lambda module: module, copy.deepcopy], ids=["itself", "copy"])
 def test_compiled_code_holds_the_stages_where_they_pay_and_the_row_says_where(

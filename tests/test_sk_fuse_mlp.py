@@ -275,6 +275,7 @@ def test_channels_bwd(given: Given) -> None:
         assert got.gamma.dtype == got.beta.dtype == given.case.dtype
 
 
+@pytest.mark.slow
 def test_many_tiles(device: torch.device) -> None:
     tiled = Given(MLPCase(17, 36, 20, 2, splits=3), device, VECTOR_TILES, MATRIX_TILES)
     test_hidden(tiled)
@@ -301,6 +302,7 @@ def test_an_empty_batch_has_gradients_of_zero(device: torch.device) -> None:
         assert not gradient.any(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_results_repeat_to_the_bit(case: MLPCase, device: torch.device) -> None:
     given = Given(case, device)
