@@ -152,14 +152,6 @@ def test_meta_tensors_tell_what_a_step_would_give(name: str, dtype: torch.dtype)
     assert kinds(seen) == kinds(expected)  # torch's convolution loses its layout on this device
 
 
-def test_a_network_made_without_memory_computes_once_it_has_some() -> None:
-    path = PATHS["SKNet eval"]
-    source, model = path.module(DEVICE), path.module(META)
-    model.to_empty(device=DEVICE)
-    model.load_state_dict(source.state_dict())
-    assert torch.equal(model(path.x(DEVICE)), source(path.x(DEVICE)))
-
-
 @every_path
 @on_both
 def test_fake_tensors_tell_what_a_step_would_give(name: str, chosen: Backend) -> None:

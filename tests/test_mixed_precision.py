@@ -125,38 +125,6 @@ def scaled_step(
 
 
 @both
-def test_a_scaled_step_is_the_step(backend: Backend) -> None:
-    plain, scaled = build(), build()
-    with use_backend(backend):
-        expected = scaled_step(
-            plain, torch.amp.GradScaler(DEVICE.type, enabled=False), image_batch(), None
-        )
-        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
-        seen = scaled_step(scaled, scaler, image_batch(), None)
-    # In float32 a power of two changes no digit.
-    assert all(torch.equal(seen[n], g) for n, g in expected.items())
-    assert all(
-        torch.equal(a, b) for a, b in zip(plain.parameters(), scaled.parameters(), strict=True)
-    )
-
-
-@both
-def test_scaling_saves_gradients_that_fp16_would_lose(backend: Backend) -> None:
-    branches = [torch.randn(2, 3, 8, 8, device=DEVICE).half().requires_grad_() for _ in range(2)]
-    with use_backend(backend):
-        pooled = functional.sk_fuse(branches)
-    # A share of 2^-6 of 2^-20 underflows in fp16, whose least number is 2^-24.
-    (lost,) = torch.autograd.grad((pooled.float() * 2.0**-20).sum(), branches[0], retain_graph=True)
-    assert not lost.any()
-    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
-    scaled = scaler.scale((pooled.float() * 2.0**-20).sum())
-    (kept,) = torch.autograd.grad(scaled, branches[0])
-    assert torch.equal(
-        kept.double() / 2.0**16, torch.full_like(kept, 2.0**-26, dtype=torch.float64)
-    )
-
-
-@both
 def test_a_step_with_an_infinite_gradient_is_skipped_and_the_scale_halved(backend: Backend) -> None:
     module = build()
     before = copy.deepcopy(module)

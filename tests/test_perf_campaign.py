@@ -88,11 +88,6 @@ def test_shares_fill_the_time_and_no_more(minutes: int) -> None:
     assert len(plan(planned, 60 * minutes).splitlines()) == len(planned) + 2
 
 
-def test_every_preset_of_a_part_can_be_estimated() -> None:
-    for part in parts():
-        assert 0 < part.seconds < 20 * 60
-
-
 # Its time
 
 

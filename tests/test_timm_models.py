@@ -82,12 +82,6 @@ def test_every_network_is_found_by_its_name_with_and_without_the_tag(
         assert isinstance(model, SKNet)
 
 
-def test_the_caffe_form_pools_as_its_prototxt_does(timm: Any) -> None:
-    model = timm.create_model("sknet101_caffe", device="meta")
-    assert model.pool.ceil_mode
-    assert not timm.create_model("sknet101", device="meta").pool.ceil_mode
-
-
 def test_the_network_is_the_packages_own(timm: Any) -> None:
     theirs, ours = twins(timm, num_classes=7, in_chans=4)
     x = images(4)
@@ -109,14 +103,6 @@ def test_an_unknown_argument_is_refused_by_name(timm: Any) -> None:
 
 
 # Head and pooling
-
-
-def test_no_classes_leave_the_pooled_features(timm: Any) -> None:
-    theirs, _ = twins(timm, num_classes=0)
-    x = images()
-    maps = theirs.forward_features(x)
-    assert maps.shape == (2, 2048, 2, 2)
-    assert_equal(theirs(x), maps.mean((2, 3)))
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "fastmax", ""])
@@ -343,12 +329,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(timm: Any) -> None:
         assert model.grad_checkpointing is enable
         grads.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_accelerate_finds_nothing_to_do(timm: Any) -> None:
-    model = timm.create_model("sknet26.triton", device="meta")
-    report = skt.accelerate(model)
-    assert len(report.paths("left")) == len(report) == 8
 
 
 def test_another_table_can_be_built_directly(timm: Any) -> None:
