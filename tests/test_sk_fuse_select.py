@@ -241,6 +241,7 @@ VARIANTS: dict[str, tuple[Callable[[SKConv], Any], bool]] = {
     "training": (lambda sk: sk.train(), True),
     "eval": (lambda sk: sk.eval(), True),
     "momentum None": (for_norms(set_momentum_none), True),
+    "one other momentum": (lambda sk: setattr(sk.branches[1].bn, "momentum", 0.3), True),
     "momentum 0": (for_norms(lambda bn: setattr(bn, "momentum", 0.0)), True),
     "frozen weights": (for_norms(lambda bn: bn.requires_grad_(False)), True),
     "hook on a convolution": (lambda sk: hook(sk.get_submodule("branches.0.conv")), True),
