@@ -21,7 +21,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -428,6 +428,14 @@ UNCHECKABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no attn": (Unreadable, "its structure cannot be read"),
     "closure": (
         lambda: changed(lambda module: setattr(module.fc1, "forward", calling(module.fc1))),
+        "the forward of fc1 was replaced on the instance",
+    ),
+    "pruned": (
+        lambda: changed(lambda module: cast(Any, prune).l1_unstructured(module.fc2, "weight", 0.5)),
+        "no copy of it can be made",
+    ),
+    "compiled": (
+        lambda: changed(lambda module: setattr(module, "fc1", torch.compile(module.fc1))),
         "the forward of fc1 was replaced on the instance",
     ),
     "pickle": (PicklesItself, "it is copied and pickled in a way of its own"),
