@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from perf.__main__ import main
-from perf.rows.cases import Case
-from perf.rows.schema import Result, Row
+from perf.rows.schema import Case, Result, Row
 from perf.rows.store import open_store
 from perf.sweep import sweep
 from perf.sweep.contest import Conditions

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import sknet_triton as skt
 from perf.peers import families, rebuilt
 from perf.peers.families import FAMILIES, Family
-from perf.rows.cases import Case
+from perf.rows.schema import Case
 from perf.static.bytes import saved
 from perf.sweep import contest, workloads
 from perf.sweep.calls import arriving_gradient

@@ -12,9 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from perf.__main__ import main
-from perf.report.figures import traffic_figure
-from perf.report.growth import growths
-from perf.report.looks import explained, look
+from perf.report.figures import explained, growths, look, traffic_figure
 from perf.rows import env, schema
 from perf.rows.schema import Result, Row
 from perf.sweep.providers import PROVIDERS

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from perf.peers import baseline
 from perf.rows import env
-from perf.rows.cases import Case
+from perf.rows.schema import Case
 from perf.sweep import contest, gate, measure, workloads
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import PROVIDERS

@@ -16,8 +16,7 @@ from perf.commands.options import chosen_device, read_report
 from perf.peers import baseline
 from perf.report import tables
 from perf.rows import env, schema
-from perf.rows.cases import Case
-from perf.rows.schema import Result
+from perf.rows.schema import Case, Result
 from perf.static.bytes import MEBI
 from perf.sweep import contest, gate, measure, sweep, workloads
 from perf.sweep.calls import Call, Captured, Recorded, evaluate, settings

@@ -11,8 +11,7 @@ import torch
 
 from perf.report import tables
 from perf.rows import env, schema
-from perf.rows.cases import Case
-from perf.rows.schema import Result, Row
+from perf.rows.schema import Case, Result, Row
 from perf.rows.store import open_store
 from perf.sweep.workloads import make_case
 from tests.sweeps import write_report

@@ -12,8 +12,7 @@ import pytest
 
 from perf.__main__ import BROKEN_PIPE, main
 from perf.rows import schema
-from perf.rows.cases import Case
-from perf.rows.schema import Result
+from perf.rows.schema import Case, Result
 from perf.sweep import sweep, workloads
 from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, Grid, jobs

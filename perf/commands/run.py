@@ -13,8 +13,8 @@ import torch
 
 from perf.commands.options import DEVICES, chosen_device, duration, seed, sizes, whole_number
 from perf.report import tables
-from perf.rows import cases, schema
 from perf.rows import env as environment
+from perf.rows import schema
 from perf.rows.errors import UsageError
 from perf.rows.store import Store, collect, open_store
 from perf.sweep.contest import Conditions, judge_case
@@ -38,7 +38,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Declares the axes, the output and the limits."""
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="quick", help="cases to start from (default: quick)")
-    add("--level", nargs="+", choices=cases.LEVELS, help="keep only these levels of the preset")
+    add("--level", nargs="+", choices=schema.LEVELS, help="keep only these levels of the preset")
     add(
         "--workload",
         nargs="+",
@@ -48,14 +48,14 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch", nargs="+", type=sizes, metavar="N", help="batch sizes, or START:STOP:STEP")
     add("--resolution", nargs="+", type=sizes, metavar="N", help="image sizes, or START:STOP:STEP")
-    add("--stage", nargs="+", type=int, choices=cases.STAGES, help="SKNet stages (op and layer)")
+    add("--stage", nargs="+", type=int, choices=schema.STAGES, help="SKNet stages (op and layer)")
     add("--branches", nargs="+", type=sizes, metavar="M", help="numbers of branches M")
-    add("--dtype", nargs="+", choices=cases.DTYPES)
-    add("--layout", nargs="+", choices=cases.LAYOUTS)
+    add("--dtype", nargs="+", choices=schema.DTYPES)
+    add("--layout", nargs="+", choices=schema.LAYOUTS)
     add(
         "--mode",
         nargs="+",
-        choices=cases.MODES,
+        choices=schema.MODES,
         help="infer: forward; train: forward and backward; bwd: backward alone, not of models",
     )
     add("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
@@ -123,7 +123,7 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
     Raises:
         UsageError: no grid of the preset has a chosen level, or a chosen workload.
     """
-    levels, workloads = args.level or cases.LEVELS, args.workload or tuple(LEVEL_OF)
+    levels, workloads = args.level or schema.LEVELS, args.workload or tuple(LEVEL_OF)
     of_level = [grid for grid in grids if grid.level in levels]
     kept = [
         replace(grid, workloads=names)

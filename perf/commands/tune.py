@@ -18,7 +18,7 @@ from perf.commands.options import (
     whole_number,
 )
 from perf.commands.run import STATUSES
-from perf.rows import cases, env
+from perf.rows import env, schema
 from perf.rows.others import TUNED
 from perf.rows.store import open_store
 from perf.sweep.contest import BudgetSpentError, Conditions
@@ -63,10 +63,10 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="image size (default: 224)",
     )
-    add("--stage", nargs="+", type=int, choices=cases.STAGES, default=cases.STAGES)
+    add("--stage", nargs="+", type=int, choices=schema.STAGES, default=schema.STAGES)
     add("--branches", type=whole_number(1, MAX_BRANCHES), default=2, metavar="M", help="default: 2")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16")
-    add("--layout", nargs="+", choices=cases.LAYOUTS, default=cases.LAYOUTS)
+    add("--layout", nargs="+", choices=schema.LAYOUTS, default=schema.LAYOUTS)
     add("--device", choices=DEVICES, help="default: a GPU where there is one; cpu lists")
     add("--out", type=Path, metavar="FILE.csv", help="default: where the kernels read it")
     add("--resume", action="store_true", help="go on with the table and skip the rows it has")

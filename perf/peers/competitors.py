@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from perf.rows.cases import Case
+from perf.rows.schema import Case
 
 Competitor = Literal["timm-sk", "timm-se"]
 

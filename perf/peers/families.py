@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sknet_triton as skt
 from perf.peers import rebuilt
-from perf.rows.cases import Case
+from perf.rows.schema import Case
 
 _GROUPS = 32
 

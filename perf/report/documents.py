@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from perf.rows import others, schema
-from perf.rows.cases import LAYOUTS
 from perf.rows.errors import UsageError
+from perf.rows.schema import LAYOUTS
 from perf.rows.typed_csv import Schema
 from perf.sweep.workloads import LEVEL_OF
 

@@ -5,8 +5,13 @@ from typing import Literal
 
 import pandas as pd
 
-from perf.rows.cases import LEVELS, Case
-from perf.rows.schema import CASE_COLUMNS, by_the_clock_that_counts, counts_call_to_call
+from perf.rows.schema import (
+    CASE_COLUMNS,
+    LEVELS,
+    Case,
+    by_the_clock_that_counts,
+    counts_call_to_call,
+)
 from perf.sweep.providers import BASELINE, BEFORE
 
 Align = Literal["left", "right"]

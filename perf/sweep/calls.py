@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from perf.rows.cases import Case
+from perf.rows.schema import Case
 from perf.sweep import workloads
 from perf.sweep.workloads import Net
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from perf.peers import digits
 from perf.rows import env
-from perf.rows.cases import Case
 from perf.rows.errors import one_line
-from perf.rows.schema import Result, counts_call_to_call
+from perf.rows.schema import Case, Result, counts_call_to_call
 from perf.static.bytes import saved
 from perf.sweep import gate, measure, workloads
 from perf.sweep.calls import Call, Results, evaluate, settings

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from perf.rows.cases import LAYOUTS, Case
+from perf.rows.schema import LAYOUTS, Case
 from perf.sweep import workloads
 from perf.sweep.calls import Call, Evaluation, evaluate, settings
 

@@ -13,8 +13,8 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from perf.rows import env
-from perf.rows.cases import Mode
 from perf.rows.env import Switches
+from perf.rows.schema import Mode
 from perf.static.bytes import MEBI
 
 Run = Callable[[], object]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perf.peers.families import FAMILIES
-from perf.rows.cases import LAYOUTS, STAGES, Case, DType, Layout, Level, Mode
+from perf.rows.schema import LAYOUTS, STAGES, Case, DType, Layout, Level, Mode
 from perf.sweep.workloads import LEVEL_OF, make_case
 
 CORE = (

@@ -10,7 +10,7 @@ from torch import nn
 
 import sknet_triton as skt
 from perf.peers import competitors
-from perf.rows.cases import Case
+from perf.rows.schema import Case
 from perf.sweep.calls import Call, Captured, Recorded, Results
 from perf.sweep.workloads import Net, Source
 

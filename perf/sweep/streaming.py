@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from perf.rows.cases import Case
-from perf.rows.schema import Result
+from perf.rows.schema import Case, Result
 from perf.sweep import contest, measure
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import BASELINE, PROVIDERS, Provider

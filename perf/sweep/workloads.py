@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sknet_triton as skt
 from perf.peers import baseline, competitors, digits, families
 from perf.peers.families import FAMILIES, Family
-from perf.rows.cases import Case, DType, Layout, Level, Mode
+from perf.rows.schema import Case, DType, Layout, Level, Mode
 
 Net = Callable[..., Tensor]
 Source = Literal["plain", "port", "ours", "timm-sk", "timm-se"]
