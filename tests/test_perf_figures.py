@@ -22,7 +22,6 @@ from tests.sweeps import refusal, write_report
 ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")
 REPORTS = Path(__file__).parent.parent / "perf/reports"
 TRAFFIC = REPORTS / "traffic-cpu-torch2.13.0.csv"
-MEASURED = REPORTS / "perf-op-train-compiled-cpu-torch2.13.0.csv"
 PNG = b"\x89PNG\r\n"
 
 
