@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from perf.peers.baseline import PlainSKConv
+from perf.peers.baseline import with_plain_convs
 from sknet_triton import (
     Backend,
     SKConv,
@@ -209,8 +209,8 @@ def quantised(module: nn.Module, x: Tensor, aware: bool) -> tuple[Tensor, list[s
 @pytest.mark.slow
 @pytest.mark.parametrize("aware", [False, True], ids=["post-training", "quantisation-aware"])
 def test_a_program_is_quantised_as_plain_modules_are(aware: bool) -> None:
-    module, plain = scramble(SKConv(8, 8, G=4)), PlainSKConv(8, 8, G=4)
-    plain.load_state_dict(module.state_dict())
+    module = scramble(SKConv(8, 8, G=4))
+    plain = with_plain_convs(module)
     x = torch.randn(4, 8, 12, 10)
     expected, names = quantised(plain, x, False)
     if not any("dequantize_per_channel" in name for name in names):

@@ -56,43 +56,21 @@ class PlainFuseSelect(nn.Module):
 class PlainSKConv(nn.Module):
     """SKConv with the parameter names of `sknet_triton.SKConv`, whose state dict it loads."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        M: int = 2,
-        r: int = 16,
-        L: int = 32,
-        G: int = 32,
-    ) -> None:
+    def __init__(self, C_in: int, C: int, stride: int, M: int, G: int, d: int) -> None:
         super().__init__()
         self.M = M
-        self.out_channels = out_channels
         self.branches = nn.ModuleList(
-            _conv_bn_relu(
-                nn.Conv2d(
-                    in_channels,
-                    out_channels,
-                    3,
-                    stride=stride,
-                    padding=1 + i,
-                    dilation=1 + i,
-                    groups=G,
-                    bias=False,
-                )
-            )
+            _conv_bn_relu(nn.Conv2d(C_in, C, 3, stride, 1 + i, 1 + i, G, bias=False))
             for i in range(M)
         )
-        d = max(in_channels // r, L)
-        self.fc1 = _conv_bn_relu(nn.Conv2d(out_channels, d, 1, bias=False))
-        self.fc2 = nn.Conv2d(d, M * out_channels, 1, bias=False)
+        self.fc1 = _conv_bn_relu(nn.Conv2d(C, d, 1, bias=False))
+        self.fc2 = nn.Conv2d(d, M * C, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
+        """Maps [B, C_in, H, W] to [B, C, H', W']."""
         maps = torch.stack([branch(x) for branch in self.branches], dim=1)
         pooled = maps.sum(dim=1).mean(dim=(2, 3), keepdim=True)
-        logits = self.fc2(self.fc1(pooled)).view(-1, self.M, self.out_channels, 1, 1)
+        logits = self.fc2(self.fc1(pooled)).unflatten(1, (self.M, -1))
         return (maps * torch.softmax(logits, dim=1)).sum(dim=1)
 
 
@@ -100,10 +78,10 @@ class PortSKConv(PlainSKConv):
     """PlainSKConv as the ports write it that do not stack: sums of maps, one after the other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
+        """Maps [B, C_in, H, W] to [B, C, H', W']."""
         maps = [branch(x) for branch in self.branches]
         pooled = functools.reduce(torch.add, maps).mean(dim=(2, 3), keepdim=True)
-        logits = self.fc2(self.fc1(pooled)).view(-1, self.M, self.out_channels, 1, 1)
+        logits = self.fc2(self.fc1(pooled)).unflatten(1, (self.M, -1))
         attn = torch.softmax(logits, dim=1).unbind(dim=1)
         weighted = [a * x for a, x in zip(attn, maps, strict=True)]
         out: Tensor = functools.reduce(torch.add, weighted)
@@ -115,18 +93,17 @@ def with_plain_convs(module: nn.Module, plain: type[PlainSKConv] = PlainSKConv) 
     if isinstance(module, SKConv):
         return _plain(module, plain)
     twin = copy.deepcopy(module)
-    names = [name for name, child in twin.named_modules() if isinstance(child, SKConv)]
-    for name in names:
-        child = twin.get_submodule(name)
-        assert isinstance(child, SKConv)
-        twin.set_submodule(name, _plain(child, plain))
+    for name, child in list(twin.named_modules()):
+        if isinstance(child, SKConv):
+            twin.set_submodule(name, _plain(child, plain))
     return twin
 
 
 def _plain(conv: SKConv, plain: type[PlainSKConv]) -> PlainSKConv:
     groups = conv.branches[0].get_submodule("conv").groups
     assert isinstance(groups, int)
-    twin = plain(conv.in_channels, conv.out_channels, conv.stride, conv.M, G=groups)
+    d = conv.fc2.in_channels
+    twin = plain(conv.in_channels, conv.out_channels, conv.stride, conv.M, groups, d)
     twin.load_state_dict(conv.state_dict())
     twin.to(conv.fc2.weight.device, conv.fc2.weight.dtype)
     return twin.train(conv.training)
