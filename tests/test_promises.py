@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -283,6 +283,19 @@ def other_mlp() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 32, 1), nn.Tanh())
 
 
+class Configured(rebuilt.SKConv):
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.config, self.shift = {"scale": 1.0}, [0.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.config["scale"] * super().forward(x) + self.shift[-1]
+
+
+def even(self: rebuilt.SKConv, wide: Tensor) -> Tensor:
+    return torch.full((wide.shape[0], self.M, self.out_channels), 0.5, dtype=wide.dtype)
+
+
 REPLACED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None], bool]] = {
     "another attn": (
         lambda: rebuilt.SelectiveKernel(8, 4, groups=2),
@@ -314,6 +327,13 @@ REPLACED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None], bool]]
         lambda module: setattr(module, "fc1", other_mlp()),
         True,
     ),
+    "a value in a dict": (Configured, lambda module: module.config.update(scale=2.0), False),
+    "a value in a list": (Configured, lambda module: module.shift.append(1.0), False),
+    "a method": (
+        lambda: rebuilt.SKConv(8, 4),
+        lambda module: setattr(module, "attention", MethodType(even, module)),
+        False,
+    ),
 }
 
 
@@ -340,12 +360,30 @@ def test_a_child_replaced_afterwards_is_looked_at(
     assert (cast(Accelerated, module)._skt_checked.reason is None) == fits
 
 
-def test_a_forward_patched_on_the_class_afterwards_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = rebuilt.SKConv(8, 4)
-    skt.accelerate(module)
-    monkeypatch.setattr(rebuilt.SKConv, "forward", lambda self, x: x)
-    x = torch.randn(2, 8, 4, 4)
-    assert module(x) is x
+PATCHED: dict[str, tuple[Callable[[], nn.Module], type, str, Any]] = {
+    "forward": (lambda: rebuilt.SKConv(8, 4), rebuilt.SKConv, "forward", lambda self, x: x),
+    "method": (lambda: rebuilt.SKConv(8, 4), rebuilt.SKConv, "attention", even),
+    "child's forward": (
+        lambda: rebuilt.SelectiveKernel(8, 4),
+        type(rebuilt.SelectiveKernel(8, 4).attn),
+        "forward",
+        OtherAttention.forward,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_what_is_patched_on_a_class_afterwards_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, cls, method, patch = PATCHED[name]
+    module, x = scramble(build()).double().eval(), images()
+    own = copy.deepcopy(module)
+    assert row_of(module).status == "accelerated"
+    before = module(x)
+    monkeypatch.setattr(cls, method, patch)
+    assert torch.equal(module(x), own(x))
+    assert not torch.equal(module(x), before)
 
 
 # Maps of several dtypes.
@@ -435,7 +473,9 @@ UNCHECKABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "no copy of it can be made",
     ),
     "compiled": (
-        lambda: changed(lambda module: setattr(module, "fc1", torch.compile(module.fc1))),
+        lambda: changed(
+            lambda module: setattr(module, "fc1", torch.compile(module.fc1, backend="eager"))
+        ),
         "the forward of fc1 was replaced on the instance",
     ),
     "pickle": (PicklesItself, "it is copied and pickled in a way of its own"),

@@ -144,11 +144,14 @@ def _compared(module: nn.Module, family: Family, cls: Any, besides: bool) -> Che
 
 def _check_forward(module: nn.Module, cls: Any) -> None:
     for path, child in module.named_modules():
-        forward = vars(child).get("forward")
-        # Not a method of its own, it would run the module itself when a copy is called.
-        if forward and (child is module or getattr(forward, "__self__", None) is not child):
-            whose = f"the forward of {path}" if path else "its forward"
-            raise _UnfitError(f"{whose} was replaced on the instance")
+        for name, value in vars(child).items():
+            if not inspect.isfunction(getattr(type(child), name, None)):
+                continue
+            # A copy takes its own method along; another function would run the module itself.
+            taken_along = getattr(value, "__self__", None) is child
+            if not taken_along or (child is module and name == "forward"):
+                whose = f"the {name} of {path}" if path else f"its {name}"
+                raise _UnfitError(f"{whose} was replaced on the instance")
     if (cls.__reduce__, cls.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__):
         raise _UnfitError("it is copied and pickled in a way of its own")
     if inspect.unwrap(cls.forward) is not cls.forward:

@@ -5,6 +5,7 @@ own class, as ``torch.nn.utils.parametrize`` does it: isinstance holds, torch.co
 copies and pickles work.
 """
 
+import copy
 import functools
 import inspect
 import re
@@ -140,6 +141,7 @@ class _Part:
         kind: its class, looked at by torch.compile, which knows the others by their guards.
         children: its children.
         settings: its plain attributes, where they are not read by calling it.
+        methods: what its forward calls of its class, likewise.
     """
 
     path: str
@@ -147,6 +149,7 @@ class _Part:
     kind: type[nn.Module]
     children: tuple[nn.Module | None, ...]
     settings: tuple[tuple[str, Any], ...]
+    methods: tuple[tuple[str, Any], ...]
 
 
 class Accelerated(nn.Module):
@@ -175,7 +178,7 @@ class Accelerated(nn.Module):
             )
         for part in self._skt_parts:
             same = tuple(part.module._modules.values()) == part.children
-            if not same or (part.settings and not _is_set(part)):
+            if not (same and _is_set(part)):
                 _look_at(self, check(self, self._skt_family, self._skt_original))
                 break
         return self._skt_checked.reason is None
@@ -237,8 +240,10 @@ def _look_at(module: Any, checked: Checked) -> None:
         read = child is module or path in checked.silent
         children = tuple(child._modules.values())
         if read or children:
-            settings = _settings(child) if read else ()
-            parts.append(_Part(path, child, _own_class(child), children, settings))
+            settings, methods = (_settings(child), _methods(child)) if read else ((), ())
+            if child is module:  # `forward` itself asks for it
+                methods = tuple(method for method in methods if method[0] != "forward")
+            parts.append(_Part(path, child, _own_class(child), children, settings, methods))
     module._skt_parts = tuple(parts)
 
 
@@ -248,24 +253,45 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     kept = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
-    return tuple((name, value) for name, value in kept.items() if _is_plain(value))
+    return tuple((k, copy.deepcopy(v)) for k, v in kept.items() if _is_plain(v))
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def _methods(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    forward = _own_class(module).forward
+    names = {"forward", *getattr(getattr(forward, "__code__", None), "co_names", ())}
+    found = [(name, _method(module, _own_class(module), name)) for name in sorted(names)]
+    return tuple((name, method) for name, method in found if inspect.isroutine(method))
+
+
+def _function(method: Any) -> Any:
+    return getattr(method, "__func__", method)
+
+
+def _method(module: nn.Module, cls: type[nn.Module], name: str) -> Any:
+    return module.__dict__.get(name, getattr(cls, name, None))
+
+
 def _is_set(part: _Part) -> bool:
     state = part.module.__dict__
-    return all(state.get(name) == value for name, value in part.settings)
+    return all(state.get(name) == value for name, value in part.settings) and all(
+        _method(part.module, part.kind, name) is method for name, method in part.methods
+    )
 
 
 def _is_as(module: nn.Module, part: _Part) -> bool:
     """Compares in a way that torch.compile guards on: by class, since a child is no constant."""
-    return _own_class(module) is part.kind and all(
-        getattr(module, name, None) == value for name, value in part.settings
+    return (
+        _own_class(module) is part.kind
+        and all(getattr(module, name, None) == value for name, value in part.settings)
+        and all(_function(getattr(module, k)) is _function(v) for k, v in part.methods)
     )
 
 
