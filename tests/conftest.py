@@ -22,7 +22,7 @@ if INTERPRETED:
     os.environ.setdefault("CUDA_PATH", "")
 # A file stays in one worker: what begins late and takes long would leave the others idle.
 LONGEST = (
-    *("test_export", "test_aot", "test_properties", "test_compile", "test_training"),
+    *("test_aot", "test_compile", "test_properties", "test_export", "test_training"),
     *("test_distributed", "test_opcheck", "test_sk_fuse_select", "test_module_contract"),
 )
 # What is compared with float64 is computed in the dtype that it claims, and repeatably.

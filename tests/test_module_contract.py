@@ -133,10 +133,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["modules", "triton"])
 @pytest.mark.parametrize(
-    ("layer", "name"),
-    [*((layer, "deepcopy") for layer in LAYERS), ("SKConv", "pickle"), ("SKUnit", "torch.save")],
+    ("layer", "name", "way"),
+    [
+        *((layer, "deepcopy", "modules") for layer in LAYERS),
+        ("SKConv", "deepcopy", "triton"),
+        ("SKConv", "pickle", "triton"),
+        ("SKUnit", "torch.save", "modules"),
+    ],
 )
 def test_a_copy_computes_the_same_and_shares_nothing(layer: str, name: str, way: str) -> None:
     module = LAYERS[layer]()

@@ -314,17 +314,9 @@ def test_grids_stay_within_their_limits(shape: tuple[int, int, int], channels_la
             assert covered >= S, launch.kernel
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 70_000, 1),
-        # 70,000 programs: the interpreter would take minutes.
-        pytest.param((70_000, 1, 1), marks=pytest.mark.gpu),
-        pytest.param((70_000, 3, 5), marks=pytest.mark.gpu),
-    ],
-    ids=str,
-)
+# The interpreter has no limit that a grid could break, and takes minutes for 70,000 programs.
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 70_000, 1), (70_000, 1, 1), (70_000, 3, 5)], ids=str)
 def test_more_rows_than_a_grid_has_in_y_and_z(shape: tuple[int, int, int]) -> None:
     xs, (B, C, _) = [randn(i, *shape) for i in range(2)], shape
     logits, dout = randn(2, B, 2, C), randn(3, *shape)
