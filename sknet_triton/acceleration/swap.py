@@ -178,7 +178,7 @@ class Accelerated(nn.Module):
             )
         for part in self._skt_parts:
             same = tuple(part.module._modules.values()) == part.children
-            if not (same and _is_set(part)):
+            if not same or ((part.settings or part.methods) and not _is_set(part)):
                 _look_at(self, check(self, self._skt_family, self._skt_original))
                 break
         return self._skt_checked.reason is None
