@@ -1,16 +1,17 @@
 """What PyTorch users do to modules, done to SKConv: copies, hooks, parametrizations, frozen parts.
 
-SKConv computes in two ways: it calls its modules one by one, or hands their tensors to
-`functional.sk_fuse_select`, on Triton and under torch.compile. Both ways are asked.
+SKConv computes in several ways: it calls its modules one by one, or hands their tensors on, to the
+kernels, to formulas that torch.compile fuses, or to PyTorch's operators. All are asked.
 """
 
 import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, fused, use_backend
 from sknet_triton.backend import Backend
+from sknet_triton.layers import parts
 from tests.helpers import EXACT, assert_same, outcome
 from tests.plain_sknet import largest_error, scramble
 
@@ -34,10 +36,12 @@ class Way:
 
     backend: Backend
     compiled: bool = False
+    by_modules: bool = False
 
     @contextmanager
     def of(self, module: nn.Module) -> Iterator[Run]:
-        with use_backend(self.backend):
+        never = mock.patch.object(parts, "fusible", return_value=None)
+        with use_backend(self.backend), never if self.by_modules else nullcontext():
             if not self.compiled:
                 yield module
                 return
@@ -47,8 +51,12 @@ class Way:
 
 
 # The first way is the yardstick of the others.
-MODULES = Way("reference")
-TOGETHER = {"triton": Way("triton"), "compile": Way("reference", compiled=True)}
+MODULES = Way("reference", by_modules=True)
+TOGETHER = {
+    "triton": Way("triton"),
+    "compile": Way("reference", compiled=True),
+    "eager": Way("reference"),
+}
 WAYS = {"modules": MODULES, **TOGETHER}
 
 

@@ -15,7 +15,7 @@ from sknet_kernels import launch as launching
 from sknet_kernels.config import LaunchConfig
 from sknet_kernels.norms import Norms
 from sknet_triton import SKConv, functional, fused, use_backend
-from sknet_triton.backend import Backend, current_backend
+from sknet_triton.backend import Backend
 from sknet_triton.layers import parts
 from sknet_triton.reference import passes
 from tests import launchers
@@ -172,33 +172,32 @@ def composed(sk: SKConv) -> SKConv:
     return twin
 
 
-@pytest.fixture
-def section_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the formulas of `sk_fuse_select` where eager PyTorch would rather call the modules."""
-    way_of = fused.way_of
-
-    def fusing(x: Tensor) -> fused.Way:
-        way = way_of(x)
-        return "formulas" if way == "composed" else way
-
-    monkeypatch.setattr(fused, "way_of", fusing)
+@pytest.fixture(params=["kernels", "formulas", "composed"])
+def way_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Returns the backend that takes one of the ways, eager PyTorch the formulas by request."""
+    if request.param == "formulas":
+        monkeypatch.setattr(fused, "way_of", lambda x: "formulas")
+    return "triton" if request.param == "kernels" else "reference"
 
 
-def test_eager_pytorch_calls_the_modules_and_the_others_do_not(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_backend_has_its_way(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     sk, x = SKConv(3, 4, G=1, d=5, device=device), torch.randn(2, 3, 4, 4, device=device)
-    run, calls = parts.run, []
+    run, ways = parts.run, []
 
     def recorded(found: parts.Parts, maps: list[Tensor], way: fused.Way) -> Tensor:
-        calls.append(current_backend())
+        ways.append(way)
         return run(found, maps, way)
 
     monkeypatch.setattr(parts, "run", recorded)
     for backend in BACKENDS:
         with use_backend(backend):
             sk(x)
-    assert calls == ["triton"]
+            sk(x[:0])  # by the modules
+            composed(sk)(x)
+    with use_backend("reference"):
+        torch.export.export(sk, (x,), strict=False)
+        torch.jit.trace(sk, (x,), check_trace=False)  # type: ignore[no-untyped-call]  # torch's
+    assert sorted(ways) == ["composed", "kernels"]
 
 
 def set_momentum_none(bn: nn.BatchNorm2d) -> None:
@@ -269,11 +268,8 @@ VARIANTS: dict[str, tuple[Callable[[SKConv], Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_skconv_equals_its_modules(
-    name: str, backend: Backend, device: torch.device, section_in_eager: None
-) -> None:
+def test_skconv_equals_its_modules(name: str, way_backend: Backend, device: torch.device) -> None:
     change, plain = VARIANTS[name]
     sk = scrambled(SKConv(3, 4, M=2, G=1, d=5, dtype=torch.float64, device=device))
     change(sk)
@@ -284,7 +280,7 @@ def test_skconv_equals_its_modules(
     dout = torch.randn(3, 4, 4, 4, dtype=torch.float64, device=device)
     # A second step starts from the running statistics of the first.
     for _ in range(2 if name in ("training", "momentum None") else 1):
-        with use_backend(backend):
+        with use_backend(way_backend):
             actual = outcome(sk, sk, x, dout)
         with use_backend("reference"):
             expected = outcome(twin, twin, x, dout)
@@ -313,10 +309,9 @@ CHANGES: dict[str, Callable[[SKConv], Any]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CHANGES)
 def test_running_statistics_move_as_the_modules_move_them(
-    name: str, backend: Backend, device: torch.device, section_in_eager: None
+    name: str, way_backend: Backend, device: torch.device
 ) -> None:
     sk = scrambled(SKConv(3, 4, M=2, G=1, d=5, device=device)).train()
     twin = composed(sk)
@@ -325,22 +320,20 @@ def test_running_statistics_move_as_the_modules_move_them(
             for module in (sk, twin):
                 CHANGES[name](module)
         x = torch.randn(3, 3, 4, 4, device=device)
-        for module, chosen in ((sk, backend), (twin, "reference")):
+        for module, chosen in ((sk, way_backend), (twin, "reference")):
             with use_backend(chosen):
                 module(x)
         for (key, got), exact in zip(sk.named_buffers(), twin.buffers(), strict=True):
             torch.testing.assert_close(got, exact, rtol=3e-6, atol=1e-6, msg=f"{key}, step {step}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_skconv_in_low_precision_is_as_close_as_its_modules(
     layout: str,
     dtype: torch.dtype,
-    backend: Backend,
+    way_backend: Backend,
     device: torch.device,
-    section_in_eager: None,
 ) -> None:
     exact = scrambled(SKConv(4, 8, M=2, G=2, d=5, dtype=torch.float64, device=device))
     sk = copy.deepcopy(exact).to(dtype)
@@ -348,7 +341,7 @@ def test_skconv_in_low_precision_is_as_close_as_its_modules(
     x, dout = Case((4, 4, 6, 6), 1, layout, dtype).tensor(device, 1), torch.randn(4, 8, 6, 6)
     dout = dout.to(device, dtype)
     oracle = outcome(exact, exact, x.double(), dout.double())
-    with use_backend(backend):
+    with use_backend(way_backend):
         actual = outcome(sk, sk, x, dout)
     with use_backend("reference"):
         modules = outcome(twin, twin, x, dout)
@@ -364,18 +357,16 @@ def test_skconv_in_low_precision_is_as_close_as_its_modules(
     assert actual["out"].is_contiguous(memory_format=contiguous)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.usefixtures("section_in_eager")
 def test_what_is_not_finite_is_as_in_the_modules(
-    value: float, backend: Backend, device: torch.device
+    value: float, way_backend: Backend, device: torch.device
 ) -> None:
     sk = scrambled(SKConv(3, 4, G=1, d=5, device=device)).eval()
     x = torch.randn(2, 3, 7, 7, device=device)
     x[1, 0, 3, 3] = value
     with use_backend("reference"):
         expected = composed(sk)(x)
-    with use_backend(backend):
+    with use_backend(way_backend):
         out = sk(x)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.isinf(), expected.isinf())

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sknet_kernels.norms import Norms, Running
-from sknet_triton import fused
+from sknet_triton import fused, reference
 from sknet_triton.backend import is_symbolic
 from sknet_triton.layers.blocks import any_hook
 
@@ -60,27 +62,27 @@ def sequential(block: nn.Module) -> Block | None:
 def fusible(find: Callable[[], Parts | None], x: Tensor) -> tuple[Parts, fused.Way] | None:
     """Returns what ``find`` does and how it is carried out, on an input like ``x``.
 
-    None says to call the modules one by one. The Triton kernels and torch.compile fuse the formulas
-    of `sk_fuse_select`; elsewhere the modules are as fast, and an exported program and a graph of
-    torch.fx hold what they compute, for what comes after knows them: it folds batch norms into
-    convolutions. torch's SyncBatchNorm takes no CPU tensors among several processes, this does.
+    None says to call the modules one by one: where a graph is made without our kernels, for what
+    comes after knows modules (it folds batch norms into convolutions), and for an empty batch,
+    which has no statistics. torch's SyncBatchNorm takes no CPU tensors among several processes,
+    this does, and all of them take part, also one without an image.
     """
     if is_symbolic(x):
         return None
     way = fused.way_of(x)
-    # An empty batch has no statistics: the modules know what torch does then. Processes that share
-    # statistics all take part, also one without an image.
-    by_modules = way == "composed" or x.shape[0] == 0
-    if by_modules and not (dist.is_available() and dist.is_initialized()):
+    makes_graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    by_modules = x.shape[0] == 0 or (way == "composed" and makes_graph)
+    joint = dist.is_available() and dist.is_initialized()
+    if by_modules and not joint:
         return None
     parts = find()
     if parts is None:
         return None
-    if by_modules:
+    if joint and way == "composed":
         norms = [parts.fc1.norm, *(block.norm for block in parts.branches)]
-        if not any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
-            return None
-    return parts, "formulas" if way == "composed" else way
+        if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
+            return parts, "formulas"
+    return None if by_modules and way == "composed" else (parts, way)
 
 
 def parts_of(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module) -> Parts | None:
@@ -99,7 +101,36 @@ def parts_of(branches: Sequence[Block | None], fc1: Block | None, fc2: nn.Module
 
 
 def run(parts: Parts, maps: Sequence[Tensor], way: fused.Way) -> Tensor:
-    """Runs `fused.fuse_select` on the convolutions' outputs and moves the running statistics."""
+    """Computes V of the convolutions' outputs and moves the running statistics."""
+    return _composed(parts, maps) if way == "composed" else _fused(parts, maps, way)
+
+
+def _composed(parts: Parts, maps: Sequence[Tensor]) -> Tensor:
+    """Takes PyTorch's operators one by one, without the modules' calls where they do no more.
+
+    fc1 and fc2 are products of matrices: a convolution of one position takes longer to start.
+    """
+    B, C = maps[0].shape[:2]
+    us = [_activated(block.norm, x) for block, x in zip(parts.branches, maps, strict=True)]
+    hidden = _product(parts.fc1.conv, reference.sk_fuse(us))
+    z = _activated(parts.fc1.norm, hidden[:, :, None, None]).flatten(1)
+    return reference.sk_select(us, _product(parts.fc2, z).view(B, len(us), C))
+
+
+def _activated(bn: Any, x: Tensor) -> Tensor:
+    if bn.training:
+        return torch.relu_(bn(x))
+    statistics = _buffer(bn, "running_mean"), _buffer(bn, "running_var")
+    affine = _parameter(bn, "weight"), _parameter(bn, "bias")
+    y = F.batch_norm(x, *statistics, *affine, training=_takes_batch(bn), momentum=0.0, eps=bn.eps)
+    return torch.relu_(y)
+
+
+def _product(conv: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, _parameter(conv, "weight").flatten(1), _parameter(conv, "bias"))
+
+
+def _fused(parts: Parts, maps: Sequence[Tensor], way: fused.Way) -> Tensor:
     norms, fc1_norm = [block.norm for block in parts.branches], parts.fc1.norm
     batch_stats, fc1_batch_stats = _takes_batch(norms[0]), _takes_batch(fc1_norm)
     arguments = fused.Arguments(
