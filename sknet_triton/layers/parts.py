@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sknet_kernels.norms import Norms, Running
 from sknet_triton import fused, reference
@@ -117,13 +118,9 @@ def _composed(parts: Parts, maps: Sequence[Tensor]) -> Tensor:
     return reference.sk_select(us, _product(parts.fc2, z).view(B, len(us), C))
 
 
-def _activated(bn: Any, x: Tensor) -> Tensor:
-    if bn.training:
-        return torch.relu_(bn(x))
-    statistics = _buffer(bn, "running_mean"), _buffer(bn, "running_var")
-    affine = _parameter(bn, "weight"), _parameter(bn, "bias")
-    y = F.batch_norm(x, *statistics, *affine, training=_takes_batch(bn), momentum=0.0, eps=bn.eps)
-    return torch.relu_(y)
+def _activated(bn: nn.Module, x: Tensor) -> Tensor:
+    # The norm alone: what the modules' classes call beside it, such as timm's own ReLU, is here.
+    return torch.relu_(_BatchNorm.forward(bn, x))  # type: ignore[arg-type]  # one of NORMS
 
 
 def _product(conv: nn.Module, x: Tensor) -> Tensor:
