@@ -119,24 +119,6 @@ def test_the_weights_are_those_worked_out_by_hand(backend: Backend) -> None:
     assert table.difference.tolist() == pytest.approx([2 * x - 1 for x in expected], abs=EXACT)
 
 
-def test_unequal_batches_give_the_mean_of_one() -> None:
-    net, images, labels = small_net(), images_of(7), torch.tensor([0, 1, 0, 2, 1, 0, 0])
-    whole = analysis.record_attention(net, [(images, labels)])
-    parts = [(images[:4], labels[:4]), (images[4:5], labels[4:5]), (images[5:], labels[5:])]
-    assert_same_table(analysis.record_attention(net, parts), whole)
-
-
-def test_classes_are_told_apart() -> None:
-    net, images, labels = small_net(), images_of(6), [5, 0, 5, 9, 0, 5]
-    table = analysis.record_attention(net, [(images, labels)])
-    assert table.label.tolist() == 3 * [0, 5, 9]
-    assert table.images.tolist() == 3 * [2, 3, 1]
-    for label in (0, 5, 9):
-        alone = images[torch.tensor(labels) == label]
-        only = analysis.record_attention(net, [(alone, [label] * len(alone))])
-        assert_same_table(table[table.label == label].reset_index(drop=True), only)
-
-
 @pytest.mark.parametrize(
     "labels",
     [torch.tensor([4, 6]), [4, 6], (4, 6), np.array([4, 6])],
@@ -430,14 +412,6 @@ def test_the_model_is_as_it_was(where: str, error: type[BaseException] | None) -
     assert not any(getattr(m, name) for m in net.modules() for name in hooks)
     # A graph that was there before still has its backward.
     waiting.backward()
-
-
-def test_foreign_modules_keep_no_hook() -> None:
-    module = SelectiveKernel(8, 4)
-    with pytest.raises(RuntimeError):
-        analysis.record_attention(module, ends(bright(1).float(), RuntimeError))
-    assert not module._forward_pre_hooks
-    assert not module._forward_pre_hooks_with_kwargs
 
 
 def test_dropout_is_off_and_running_statistics_are_taken() -> None:

@@ -120,6 +120,7 @@ def test_in_evaluation_nothing_moves(backend: Backend) -> None:
     assert_same(buffers(expected), dict(build("SKConv").named_buffers()), bound=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputation_is_under_the_autocast_of_the_forward(kind: str, backend: Backend) -> None:

@@ -175,6 +175,7 @@ def test_the_choice_is_faster_beyond_the_noise() -> None:
     assert tuning.fastest({first: steady}) == (first, 1.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_what_was_timed_stays_wherever_tuning_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
