@@ -264,12 +264,6 @@ def test_a_stacked_tensor_gets_its_gradient() -> None:
     assert torch.equal(stacked.grad, torch.full_like(stacked, 1 / 6))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_tuple_and_a_list_are_the_same(stage: str) -> None:
-    branches = [torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)]
-    assert torch.equal(STAGES[stage](branches), STAGES[stage](tuple(branches)))
-
-
 @pytest.mark.parametrize("others", [1, 2], ids=["M=2", "M=3"])
 def test_a_second_branch_in_another_layout_does_not_change_the_layout(others: int) -> None:
     first = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last)

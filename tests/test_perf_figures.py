@@ -170,13 +170,3 @@ def test_summary_is_markdown_with_its_environment(
     assert set(rule) <= set("|-:")
     assert len([row for row in rows if row.startswith("|")]) == 8
     assert rows[-1] == "unsupported: ours-triton-eager (4 rows): no GPU"
-
-
-def test_summary_of_pairs_has_before_and_after_in_one_line(
-    report: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["summary", str(report), "--pairs"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if "plain-eager, ours-pytorch-eager" in line]
-    assert len(rows) == 4
-    assert all("| 2.00 |" in " ".join(row.split()) for row in rows)
