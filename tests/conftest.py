@@ -23,7 +23,7 @@ if INTERPRETED:
 # A file stays in one worker: what begins late and takes long would leave the others idle.
 LONGEST = (
     *("test_aot", "test_compile", "test_properties", "test_export", "test_training"),
-    *("test_distributed", "test_opcheck", "test_sk_fuse_select", "test_module_contract"),
+    *("test_distributed", "test_ops", "test_sk_fuse_select", "test_module_contract"),
 )
 # What is compared with float64 is computed in the dtype that it claims, and repeatably.
 torch.backends.cudnn.allow_tf32 = False

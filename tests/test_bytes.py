@@ -1,9 +1,12 @@
-"""The passes that kernels/README.md promises, counted in the interpreter."""
+"""The passes that kernels/README.md promises, counted in the interpreter, and those of plans."""
+
+import itertools
 
 import pytest
 import torch
 
 from perf.static.bytes import counted_bytes
+from perf.static.traffic import traffic
 from sknet_kernels.config import LaunchConfig
 from tests.helpers import Case
 from tests.launchers import fuse, select, select_bwd
@@ -51,3 +54,18 @@ def test_select_backward_reads_everything_once(case: Case, device: torch.device)
     with counted_bytes() as count:
         select_bwd(dout, xs, logits, config=WHOLE)
     assert count.passes(one_pass(case)) == pytest.approx(2 * case.M + 1, rel=0.02)
+
+
+PLANS = ("plain-eager", "plain-compile", "ours-pytorch-compile", "ours-triton-eager")
+
+
+@pytest.mark.slow
+def test_every_plan_is_counted() -> None:
+    rows = list(itertools.islice(traffic((2, 8, 14, 14), torch.float32), len(PLANS)))
+    assert [row.provider for row in rows] == list(PLANS)
+    eager, compiled, reference, triton = rows
+    # The plan of our formulas comes near the kernels' passes; here small tensors decide.
+    assert eager.training > compiled.training > max(reference.training, triton.training)
+    assert min(reference.training, triton.training) >= 15
+    assert eager.inference > compiled.inference > triton.inference >= 5
+    assert compiled.saved > reference.saved >= 2
