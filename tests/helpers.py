@@ -24,6 +24,8 @@ needs_compiler = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parent.parent
+# Where kernels run: a GPU, or the CPU under the interpreter.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 # What two ways to compute the same float64 may differ by, in units of the largest value: the order

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sknet_kernels.config import MAX_BRANCHES, LaunchConfig
+from tests.helpers import DEVICE
 
 _T = TypeVar("_T")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # A suite that guards changes draws the same examples every time: red means the change, not luck.

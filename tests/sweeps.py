@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from perf.__main__ import main
 from perf.rows.schema import Case, Result, Row
@@ -14,6 +15,9 @@ from perf.sweep import sweep
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import Provider
 from perf.sweep.workloads import make_case
+
+CPU = torch.device("cpu")
+CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
 
 
 @dataclass

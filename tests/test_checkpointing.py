@@ -25,10 +25,8 @@ from torch.utils.checkpoint import (
 
 from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, use_backend
 from sknet_triton.backend import Backend
-from tests.helpers import BACKENDS, Seen, assert_same, counted_launches, outcome
+from tests.helpers import BACKENDS, DEVICE, Seen, assert_same, counted_launches, outcome
 from tests.plain_sknet import scramble
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Run = Callable[[Tensor], Any]
 

@@ -24,10 +24,8 @@ from sknet_kernels import launch as launching
 from sknet_kernels.launch import Launch, launch, planned
 from sknet_triton import SKConv, SKNet, StageSpec, backend, functional, use_backend
 from sknet_triton.backend import Backend
-from tests.helpers import BACKENDS, assert_same, laid_out, outcome
+from tests.helpers import BACKENDS, DEVICE, assert_same, laid_out, outcome
 from tests.plain_sknet import scramble
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

@@ -29,7 +29,7 @@ from perf.peers import rebuilt
 from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, use_backend
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.backend import Backend
-from tests.helpers import BACKENDS, assert_same, is_plain
+from tests.helpers import BACKENDS, DEVICE, assert_same, is_plain
 from tests.plain_sknet import largest_error, scramble
 from tests.processes import WORLD, in_two_processes, needs_gloo
 
@@ -42,7 +42,6 @@ RATE = 0.05
 ONE, OTHER = BACKENDS[:1], BACKENDS[1:]
 # FSDP2 over gloo takes CPU tensors, and those the kernels take in the interpreter only.
 FSDP_BACKENDS: tuple[Backend, ...] = ONE if torch.cuda.is_available() else BACKENDS
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Model = Callable[[Tensor], Tensor]
 

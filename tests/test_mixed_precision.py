@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from sknet_triton import SKConv, functional, use_backend
 from sknet_triton.backend import Backend
 from sknet_triton.functional import BatchNormArgs
-from tests.helpers import BACKENDS, store_rounding
+from tests.helpers import BACKENDS, DEVICE, store_rounding
 from tests.plain_sknet import scramble
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOW = (torch.bfloat16, torch.float16)
 LOW_NAMES = ("bf16", "fp16")
 

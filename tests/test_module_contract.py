@@ -22,10 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, fused, use_backend
 from sknet_triton.backend import Backend
 from sknet_triton.layers import parts
-from tests.helpers import EXACT, assert_same, outcome
+from tests.helpers import DEVICE, EXACT, assert_same, outcome
 from tests.plain_sknet import largest_error, scramble
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Run = Callable[[Tensor], Tensor]
 

@@ -1,7 +1,6 @@
 """The rows of the families: what stands before, what after, and that both are checked."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,19 +13,14 @@ from perf.rows.schema import Case
 from perf.static.bytes import saved
 from perf.sweep import contest, workloads
 from perf.sweep.calls import arriving_gradient
-from perf.sweep.contest import Conditions
 from perf.sweep.presets import PRESETS, jobs
 from perf.sweep.providers import PROVIDERS
 from perf.sweep.workloads import make_case
 from sknet_triton.acceleration import families as known
 from sknet_triton.acceleration.swap import Accelerated
+from tests.sweeps import CONDITIONS, CPU
 
-CPU = torch.device("cpu")
-CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
 PAIR = (PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"])
-
-REPORTS = Path(__file__).parent.parent / "perf" / "reports"
-REPORT = REPORTS / "perf-family-cpu-torch2.13.0.csv"
 
 # A radix of 1 is the same module with one branch, where there is nothing to select.
 WITHOUT_A_ROW = {"ResNeSt split attention, radix 1"}

@@ -12,14 +12,11 @@ from perf.peers import baseline
 from perf.rows import env
 from perf.rows.schema import Case
 from perf.sweep import contest, gate, measure, workloads
-from perf.sweep.contest import Conditions
 from perf.sweep.providers import PROVIDERS
 from perf.sweep.workloads import make_case
 from sknet_triton import SKConv, SKUnit, sknet26
-from tests.sweeps import small
+from tests.sweeps import CONDITIONS, CPU, small
 
-CPU = torch.device("cpu")
-CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
 EAGER, REFERENCE = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 
 Forward = Callable[..., Tensor]

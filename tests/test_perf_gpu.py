@@ -25,10 +25,9 @@ from perf.sweep.providers import PROVIDERS, Provider
 from perf.sweep.ranks import Rank
 from perf.sweep.workloads import Source, make_case
 from tests.cuda_stubs import graphs  # noqa: F401  # a fixture
-from tests.sweeps import refusal, small
+from tests.sweeps import CONDITIONS, CPU, refusal, small
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
+GPU = torch.device("cuda", 0)
 PLAIN, OURS = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -35,11 +35,9 @@ from sknet_kernels.config import (
     Stage,
     candidates,
 )
-from tests.sweeps import refusal
+from tests.sweeps import CONDITIONS, CPU, refusal
 
 Shape = tuple[int, int, int]
-CPU = torch.device("cpu")
-CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
 H200 = DeviceFacts(multiprocessors=132, warp_size=32, name="NVIDIA H200")
 
 

@@ -30,9 +30,7 @@ from sknet_kernels.sk_select import (
 from sknet_triton import Backend, SKConv, functional, reference, use_backend
 from sknet_triton.reference import passes
 from tests.address_arithmetic import narrow_offsets
-from tests.helpers import BACKENDS, ROOT, source_environment
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from tests.helpers import BACKENDS, DEVICE, ROOT, source_environment
 
 both = pytest.mark.parametrize("backend", BACKENDS)
 
