@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,6 +126,17 @@ def test_every_module_of_the_package_has_a_floor_of_its_own() -> None:
 def test_every_room_of_the_harness_has_a_floor_of_its_own() -> None:
     rooms = {".".join(m.split(".")[:2]) for m in MODULES if m.startswith("perf.")}
     assert rooms - {"perf.__main__"} <= set().union(*FLOORS)
+
+
+def test_a_name_stands_for_one_thing_on_all_floors() -> None:
+    names = Counter(
+        path.stem
+        for module, path in MODULES.items()
+        if not module.startswith("tests") and not path.stem.startswith("__")
+    )
+    shared = {name for name, count in names.items() if count > 1}
+    # A stage by itself, and the steps of `sk_fuse_select`.
+    assert shared <= {"sk_fuse", "sk_select", "steps"}
 
 
 def test_only_the_kernels_and_their_registration_know_triton() -> None:
