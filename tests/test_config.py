@@ -87,7 +87,7 @@ def test_candidates_are_legal_and_few_and_begin_with_the_heuristics(stage: Stage
             elements, threads = config.block_c * config.block_s, 32 * config.num_warps
             assert config.num_warps == 1 or elements >= threads * config.access, problem
             held = max(config.access, elements // threads)
-            assert stage.registers(problem, held) <= 200, problem
+            assert stage.registers(problem, held) <= 204, problem
             tiles = stage.tiles(problem, config)
             each = cdiv(tiles, config.splits)
             assert config.splits == 1 or each * (config.splits - 1) < tiles, problem
@@ -143,6 +143,7 @@ def test_a_thread_holds_less_where_a_kernel_keeps_more() -> None:
     for stage in (SUMS, MOMENTS):
         assert LaunchConfig.from_heuristic(stage, few, H200).access == 8
         assert LaunchConfig.from_heuristic(stage, many, H200).access < 8
+    assert LaunchConfig.from_heuristic(MOMENTS, many, H200).access == 4
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ _LEAST_COPY_BYTES = 4
 # Registers of a thread: what a kernel keeps is counted, the rest is as measured, and from here on
 # the compiler spills.
 _OTHER_REGISTERS = 40
-_MOST_REGISTERS = 200
+_MOST_REGISTERS = 204
 # Warps a multiprocessor that rows are split for: eight programs.
 _WARPS_PER_MULTIPROCESSOR = 32
 # Partial sums live in the second-level cache, which holds 40 MB and more.
@@ -43,11 +43,15 @@ FINISH_PARTS, FINISH_CHANNELS = 64, 8
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What the heuristics know of a device; its table is found by ``name``, where it has one."""
+    """What the heuristics know of a device; its table is found by ``name``, where it has one.
+
+    ``backend`` is what Triton calls the compiler, "cuda" or "hip".
+    """
 
     multiprocessors: int
     warp_size: int
     name: str = ""
+    backend: str = "cuda"
 
     @classmethod
     @functools.cache
@@ -57,7 +61,8 @@ class DeviceFacts:
             return cls(multiprocessors=1, warp_size=32)
         properties = torch.get_device_module(device).get_device_properties(device)
         warp_size = getattr(properties, "warp_size", 32)
-        return cls(properties.multi_processor_count, warp_size, properties.name)
+        backend = "cuda" if torch.version.hip is None else "hip"
+        return cls(properties.multi_processor_count, warp_size, properties.name, backend)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def _times(counts: tuple[int, int], num_branches: int) -> int:
     return a_branch * num_branches + beside
 
 
-# In moments, what finds a tile's image and position takes as much as a second vector.
+# In moments, what a tile's image and place are carried in takes as much as a second vector.
 MOMENTS = Stage("sk_moments", (1, 0), (0, 0), sums=(2, 0), vectors=(2, 0), joins_images=True)
 FUSE = Stage("sk_fuse", (1, 0), (0, 0), sums=(0, 1), vectors=(3, 0))
 SELECT = Stage("sk_select_fwd", (1, 0), (0, 1), sums=(0, 0), vectors=(4, 0))
@@ -346,6 +351,7 @@ class MLPConfig:
         block_r: images that statistics are taken of at once.
         unroll: parts of a sum that are loaded together.
         num_warps: warps a program.
+        maxnreg: registers that a thread may take; None leaves them to the compiler.
     """
 
     block_b: int = 1
@@ -355,6 +361,7 @@ class MLPConfig:
     block_r: int = 1
     unroll: int = 4
     num_warps: int = 8
+    maxnreg: int | None = None
 
     @classmethod
     def hidden(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
@@ -388,6 +395,7 @@ class MLPConfig:
             unroll=max(1, 8 // (images * images * problem.M)),
             # Threads that share an element of a vector would each compute it, loads included.
             num_warps=max(1, min(8, block_c // 32)),
+            maxnreg=_maxnreg(device),
         )
 
     @classmethod
@@ -401,11 +409,28 @@ class MLPConfig:
 
         block_b, block_n, num_warps = min(_LOGITS_TILES, key=read)
         block_d = min(64, max(16, next_power_of_two(problem.d)))
-        return cls(block_b, 1, block_d, block_n, block_r=64, num_warps=num_warps)
+        return cls(
+            block_b, 1, block_d, block_n, block_r=64, num_warps=num_warps, maxnreg=_maxnreg(device)
+        )
 
     @classmethod
     def channels_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
         """For the gradients: a few channels, or rows of a weight, of all images a program."""
         whole_d = max(16, next_power_of_two(problem.d))
         block_b = max(16, min(64 if problem.M <= 4 else 32, 4096 // whole_d))
-        return cls(block_b=block_b, block_c=8, block_n=32, block_d=min(64, whole_d))
+        return cls(
+            block_b=block_b,
+            block_c=8,
+            block_n=32,
+            block_d=min(64, whole_d),
+            maxnreg=_maxnreg(device),
+        )
+
+
+def _maxnreg(device: DeviceFacts) -> int | None:
+    """Gives a thread all registers there are, where the compiler asks.
+
+    NVIDIA's compiler keeps a few values in memory to let another program be resident, which there
+    is none of: these launches are small.
+    """
+    return 255 if device.backend == "cuda" else None

@@ -73,6 +73,7 @@ class Launch:
         constants: the ``tl.constexpr`` arguments by name.
         num_warps: warps a program.
         num_stages: iterations of a main loop whose loads are under way together.
+        maxnreg: registers that a thread may take; None leaves them to the compiler.
     """
 
     kernel: Any
@@ -82,6 +83,13 @@ class Launch:
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Returns what the compiler is told beside the constants."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -90,12 +98,7 @@ class Launch:
 
     def run(self) -> Any:
         """Runs the kernel on the current device; returns it as compiled, None if interpreted."""
-        return self.kernel[(self.programs,)](
-            **self.arguments,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-        )
+        return self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
 
 
 def launch(build: Callable[..., Launch], *pointers: Pointer, **options: Any) -> None:

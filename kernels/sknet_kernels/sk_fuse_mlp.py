@@ -45,7 +45,7 @@ def _joined(ptr, rows, offs, masks, step, splits, UNROLL: tl.constexpr):
             part = tl.cast(first, tl.int64) + k
             for j in tl.static_range(len(rows)):
                 there = masks[j] & (part < splits)
-                part_ptrs = ptr + rows[j] + offs + part * step
+                part_ptrs = ptr + (rows[j] + offs + part * step)
                 parts = parts + (tl.load(part_ptrs, mask=there, other=0.0),)
         for k in tl.static_range(UNROLL):
             grown = ()
@@ -113,7 +113,7 @@ def _sk_hidden_kernel(
         for j in tl.static_range(IMAGES):
             pooled = totals[j] / tl.cast(S, ACC)
             mask = masks[j] & (pid % blocks_d == 0)
-            tl.store(pooled_ptr + rows[j] + offs_c, pooled, mask=mask)
+            tl.store(pooled_ptr + (rows[j] + offs_c), pooled, mask=mask)
             grown = grown + (products[j] + weight.to(ACC) * pooled[None, :],)
         products = grown
     bias = channel_vector(bias_ptr, offs_d, mask_d, ACC, 0.0)
@@ -240,20 +240,6 @@ def _sk_logits_kernel(
     tl.store(logits_ptr + offs, logits, mask=mask_b[:, None] & mask_n[None, :])
 
 
-@triton.jit
-def _rows_of_sums(
-    FIRST: tl.constexpr, first_b, B, C, IMAGES: tl.constexpr, NUM_BRANCHES: tl.constexpr
-):
-    """Returns where P[FIRST] and P[FIRST + 2] of IMAGES images and each branch start."""
-    rows = ()
-    for half in tl.static_range(2):
-        for b in tl.static_range(IMAGES):
-            for i in tl.static_range(NUM_BRANCHES):
-                image = tl.cast(B, tl.int64) * (FIRST + 2 * half) + first_b + b
-                rows = rows + ((image * NUM_BRANCHES + i) * C,)
-    return rows
-
-
 @triton.jit(do_not_specialize=["splits", "B"])
 def _sk_hidden_bwd_kernel(
     dlogits_ptr,
@@ -291,9 +277,12 @@ def _sk_hidden_bwd_kernel(
     first_b = (pid // blocks_d).to(tl.int64) * IMAGES
     offs_d = (pid % blocks_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d, is_first = offs_d < d, pid % blocks_d == 0
-    p1_p3 = _rows_of_sums(0, first_b, B, C, IMAGES, NUM_BRANCHES)
-    p2_p4 = _rows_of_sums(1, first_b, B, C, IMAGES, NUM_BRANCHES)
-    step = tl.cast(C, tl.int64) * (4 * NUM_BRANCHES) * B
+    image, channels = first_b * NUM_BRANCHES * C, tl.cast(C, tl.int64)
+    step = channels * NUM_BRANCHES * B
+    # Of P1 and P3, and from P2 on those of P2 and P4: the images' and branches' vectors.
+    rows = ()
+    for n in tl.static_range(2 * VECTORS):
+        rows = rows + (step * (n // VECTORS * 2) + channels * (n % VECTORS),)
     products = zero_tiles(IMAGES, ACC, BLOCK_C, BLOCK_D)
     for first in range(0, C, BLOCK_C):
         offs_c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_C)
@@ -302,20 +291,21 @@ def _sk_hidden_bwd_kernel(
         for j in tl.static_range(2 * VECTORS):
             masks = masks + (mask_c & (first_b + j % VECTORS // NUM_BRANCHES < B),)
         if sums_ptr is not None:
-            others = _joined(partial_ptr, p2_p4, offs_c, masks, step, splits, UNROLL)
+            p2_p4_ptr, p2_p4_partial_ptr = sums_ptr + image + step, partial_ptr + image + step
+            p2_p4 = _joined(p2_p4_partial_ptr, rows, offs_c, masks, 4 * step, splits, UNROLL)
             for j in tl.static_range(2 * VECTORS):
-                tl.store(sums_ptr + p2_p4[j] + offs_c, others[j], mask=masks[j] & is_first)
-        sums = _joined(partial_ptr, p1_p3, offs_c, masks, step, splits, UNROLL)
+                tl.store(p2_p4_ptr + (rows[j] + offs_c), p2_p4[j], mask=masks[j] & is_first)
+        p1_p3 = _joined(partial_ptr + image, rows, offs_c, masks, 4 * step, splits, UNROLL)
         if sums_ptr is not None:
             for j in tl.static_range(2 * VECTORS):
-                tl.store(sums_ptr + p1_p3[j] + offs_c, sums[j], mask=masks[j] & is_first)
+                tl.store(sums_ptr + image + (rows[j] + offs_c), p1_p3[j], mask=masks[j] & is_first)
         gammas = channel_vectors(gamma_ptrs, offs_c, mask_c, ACC, 1.0)
         betas = channel_vectors(beta_ptrs, offs_c, mask_c, ACC, 0.0)
         dlogits = ()
         for b in tl.static_range(IMAGES):
             dattn = ()
             for i in tl.static_range(NUM_BRANCHES):
-                p1, p3 = sums[b * NUM_BRANCHES + i], sums[VECTORS + b * NUM_BRANCHES + i]
+                p1, p3 = p1_p3[b * NUM_BRANCHES + i], p1_p3[VECTORS + b * NUM_BRANCHES + i]
                 dattn = dattn + (gammas[i] * p3 + betas[i] * p1,)
             image_ptr = logits_ptr + (first_b + b) * NUM_BRANCHES * C
             attn = branch_weights(
@@ -323,7 +313,7 @@ def _sk_hidden_bwd_kernel(
             )
             dlogits = dlogits + branch_weights_bwd(attn, dattn, NUM_BRANCHES, "softmax")
         for i in tl.static_range(NUM_BRANCHES):
-            offs_n = tl.cast(C, tl.int64) * i + offs_c
+            offs_n = channels * i + offs_c
             offs = offs_n[:, None] * weight_strides[0] + offs_d[None, :] * weight_strides[1]
             # A tile [BLOCK_C, BLOCK_D].
             weight = tl.load(weight_ptr + offs, mask=mask_c[:, None] & mask_d[None, :], other=0.0)
@@ -331,7 +321,7 @@ def _sk_hidden_bwd_kernel(
             for b in tl.static_range(IMAGES):
                 dlogit = tl.where(mask_c, dlogits[b * NUM_BRANCHES + i], 0.0)
                 grown = grown + (products[b] + weight.to(ACC) * dlogit[:, None],)
-                dlogit_ptrs = dlogits_ptr + p1_p3[b * NUM_BRANCHES + i] + offs_c
+                dlogit_ptrs = dlogits_ptr + image + (rows[b * NUM_BRANCHES + i] + offs_c)
                 tl.store(dlogit_ptrs, dlogit, mask=masks[b * NUM_BRANCHES + i] & is_first)
             products = grown
     for b in tl.static_range(IMAGES):
@@ -433,11 +423,11 @@ def _norms_bwd(
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
             # Tiles are [BLOCK_B, BLOCK_C].
-            ptrs = sums_ptr + tl.cast(C, tl.int64) * i + offs
-            p1 = tl.load(ptrs, mask=mask, other=0.0)
-            p3 = tl.load(ptrs + 2 * row, mask=mask, other=0.0)
-            p2 = tl.load(ptrs + row, mask=mask, other=0.0)
-            p4 = tl.load(ptrs + 3 * row, mask=mask, other=0.0)
+            offs_i = tl.cast(C, tl.int64) * i + offs
+            p1 = tl.load(sums_ptr + offs_i, mask=mask, other=0.0)
+            p3 = tl.load(sums_ptr + (offs_i + 2 * row), mask=mask, other=0.0)
+            p2 = tl.load(sums_ptr + (offs_i + row), mask=mask, other=0.0)
+            p4 = tl.load(sums_ptr + (offs_i + 3 * row), mask=mask, other=0.0)
             grown = grown + (
                 tiles[4 * i] + attn[i] * p1,
                 tiles[4 * i + 1] + share * p2,
@@ -867,4 +857,5 @@ def _mlp_launch(
         scalars={name: scalars[name] for name in names if name in scalars},
         constants={name: known[name] for name in names if name in known},
         num_warps=config.num_warps,
+        maxnreg=config.maxnreg,
     )

@@ -38,16 +38,15 @@ class Target:
     """A GPU as Triton names it, and what launch configurations ask of it."""
 
     name: str
-    backend: str
     arch: int | str
     facts: DeviceFacts
 
 
 TARGETS = (
-    Target("sm_80", "cuda", 80, DeviceFacts(multiprocessors=108, warp_size=32)),
-    Target("sm_90", "cuda", 90, DeviceFacts(multiprocessors=132, warp_size=32)),
-    Target("sm_100", "cuda", 100, DeviceFacts(multiprocessors=148, warp_size=32)),
-    Target("gfx942", "hip", "gfx942", DeviceFacts(multiprocessors=304, warp_size=64)),
+    Target("sm_80", 80, DeviceFacts(multiprocessors=108, warp_size=32)),
+    Target("sm_90", 90, DeviceFacts(multiprocessors=132, warp_size=32)),
+    Target("sm_100", 100, DeviceFacts(multiprocessors=148, warp_size=32)),
+    Target("gfx942", "gfx942", DeviceFacts(multiprocessors=304, warp_size=64, backend="hip")),
 )
 
 
@@ -101,18 +100,14 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     from triton.runtime import driver
 
     driver.set_active(
-        _TargetOnlyDriver(GPUTarget(target.backend, target.arch, target.facts.warp_size))
+        _TargetOnlyDriver(GPUTarget(target.facts.backend, target.arch, target.facts.warp_size))
     )
     kernel = launch.kernel.warmup(
-        **launch.arguments,
-        **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        grid=(launch.programs,),
+        **launch.arguments, **launch.constants, **launch.options, grid=(launch.programs,)
     )
     if kernel.hash not in _COMPILED:
         ttir = kernel.asm["ttir"]
-        if target.backend == "cuda":
+        if target.facts.backend == "cuda":
             sass = _cuobjdump(kernel.asm["cubin"], "--dump-sass")
             _COMPILED[kernel.hash] = Compiled(_nvidia(kernel.asm), sass, ttir)
         else:
@@ -154,12 +149,11 @@ def _amd(asm: dict[str, Any]) -> Resources:
     widths = {"load": 0, "store": 0}
     for kind, suffix in _LOAD_STORE_GCN.findall(text):
         widths[kind] = max(widths[kind], _GCN_BYTES[suffix])
-    spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(
-        r"\.sgpr_spill_count:\s+(\d+)", text
-    )
     return Resources(
         registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-        spill_bytes=4 * spilled,
+        # Scalar registers spill into lanes of vector registers, and where these are not enough,
+        # the stack has them.
+        spill_bytes=4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text),
         stack_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
         shared_bytes=_number(r"\.group_segment_fixed_size:\s+(\d+)", text),
         load_bytes=widths["load"],
