@@ -251,7 +251,8 @@ def test_what_moves_most_is_tuned_first() -> None:
 def test_without_a_gpu_candidates_are_listed_in_their_modelled_order(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    compiled = Compiled(Resources(40, 0, 0, 0, 16, 16), "", "")
+    compiled = Compiled(Resources(40, 0, 0, 0, 16, 16, tf32=False), "", None)
+    vars(compiled)["sass"] = ""
     monkeypatch.setattr(trials, "compile_launch", lambda launch, target: compiled)
     arguments = ["tune", "--device", "cpu", "--kernel", "sk_fuse", "--batch", "32", "--stage", "2"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")

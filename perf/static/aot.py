@@ -4,6 +4,7 @@ Triton's own launch path is taken, with a driver that only names a target: speci
 arguments, of ones and of multiples of 16 included. Nothing is run.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -52,18 +53,26 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as compiled: what it takes, and its machine code where that is NVIDIA's."""
+    """A kernel as compiled: what it takes, Triton's IR, and machine code, None of AMD's."""
 
     resources: "Resources"
-    sass: str | None
     ttir: str
+    cubin: bytes | None
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """The listing of the machine code, which takes longer to make than the code itself."""
+        if self.cubin is None:
+            raise ValueError("sass: expected a kernel compiled for a GPU of NVIDIA's, got AMD's")
+        return _cuobjdump(self.cubin, "--dump-sass")
 
 
 @dataclass(frozen=True)
 class Resources:
     """What a compiled kernel takes: registers a thread, bytes of spills, stack and shared memory.
 
-    ``load_bytes`` and ``store_bytes`` are the widest global access of one thread.
+    ``load_bytes`` and ``store_bytes`` are the widest global access of one thread; ``tf32`` says
+    whether a matrix product rounds its factors to 10 bits.
     """
 
     registers: int
@@ -72,6 +81,7 @@ class Resources:
     shared_bytes: int
     load_bytes: int
     store_bytes: int
+    tf32: bool
 
 
 class _TargetOnlyDriver:
@@ -106,16 +116,13 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         **launch.arguments, **launch.constants, **launch.options, grid=(launch.programs,)
     )
     if kernel.hash not in _COMPILED:
-        ttir = kernel.asm["ttir"]
-        if target.facts.backend == "cuda":
-            sass = _cuobjdump(kernel.asm["cubin"], "--dump-sass")
-            _COMPILED[kernel.hash] = Compiled(_nvidia(kernel.asm), sass, ttir)
-        else:
-            _COMPILED[kernel.hash] = Compiled(_amd(kernel.asm), None, ttir)
+        read = _nvidia if target.facts.backend == "cuda" else _amd
+        resources = read(kernel.asm, kernel.metadata.shared)
+        _COMPILED[kernel.hash] = Compiled(resources, kernel.asm["ttir"], kernel.asm.get("cubin"))
     return _COMPILED[kernel.hash]
 
 
-def _nvidia(asm: dict[str, Any]) -> Resources:
+def _nvidia(asm: dict[str, Any], shared_bytes: int) -> Resources:
     usage = _cuobjdump(asm["cubin"], "--dump-resource-usage")
     widths = {"ld": 0, "st": 0}
     for kind, lanes, bits in _LOAD_STORE_PTX.findall(asm["ptx"]):
@@ -127,9 +134,10 @@ def _nvidia(asm: dict[str, Any]) -> Resources:
         registers=_number(r"REG:(\d+)", usage),
         spill_bytes=int(spills[1]) if spills else 0,
         stack_bytes=_number(r"STACK:(\d+)", usage),
-        shared_bytes=_number(r"SHARED:(\d+)", usage),
+        shared_bytes=shared_bytes,
         load_bytes=widths["ld"],
         store_bytes=widths["st"],
+        tf32=".tf32" in asm["ptx"],
     )
 
 
@@ -144,7 +152,7 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
     return done.stdout
 
 
-def _amd(asm: dict[str, Any]) -> Resources:
+def _amd(asm: dict[str, Any], shared_bytes: int) -> Resources:
     text = asm["amdgcn"]
     widths = {"load": 0, "store": 0}
     for kind, suffix in _LOAD_STORE_GCN.findall(text):
@@ -155,9 +163,10 @@ def _amd(asm: dict[str, Any]) -> Resources:
         # the stack has them.
         spill_bytes=4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text),
         stack_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        shared_bytes=_number(r"\.group_segment_fixed_size:\s+(\d+)", text),
+        shared_bytes=shared_bytes,
         load_bytes=widths["load"],
         store_bytes=widths["store"],
+        tf32="_xf32" in text,
     )
 
 

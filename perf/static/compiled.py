@@ -11,6 +11,7 @@ import pandas as pd
 from perf.static.aot import TARGETS, Target, compile_launch
 from perf.static.model import ceiling
 from perf.static.specialisations import (
+    LAYOUTS,
     Setting,
     kernel_name,
     settings,
@@ -23,19 +24,29 @@ MODELLED = "sm_90"
 
 
 def kernel_table(targets: Sequence[str]) -> pd.DataFrame:
-    """Compiles every launch of every setting for ``targets``: a row each, modelled for one."""
-    chosen = [target for target in TARGETS if target.name in targets]
+    """Compiles the launches of every setting for ``targets``: a row each.
+
+    Of the target that is modelled these are all, of others those whose kernels tell more.
+    """
+    # By layouts first: those of one target share kernels, which the second finds in Triton's cache.
+    shares = [
+        (target, layout) for layout in LAYOUTS for target in TARGETS if target.name in targets
+    ]
     # Spawned, because compilers keep threads that a fork would lose.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pd.DataFrame([row for rows in pool.map(_rows, chosen) for row in rows])
+        table = pd.DataFrame([row for rows in pool.map(_rows, shares) for row in rows])
+    order = {target.name: i for i, target in enumerate(TARGETS)}
+    return table.sort_values("target", key=lambda names: names.map(order), kind="stable")
 
 
-def _rows(target: Target) -> list[dict[str, Any]]:
+def _rows(share: tuple[Target, str]) -> list[dict[str, Any]]:
+    target, layout = share
+    choice = Setting.launches if target.name == MODELLED else Setting.telling
     return [
         _row(setting, launch, target)
         for setting in settings()
-        if target.name == MODELLED or setting.is_compiled_everywhere
-        for launch in setting.launches(target.facts)
+        if setting.layout == layout
+        for launch in choice(setting, target.facts)
     ]
 
 
@@ -65,7 +76,7 @@ def _row(setting: Setting, launch: Launch, target: Target) -> dict[str, Any]:
         "writes": stage is not None and any(stage.writes),
         **asdict(compiled.resources),
     }
-    if stage is None or compiled.sass is None or target.name != MODELLED:
+    if stage is None or target.name != MODELLED:
         return row
     used = compiled.resources
     modelled = ceiling(setting, stage, launch, compiled.sass, used.registers, used.shared_bytes)

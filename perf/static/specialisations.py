@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sknet_kernels import arguments
 from sknet_kernels import launch as launching
-from sknet_kernels.config import STAGES, DeviceFacts, Stage
+from sknet_kernels.config import MAX_BRANCHES, STAGES, DeviceFacts, Stage
 from sknet_kernels.launch import Launch
 from sknet_kernels.norms import Norms, Running
 from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_partials
@@ -23,6 +23,7 @@ LAYOUTS = ("contiguous", "channels_last")
 # Channels and positions of SKNet-50's stages at 224 x 224.
 NETWORK_STAGES = ((128, 3136), (256, 784), (512, 196), (1024, 49))
 BATCHES = (32, 128)
+SHORT_ROWS = (196, 49)
 # Whose rows are aligned in both layouts.
 FAST_SHAPE = (128, 128, 3136)
 _REDUCTION = 16
@@ -44,13 +45,17 @@ class Setting:
     @property
     def is_fast(self) -> bool:
         """Whether every access to a branch must be 16 bytes wide."""
-        return (self.shape, self.dtype, self.M) == (FAST_SHAPE, torch.bfloat16, 2)
+        return self.is_usual and self.shape == FAST_SHAPE
 
     @property
-    def is_compiled_everywhere(self) -> bool:
-        """Whether it shows more than a model of one machine: another kernel."""
-        alike = self.shape[0] == BATCHES[0] or (self.M, self.dtype) != (2, torch.bfloat16)
-        return not alike or self.shape == FAST_SHAPE
+    def is_usual(self) -> bool:
+        """Whether branches are as networks have them, two in bfloat16."""
+        return (self.M, self.dtype) == (2, torch.bfloat16)
+
+    @property
+    def has_short_rows(self) -> bool:
+        """Whether rows of positions do not fill a tile, which are read in ways of their own."""
+        return self.layout == "contiguous" and self.shape[2] in SHORT_ROWS
 
     def branch(self) -> Tensor:
         """Returns a branch [B, C, S]."""
@@ -68,6 +73,18 @@ class Setting:
         with recorded(facts) as launches:
             _section(self, batch_stats=True)
         return launches
+
+    def telling(self, facts: DeviceFacts) -> list[Launch]:
+        """Returns of the launches those whose kernels differ from the others' by more than a tile.
+
+        With the fast shape these are all, or a training step's where branches are not the usual or
+        the most; of short rows it is a training step's of the larger batch.
+        """
+        if self.shape == FAST_SHAPE:
+            most = self.is_usual or self.M == MAX_BRANCHES
+            return self.launches(facts) if most else self.training(facts)
+        tells = self.is_usual and self.has_short_rows and self.shape[0] == BATCHES[-1]
+        return self.training(facts) if tells else []
 
     def launches(self, facts: DeviceFacts) -> list[Launch]:
         """Returns the same and what inference and the stages by themselves launch."""
@@ -87,7 +104,7 @@ def settings() -> Iterator[Setting]:
             for M, dtype in ((3, torch.bfloat16), (2, torch.float32)):
                 yield Setting(M, layout, dtype, (BATCHES[-1], C, S))
         # As many branches as the kernels take, and sizes of one.
-        yield Setting(8, layout, torch.bfloat16, FAST_SHAPE)
+        yield Setting(MAX_BRANCHES, layout, torch.bfloat16, FAST_SHAPE)
     yield Setting(2, "contiguous", torch.bfloat16, (1, 1, 1))
 
 

@@ -215,7 +215,7 @@ def modelled(subject: Subject) -> Iterator[dict[str, Any]]:
             subject.setting,
             subject.stage,
             launch,
-            compiled.sass or "",
+            compiled.sass,
             used.registers,
             used.shared_bytes,
         )
