@@ -2,9 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "sknet"
 # Far beyond any network, and small enough to be built without its tensors.
 _MOST_UNITS, _MOST_CHANNELS = 1024, 2**20
-_Check = Callable[[str, Any], Any]
 
 
 class SKNetHub(
@@ -186,10 +184,10 @@ def from_config(config: Any) -> dict[str, Any]:
         ValueError: a key is missing or unknown, or a value is of the wrong kind or out of range;
             named with the value.
     """
-    given = _record("config", config, _CONFIG)
+    given = _checked("config", config, _CONFIG)
     if given.pop("model_type") != MODEL_TYPE:
         raise ValueError(f"model_type: expected {MODEL_TYPE!r}, got {config['model_type']!r}")
-    return given
+    return {**given, "stages": tuple(StageSpec(**stage) for stage in given["stages"])}
 
 
 def _stage(stage: nn.Sequential) -> dict[str, int | None]:
@@ -198,72 +196,57 @@ def _stage(stage: nn.Sequential) -> dict[str, int | None]:
     return {"width": sk.out_channels, "units": len(stage), "stride": sk.stride, "d": d}
 
 
-def _record(name: str, value: Any, checks: Mapping[str, _Check]) -> dict[str, Any]:
-    """Checks a mapping with exactly the keys of ``checks``."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}: expected an object, got {value!r}")
-    if value.keys() != checks.keys():
-        raise ValueError(
-            f"{name}: expected the keys {', '.join(checks)}, got {', '.join(map(str, value))}"
-        )
-    return {key: check(f"{name}.{key}", value[key]) for key, check in checks.items()}
+class _Optional(NamedTuple):
+    kind: Any
 
 
-def _integer(least: int, most: int) -> _Check:
-    def check(name: str, value: Any) -> int:
-        if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value!r}")
-        return value
-
-    return check
-
-
-def _optional(inner: _Check) -> _Check:
-    return lambda name, value: None if value is None else inner(name, value)
-
-
-def _string(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name}: expected a string, got {value!r}")
-    return value
-
-
-def _tuple(inner: _Check, length: int | None = None) -> _Check:
-    def check(name: str, value: Any) -> tuple[Any, ...]:
-        right = isinstance(value, Sequence) and not isinstance(value, str)
-        if not right or (length is not None and len(value) != length):
-            size = "" if length is None else f" of {length}"
-            raise ValueError(f"{name}: expected a list{size}, got {value!r}")
-        return tuple(inner(f"{name}[{i}]", item) for i, item in enumerate(value))
-
-    return check
-
-
-def _stage_spec(name: str, value: Any) -> StageSpec:
-    return StageSpec(**_record(name, value, _STAGE))
-
-
-def _unit_options(name: str, value: Any) -> dict[str, Any]:
-    return _record(name, value, _OPTIONS)
-
-
-_channels = _integer(1, _MOST_CHANNELS)
-_STAGE = {
-    "width": _channels,
-    "units": _integer(1, _MOST_UNITS),
-    "stride": _channels,
-    "d": _optional(_channels),
-}
-_OPTIONS = {
-    "branches": _tuple(_tuple(_channels, 3)),
-    "aggregate": _string,
-    "fc_norm": _string,
-}
+_SIZE = range(1, _MOST_CHANNELS + 1)
+# What a config looks like: a dict has exactly these keys, a list items of one kind, a tuple as many
+# items as here, a range integers.
 _CONFIG = {
-    "model_type": _string,
-    "stages": _tuple(_stage_spec),
-    "num_classes": _integer(0, _MOST_CHANNELS),
-    "in_chans": _channels,
-    "variant": _string,
-    "unit_options": _unit_options,
+    "model_type": str,
+    "stages": [
+        {
+            "width": _SIZE,
+            "units": range(1, _MOST_UNITS + 1),
+            "stride": _SIZE,
+            "d": _Optional(_SIZE),
+        }
+    ],
+    "num_classes": range(_MOST_CHANNELS + 1),
+    "in_chans": _SIZE,
+    "variant": str,
+    "unit_options": {"branches": [(_SIZE, _SIZE, _SIZE)], "aggregate": str, "fc_norm": str},
 }
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """Returns ``value`` where it is of ``kind``, with tuples in place of lists."""
+    match kind:
+        case _Optional(inner):
+            return None if value is None else _checked(name, value, inner)
+        case dict():
+            if not isinstance(value, dict):
+                raise ValueError(f"{name}: expected an object, got {value!r}")
+            if value.keys() != kind.keys():
+                raise ValueError(
+                    f"{name}: expected the keys {', '.join(kind)}, got {', '.join(map(str, value))}"
+                )
+            return {
+                key: _checked(f"{name}.{key}", value[key], inner) for key, inner in kind.items()
+            }
+        case list() | tuple():
+            is_list = isinstance(value, (list, tuple))
+            if not is_list or (isinstance(kind, tuple) and len(value) != len(kind)):
+                size = f" of {len(kind)}" if isinstance(kind, tuple) else ""
+                raise ValueError(f"{name}: expected a list{size}, got {value!r}")
+            return tuple(_checked(f"{name}[{i}]", x, kind[0]) for i, x in enumerate(value))
+        case range():
+            if type(value) is not int or value not in kind:
+                raise ValueError(
+                    f"{name}: expected an integer from {kind[0]} to {kind[-1]}, got {value!r}"
+                )
+        case _:
+            if not isinstance(value, str):
+                raise ValueError(f"{name}: expected a string, got {value!r}")
+    return value
