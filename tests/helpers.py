@@ -239,6 +239,26 @@ def magnitudes(xs: Sequence[Tensor]) -> list[Tensor]:
     return [x.abs() for x in wide(xs)]
 
 
+def weights(logits: Tensor, activation: str | None = "softmax") -> Tensor:
+    """Returns the branches' weights [B, M, C], written out."""
+    if activation == "softmax":
+        exponentials = (logits - logits.amax(1, keepdim=True)).exp()
+        return exponentials / exponentials.sum(1, keepdim=True)
+    return 1 / (1 + (-logits).exp()) if activation == "sigmoid" else logits
+
+
+def weighed(xs: Sequence[Tensor], attn: Tensor) -> Tensor:
+    """Returns the sum of the branches, each times its weight [B, M, C]."""
+    stacked = torch.stack([x.flatten(2) for x in xs], 1)
+    return (stacked * attn[..., None]).sum(1).view(xs[0].shape)
+
+
+def averaged(xs: Sequence[Tensor], reduction: str = "mean") -> Tensor:
+    """Returns the sum of the branches, and its average over space or its sum: [B, C]."""
+    total = torch.stack(list(xs)).sum(0).flatten(2)
+    return total.mean(2) if reduction == "mean" else total.sum(2)
+
+
 def is_plain(sk: SKConv) -> bool:
     """Tells whether what lies between the convolutions and V is what `sk_fuse_select` computes."""
     return sk._parts() is not None

@@ -19,7 +19,16 @@ from sknet_triton import Backend, functional, use_backend
 from sknet_triton.functional import Activation, Reduction
 from sknet_triton.reference import accumulation_dtype, passes
 from tests import launchers, strategies
-from tests.helpers import BACKENDS, assert_matches, magnitudes, store_rounding, wide
+from tests.helpers import (
+    BACKENDS,
+    assert_matches,
+    averaged,
+    magnitudes,
+    store_rounding,
+    weighed,
+    weights,
+    wide,
+)
 from tests.strategies import (
     DTYPES,
     Sample,
@@ -75,26 +84,6 @@ SUM_ROUNDINGS = 80.0
 
 
 # --- float64 oracles and the magnitudes that bound their rounding -------------------------------
-
-
-def weights(logits: Tensor, activation: Activation | None) -> Tensor:
-    """The branches' weights [B, M, C], written out."""
-    if activation == "softmax":
-        exponentials = (logits - logits.amax(1, keepdim=True)).exp()
-        return exponentials / exponentials.sum(1, keepdim=True)
-    return 1 / (1 + (-logits).exp()) if activation == "sigmoid" else logits
-
-
-def weighed(xs: Sequence[Tensor], attn: Tensor) -> Tensor:
-    """The sum of the branches, each times its weight."""
-    stacked = torch.stack([x.flatten(2) for x in xs], 1)
-    return (stacked * attn[..., None]).sum(1).view(xs[0].shape)
-
-
-def averaged(xs: Sequence[Tensor], reduction: Reduction) -> Tensor:
-    """The sum of the branches, and its average over space or its sum."""
-    total = torch.stack(list(xs)).sum(0).flatten(2)
-    return total.mean(2) if reduction == "mean" else total.sum(2)
 
 
 def reach(logits: Tensor) -> float:

@@ -4,23 +4,17 @@ from torch import Tensor
 
 from sknet_kernels.config import LaunchConfig, cdiv
 from sknet_triton import Backend, functional, use_backend
-from tests.helpers import Case, assert_matches, every_case, laid_out, magnitudes, wide
+from tests.helpers import Case, assert_matches, averaged, every_case, laid_out, magnitudes, wide
 from tests.launchers import fuse
 
 # A lane adds at most this many numbers one after the other; the tree that joins lanes adds ten.
 ROUNDINGS = 64.0
 
 
-def textbook(branches: list[Tensor]) -> Tensor:
-    """The average over space of the sum of the branches, as the paper writes it."""
-    total = torch.stack(branches).sum(0)
-    return total.flatten(2).mean(2)
-
-
 def check(out: Tensor, xs: list[Tensor], positions: int = 1) -> None:
     """Asserts the average over space, times ``positions``."""
-    magnitude = positions * textbook(magnitudes(xs))
-    assert_matches(out, positions * textbook(wide(xs)), magnitude, ROUNDINGS)
+    magnitude = positions * averaged(magnitudes(xs))
+    assert_matches(out, positions * averaged(wide(xs)), magnitude, ROUNDINGS)
 
 
 @every_case
@@ -87,7 +81,7 @@ def test_the_sum_and_its_gradient_on_both_backends(backend: Backend, device: tor
     with use_backend(backend):
         out = functional.sk_fuse(leaves, reduction="sum")
         grads = torch.autograd.grad((out * weights).sum(), leaves)
-    torch.testing.assert_close(out, 6 * textbook(leaves), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, 6 * averaged(leaves), rtol=1e-12, atol=1e-12)
     for grad in grads:
         expected = weights[:, :, None, None].expand(2, 3, 3, 2)
         torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)

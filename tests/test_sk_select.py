@@ -6,7 +6,16 @@ from torch import Tensor
 
 from sknet_kernels.config import LaunchConfig
 from sknet_triton import Backend, functional, use_backend
-from tests.helpers import Case, assert_matches, every_case, laid_out, magnitudes, wide
+from tests.helpers import (
+    Case,
+    assert_matches,
+    every_case,
+    laid_out,
+    magnitudes,
+    weighed,
+    weights,
+    wide,
+)
 from tests.launchers import select, select_bwd
 
 # exp, its argument, the quotient, the product and one addition a branch.
@@ -14,24 +23,9 @@ ROUNDINGS = 16.0
 SUM_ROUNDINGS = 80.0
 
 
-def softmax(logits: Tensor) -> Tensor:
-    """The softmax over the branches, written out: [B, M, C] -> [B, M, C]."""
-    weights = (logits - logits.amax(1, keepdim=True)).exp()
-    return weights / weights.sum(1, keepdim=True)
-
-
-WEIGHTS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    "softmax": softmax,
-    "sigmoid": lambda logits: 1 / (1 + (-logits).exp()),
-    None: lambda logits: logits,
-}
-
-
 def textbook(branches: list[Tensor], logits: Tensor, activation: str | None = "softmax") -> Tensor:
     """The weighted sum of the branches, as every tutorial writes it."""
-    attn = WEIGHTS[activation](logits).flatten(2)
-    stacked = torch.stack([x.flatten(2) for x in branches], 1)
-    return (stacked * attn[..., None]).sum(1).view(branches[0].shape)
+    return weighed(branches, weights(logits, activation))
 
 
 def textbook_grads(dout: Tensor, branches: list[Tensor], logits: Tensor) -> list[Tensor]:
@@ -59,10 +53,10 @@ def check_backward(
     for i, (dx, exact) in enumerate(zip(grads[0], dxs, strict=True)):
         assert_matches(dx, exact, exact.abs(), ROUNDINGS * spread(logits), f"dx{i}")
     # The sum of magnitudes: no difference is taken.
-    attn = softmax(logits.double())
+    attn = weights(logits.double())
     sums = [(dout.double().abs() * x).flatten(2).sum(2) for x in magnitudes(xs)]
-    weighed = attn * torch.stack(sums, 1)
-    magnitude = weighed + attn * weighed.sum(1, keepdim=True)
+    shares = attn * torch.stack(sums, 1)
+    magnitude = shares + attn * shares.sum(1, keepdim=True)
     assert_matches(grads[1], dlogits, magnitude, SUM_ROUNDINGS * spread(logits), "dlogits")
 
 
@@ -208,11 +202,9 @@ def test_other_activations_match_float64(
     with use_backend(backend):
         out = functional.sk_select(xs, logits, activation=activation)
     # Weights that do not sum to one: every branch is as large as its weight lets it be.
-    weights = logits.double()
-    terms = ROUNDINGS * (1.0 + weights.abs().max().item())
-    oracle = textbook(wide(xs), weights, activation)
-    largest = textbook(magnitudes(xs), WEIGHTS[activation](weights).abs(), None)
-    assert_matches(out, oracle, largest, terms)
+    terms = ROUNDINGS * (1.0 + logits.double().abs().max().item())
+    attn = weights(logits.double(), activation)
+    assert_matches(out, weighed(wide(xs), attn), weighed(magnitudes(xs), attn.abs()), terms)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
