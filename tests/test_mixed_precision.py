@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sknet_triton import SKConv, functional, use_backend
 from sknet_triton.backend import Backend
 from sknet_triton.functional import BatchNormArgs
-from tests.helpers import BACKENDS, DEVICE, store_rounding
+from tests.helpers import BACKENDS, DEVICE, averaged, store_rounding
 from tests.plain_sknet import scramble
 
 LOW = (torch.bfloat16, torch.float16)
@@ -273,10 +273,6 @@ def assert_same_kinds(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, e, rtol=4 * store_rounding(actual[i]) * eps, atol=8 * eps)
 
 
-def plain_fuse(xs: list[Tensor]) -> Tensor:
-    return torch.stack(xs).sum(0).flatten(2).mean(2)
-
-
 def plain_select(xs: list[Tensor], logits: Tensor) -> Tensor:
     attn = torch.softmax(logits, dim=1)[..., None, None]
     return (attn * torch.stack(xs, dim=1)).sum(1)
@@ -298,7 +294,7 @@ def test_fuse_of_what_is_not_finite(backend: Backend, name: str, dtype: torch.dt
     with use_backend(backend), quiet_interpreter():
         actual = backward(functional.sk_fuse(xs), xs)
     wide = [x.detach().double().requires_grad_() for x in xs]
-    assert_same_kinds(actual, backward(plain_fuse(wide), wide))
+    assert_same_kinds(actual, backward(averaged(wide), wide))
 
 
 LOGITS: dict[str, tuple[float, float]] = {
