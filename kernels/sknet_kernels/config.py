@@ -35,10 +35,11 @@ _WARPS_PER_MULTIPROCESSOR = 32
 _MOST_PARTIAL_BYTES = 8 << 20
 
 # What the kernels that join partial sums take at once: elements of fuse's result, channels of
-# select's logits, parts by channels of moments.
+# select's logits, parts by channels of moments. A turn over parts is two waits for memory: with as
+# many parts a turn, there is one, or they take a fifth of the pass that made the parts at most.
 COMBINE_SIZE = 256
 COMBINE_CHANNELS = 128
-FINISH_PARTS, FINISH_CHANNELS = 64, 8
+FINISH_PARTS, FINISH_CHANNELS = 512, 4
 
 
 @dataclass(frozen=True)

@@ -245,5 +245,5 @@ def sk_moments_finish_launch(
             "BLOCK_P": FINISH_PARTS,
             "BLOCK_C": FINISH_CHANNELS,
         },
-        num_warps=4,
+        num_warps=8,
     )
