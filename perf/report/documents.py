@@ -118,6 +118,18 @@ def launches_of_providers(report: pd.DataFrame) -> list[str]:
     )
 
 
+def host_times(report: pd.DataFrame) -> list[str]:
+    """The host's time of a call, ours over the plain modules', p20 to p80 beside the median."""
+    lines = ["| M | inference | training |", "|---|---|---|"]
+    cells = {
+        (row.M, row.mode): f"{row.ratio:.2f} ({row.ratio_p20:.2f} to {row.ratio_p80:.2f})"
+        for row in report.itertuples()
+    }
+    for M in dict.fromkeys(report.M):
+        lines.append(f"| {M} | {cells[M, 'infer']} | {cells[M, 'train']} |")
+    return lines
+
+
 def _by_provider(report: pd.DataFrame, title: str, cell: Callable[[Any], str]) -> list[str]:
     header = (title, *_TRAFFIC_PROVIDERS)
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
@@ -181,6 +193,7 @@ TABLES = (
         others.TRAFFIC,
         launches_of_providers,
     ),
+    Table("kernels/README.md", "host", "host-cpu-torch2.13.0.csv", others.HOST, host_times),
     Table(
         "perf/reports/README.md",
         "families",

@@ -71,6 +71,9 @@ class Host:
     ratio_p80: float
 
 
+HOST = Schema(columns=(*columns_of(Host), *columns_of(Environment)), key=("M", "mode"))
+
+
 @dataclass(frozen=True)
 class Timing:
     """What a launch configuration was chosen by.
