@@ -295,6 +295,12 @@ def one_norm_for_all(sk: SKConv) -> None:
     cast(Any, sk.branches[1]).bn = cast(Any, sk.branches[0]).bn
 
 
+def strided_statistics(bn: nn.BatchNorm2d) -> None:
+    for name in ("running_mean", "running_var"):
+        wide = torch.ones(len(bn.weight), 2, device=bn.weight.device)
+        setattr(bn, name, wide[:, 0])
+
+
 # What is done to a module between two steps.
 CHANGES: dict[str, Callable[[SKConv], Any]] = {
     "nothing": lambda sk: None,
@@ -306,6 +312,7 @@ CHANGES: dict[str, Callable[[SKConv], Any]] = {
     "frozen branches": freeze_branches,
     "frozen fc1": freeze_fc1,
     "no tracking": for_norms(without_tracking),
+    "statistics of any strides": for_norms(strided_statistics),
 }
 
 

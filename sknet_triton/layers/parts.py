@@ -216,19 +216,19 @@ def _buffer(module: nn.Module, name: str) -> Any:
 
 
 def _running(norms: Sequence[Any]) -> Running | None:
-    """Returns the running statistics, None where they are not moved all alike."""
+    """Returns the running statistics, None where they are no plain vectors moved all alike."""
     first = norms[0]
     momentum = first.momentum
     if momentum is None or len(set(map(id, norms))) < len(norms):
         return None
     if not all([_keeps(bn) and bn.momentum == momentum for bn in norms]):  # noqa: C419 - every call
         return None
-    return Running(
-        tuple([_buffer(bn, "running_mean") for bn in norms]),
-        tuple([_buffer(bn, "running_var") for bn in norms]),
-        tuple([_buffer(bn, "num_batches_tracked") for bn in norms]),
-        momentum,
+    mean, var, tracked = (
+        tuple([_buffer(bn, name) for bn in norms])
+        for name in ("running_mean", "running_var", "num_batches_tracked")
     )
+    plain = [type(x) is Tensor and x.is_contiguous() for x in (*mean, *var, *tracked)]
+    return Running(mean, var, tracked, momentum) if all(plain) else None
 
 
 def _keeps(bn: Any) -> bool:
