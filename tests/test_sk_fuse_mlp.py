@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sknet_kernels.config import MLPConfig
-from sknet_kernels.norms import ChannelGradients, Norms
+from sknet_kernels.norms import ChannelGradients, Norms, Running
 from sknet_kernels.sk_fuse_mlp import (
     sk_channels_bwd,
     sk_hidden,
@@ -282,6 +282,28 @@ def test_many_tiles(device: torch.device) -> None:
     test_logits(tiled)
     test_hidden_bwd(tiled)
     test_channels_bwd(tiled)
+
+
+def test_running_statistics_move_once_in_many_tiles(device: torch.device) -> None:
+    given = Given(MLPCase(17, 36, 20, 2), device, VECTOR_TILES, MATRIX_TILES)
+    mean, var = torch.zeros(20, device=device), torch.ones(20, device=device)
+    tracked = torch.tensor(3, device=device)
+    _, stats, kept = sk_logits(
+        given.hidden,
+        given.fc1_norm,
+        given.fc2_weight,
+        given.fc2_bias,
+        2,
+        Running((mean,), (var,), (tracked,), 0.25),
+        config=given.matrix_tiles,
+    )
+    assert stats is not None
+    assert kept is None
+    hidden = given.hidden.double()
+    size = hidden.abs().amax(0)
+    assert_close("mean", mean, 0.25 * hidden.mean(0), size)
+    assert_close("var", var, 0.75 + 0.25 * hidden.var(0), 1 + size**2)
+    assert tracked == 4
 
 
 def test_an_empty_batch_has_gradients_of_zero(device: torch.device) -> None:
