@@ -9,7 +9,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, Stage, cdiv
+from sknet_kernels.config import (
+    DeviceFacts,
+    LaunchConfig,
+    Problem,
+    Stage,
+    cdiv,
+    most_registers,
+)
 from sknet_kernels.launch import Launch, Pointer, remembered
 from sknet_kernels.layout import is_channels_last
 from sknet_kernels.norms import Norms
@@ -120,6 +127,7 @@ def streaming_launch(
     xs = _as_tuple(named["x_ptrs"])
     problem = problem_of(full_size, len(xs))
     config = configuration(stage, xs, config)
+    access = min(problem.align, config.access)
     values: dict[str, Any] = {
         "strides": _strides(full_size),
         "B": problem.B,
@@ -134,7 +142,7 @@ def streaming_launch(
         "NUM_BRANCHES": problem.num_branches,
         "HAS_NORM": named.get("mean_ptrs") is not None,
         "ACC": accumulator(xs[0].dtype)[1],
-        "ALIGN": min(problem.align, config.access),
+        "ALIGN": access,
         "LAYOUT": problem.layout,
         "BLOCK_C": config.block_c,
         "BLOCK_S": config.block_s,
@@ -149,6 +157,7 @@ def streaming_launch(
         scalars={name: values[name] for name in rest if name in values},
         constants={name: known[name] for name in rest if name in known},
         num_warps=config.num_warps,
+        maxnreg=most_registers(DeviceFacts.of(xs[0].device), stage.registers(problem, access)),
     )
 
 

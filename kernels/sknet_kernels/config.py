@@ -29,6 +29,8 @@ _LEAST_COPY_BYTES = 4
 # the compiler spills.
 _OTHER_REGISTERS = 40
 _MOST_REGISTERS = 204
+# What 65,536 registers leave a thread of three programs, in the units in which they are given.
+_REGISTERS_OF_THREE_PROGRAMS = 168
 # Warps a multiprocessor that rows are split for: eight programs.
 _WARPS_PER_MULTIPROCESSOR = 32
 # Partial sums live in the second-level cache, which holds 40 MB and more.
@@ -186,6 +188,16 @@ class LaunchConfig:
         """Returns what the figures of the model suggest."""
         tile = _tile(stage, problem, device)
         return dataclasses.replace(tile, splits=_splits(stage, problem, device, tile))
+
+
+def most_registers(device: DeviceFacts, expected: int | None = None) -> int | None:
+    """Returns how many registers a thread is allowed, None where the compiler is to choose.
+
+    NVIDIA's compiler keeps values on the stack to let one more program be resident. Small kernels
+    have no other program, and what is ``expected`` of a streaming kernel may leave no room for it.
+    """
+    crowded = expected is None or expected > _REGISTERS_OF_THREE_PROGRAMS
+    return 255 if crowded and device.backend == "cuda" else None
 
 
 def _splits(stage: Stage, problem: Problem, device: DeviceFacts, tile: LaunchConfig) -> int:
@@ -396,7 +408,7 @@ class MLPConfig:
             unroll=max(1, 8 // (images * images * problem.M)),
             # Threads that share an element of a vector would each compute it, loads included.
             num_warps=max(1, min(8, block_c // 32)),
-            maxnreg=_maxnreg(device),
+            maxnreg=most_registers(device),
         )
 
     @classmethod
@@ -411,7 +423,13 @@ class MLPConfig:
         block_b, block_n, num_warps = min(_LOGITS_TILES, key=read)
         block_d = min(64, max(16, next_power_of_two(problem.d)))
         return cls(
-            block_b, 1, block_d, block_n, block_r=64, num_warps=num_warps, maxnreg=_maxnreg(device)
+            block_b,
+            1,
+            block_d,
+            block_n,
+            block_r=64,
+            num_warps=num_warps,
+            maxnreg=most_registers(device),
         )
 
     @classmethod
@@ -424,14 +442,5 @@ class MLPConfig:
             block_c=8,
             block_n=32,
             block_d=min(64, whole_d),
-            maxnreg=_maxnreg(device),
+            maxnreg=most_registers(device),
         )
-
-
-def _maxnreg(device: DeviceFacts) -> int | None:
-    """Gives a thread all registers there are, where the compiler asks.
-
-    NVIDIA's compiler keeps a few values in memory to let another program be resident, which there
-    is none of: these launches are small.
-    """
-    return 255 if device.backend == "cuda" else None
