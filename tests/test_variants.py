@@ -38,7 +38,7 @@ def compile_key(launch: Launch) -> Any:
         for name, value in launch.arguments.items()
     ]
     constants = tuple(map(str, launch.constants.values()))
-    return kernel_name(launch), tuple(specialised), constants, launch.num_warps, launch.num_stages
+    return kernel_name(launch), tuple(specialised), constants, tuple(launch.options.items())
 
 
 def test_a_size_of_one_and_a_multiple_of_16_are_kernels_of_their_own() -> None:
