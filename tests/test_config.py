@@ -22,11 +22,12 @@ from sknet_kernels.config import (
     Stage,
     candidates,
     cdiv,
+    most_registers,
     next_power_of_two,
 )
 
 H200 = DeviceFacts(multiprocessors=132, warp_size=32)
-MI300 = DeviceFacts(multiprocessors=304, warp_size=64)
+MI300 = DeviceFacts(multiprocessors=304, warp_size=64, backend="hip")
 
 
 def branch(B: int, C: int, S: int, itemsize: int, channels_last: bool) -> Tensor:
@@ -122,6 +123,13 @@ def test_partial_sums_fit_into_the_second_level_cache(stage: Stage) -> None:
     for problem in PROBLEMS:
         config = LaunchConfig.from_heuristic(stage, problem, H200)
         assert config.splits == 1 or config.splits * stage.partial_bytes(problem) <= 8 << 20
+
+
+def test_all_registers_are_asked_for_where_no_third_program_fits() -> None:
+    assert 3 * 4 * 32 * 168 <= 65_536 < 3 * 4 * 32 * (168 + 8)
+    assert most_registers(H200) == most_registers(H200, expected=169) == 255
+    assert most_registers(H200, expected=168) is None
+    assert most_registers(MI300) is most_registers(MI300, expected=300) is None  # no such option
 
 
 def test_joining_the_parts_of_moments_takes_a_turn_or_a_fifth_of_the_pass() -> None:

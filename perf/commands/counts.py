@@ -21,7 +21,7 @@ _TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _WHAT = ["target", "kernel", "norm", "M", "layout", "dtype", "C", "S"]
 _RESOURCES = [
     *("registers", "spill_bytes", "stack_bytes"),
-    *("shared_bytes", "load_bytes", "store_bytes"),
+    *("shared_bytes", "load_bytes", "store_bytes", "tf32"),
 ]
 _CEILING = [
     *("kernel", "norm", "M", "layout", "dtype", "B", "C", "S"),
