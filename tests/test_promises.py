@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import gc
 import inspect
 import logging
 import pickle
 import random
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import MethodType, SimpleNamespace
@@ -631,6 +633,23 @@ def test_compiled_code_holds_the_stages_where_they_pay_and_the_row_says_where(
         with skt.use_backend("triton"):
             called = compiled_operators(copied(module), inputs)
         assert any(name.startswith("sknet_triton.") for name in called)
+
+
+@pytest.mark.parametrize("threshold", [31, 37, 47, 61])
+def test_a_garbage_collection_in_between_is_not_its_doing(threshold: int) -> None:
+    called, thresholds = lambda phase, info: time.perf_counter(), gc.get_threshold()
+    gc.callbacks.append(called)
+    gc.set_threshold(threshold)
+    try:
+        rows = [
+            row_of(build())
+            for build in (lambda: rebuilt.SplitAttn(8, 4), lambda: rebuilt.SKFF(4, 3))
+        ]
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(called)
+    assert [row.status for row in rows] == ["accelerated"] * 2, rows
+    assert gc.isenabled()
 
 
 # Tools that look at a module, rebuild it, or put something in its place.

@@ -7,6 +7,7 @@ can name for what they leave in them. What a module keeps on itself, `check` com
 
 import dis
 import functools
+import gc
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -68,12 +69,16 @@ _CONTAINERS = (list, dict, set, deque)
 def watched(call: Callable[[], _Result]) -> tuple[_Result, frozenset[str]]:
     """Calls ``call``; returns its result and what it does besides, in words."""
     watch = _Watch()
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    # A collection in between runs finalizers and callbacks of others, as if ``call`` called them.
+    gc.disable()
     sys.setprofile(watch)
     try:
         result = call()
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     return result, frozenset(watch.found())
 
 
