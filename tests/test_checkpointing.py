@@ -98,8 +98,8 @@ def test_recomputation_changes_no_bit_of_output_and_gradients(
 
 def test_statistics_move_once_where_recomputation_stops_inside_of_sk_fuse_select() -> None:
     # Early stop ends recomputation at the last tensor that was saved. On Triton an SKConv at the
-    # end of a region saves it before it moves the statistics, which is once, as without
-    # checkpointing; modules called one by one have moved theirs twice by then.
+    # end of a region saves it before PyTorch moves the statistics, in float64, which is once, as
+    # without checkpointing; modules called one by one have moved theirs twice by then.
     kept, module, plain = (build("SKConv") for _ in range(3))
     with use_backend("triton"):
         expected = outcome(kept, kept, batch())
@@ -107,6 +107,17 @@ def test_statistics_move_once_where_recomputation_stops_inside_of_sk_fuse_select
     with use_backend("reference"):
         moved = outcome(KINDS["not reentrant"](plain), plain, batch())
     assert moved["fc1.bn.num_batches_tracked"] == 2
+
+
+def test_kernels_move_statistics_as_often_as_the_modules() -> None:
+    module, plain = (build("SKConv").float() for _ in range(2))
+    with use_backend("triton"):
+        seen = outcome(KINDS["not reentrant"](module), module, batch().float())
+    with use_backend("reference"):
+        moved = outcome(KINDS["not reentrant"](plain), plain, batch().float())
+    assert moved["fc1.bn.num_batches_tracked"] == 2
+    for name, exact in buffers(moved).items():
+        torch.testing.assert_close(seen[name], exact, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
