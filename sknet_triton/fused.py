@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sknet_kernels.launch import planned
-from sknet_kernels.layout import as_bcs
+from sknet_kernels.layout import evenly, positions
 from sknet_kernels.norms import Norms, Running
 from sknet_triton import ops, reference
 from sknet_triton.backend import in_transform, needs_plain_backward, takes_triton
 from sknet_triton.checks import check_counts, check_limits
 from sknet_triton.reference import REFERENCE, BatchNormArgs
 from sknet_triton.reference.common import accumulation_dtype, no_autocast, sum_over
-from sknet_triton.reference.steps import Steps, positions
+from sknet_triton.reference.steps import Steps
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,8 +76,8 @@ class Arguments(NamedTuple):
         norms = Norms(four[:M], four[M : 2 * M], four[2 * M : 3 * M], four[3 * M :], settings.eps)
         fc1_bias, mean, var, weight, bias, fc2_bias = rest
         fc1_norm = Norms((mean,), (var,), (weight,), (bias,), settings.fc1_eps)
-        if settings.by == "launchers":  # one view each, rather than one a step
-            branches = tuple([as_bcs(x) for x in branches])
+        if settings.by == "launchers":
+            branches = tuple([evenly(x) for x in branches])
         return cls(branches, norms, fc1_weight, fc1_bias, fc1_norm, fc2_weight, fc2_bias)
 
     def end_to_end(self) -> Sequence[Tensor | None]:
@@ -143,8 +143,9 @@ def fuse_select(
     else:
         with no_autocast(branches[0]), _planned(settings, tensors, moved):
             results, _ = _forward(Arguments.of(settings, tensors), settings, moved)
-        results = _like(branches[0], results[0]), *results[1:]
     out, kept, fc1_kept = results
+    if kept is None and fc1_kept is None:
+        return results
     pairs = ((running, kept), (fc1_running, fc1_kept))
     left = [(r, batch) for r, batch in pairs if r is not None and batch is not None]
     if left:
@@ -305,7 +306,7 @@ def _backward(
     """
     steps, S = settings.steps, positions(dout)
     if settings.by == "launchers":
-        dout = as_bcs(dout)
+        dout = evenly(dout)
     norms, fc1_norm = _applied(a.norms, saved.stats), _applied(a.fc1_norm, saved.fc1_stats)
     sums, dlogits, dz = steps.hidden_bwd(dout, a.branches, saved.logits, norms, a.fc2_weight)
     arguments = (
@@ -354,8 +355,7 @@ class SKFuseSelect(torch.autograd.Function):
         """Returns V and the statistics."""
         with no_autocast(tensors[0]), _planned(settings, tensors, moved):
             a = Arguments.of(settings, tensors)
-            (out, kept, fc1_kept), saved = _forward(a, settings, moved)
-        results = _like(tensors[0], out), kept, fc1_kept
+            results, saved = _forward(a, settings, moved)
         ctx.settings = settings
         ctx.save_for_backward(*tensors, *saved)
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
@@ -374,14 +374,9 @@ class SKFuseSelect(torch.autograd.Function):
                 return None, None, *_differentiable_backward(dout, tensors, settings)
             with _planned(settings, tensors, dout=dout):
                 dxs, small = _backward(dout, Arguments.of(settings, tensors), saved, settings)
-                gradients = *map(_like, tensors, dxs), *small
+                gradients = *dxs, *small
         needed = zip(gradients, ctx.needs_input_grad[2:], strict=True)
         return None, None, *[gradient if needs else None for gradient, needs in needed]
-
-
-def _like(x: Tensor, flat: Tensor) -> Tensor:
-    """Returns [B, C, S], as launchers write it, in the shape of the branch ``x``."""
-    return flat if flat.dim() == x.dim() else flat.view(x.shape)
 
 
 def _differentiable_backward(

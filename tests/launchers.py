@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sknet_kernels.layout import as_bcs, empty_like_branch
+from sknet_kernels.layout import empty_like_branch, evenly, positions
 from sknet_kernels.norms import Norms
 from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_partials
 from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
@@ -14,20 +14,20 @@ from sknet_kernels.sk_moments import sk_moments
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
 
 
-def flat(xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Returns views [B, C, S]."""
-    return tuple(as_bcs(x) for x in xs)
+def read(xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns the tensors as kernels read them."""
+    return tuple(evenly(x) for x in xs)
 
 
 def fuse(xs: Sequence[Tensor], **options: Any) -> Tensor:
     """Returns the pooled branches [B, C]."""
-    return sk_fuse_fwd(flat(xs), **options)
+    return sk_fuse_fwd(read(xs), **options)
 
 
 def fuse_norm(xs: Sequence[Tensor], norms: Norms, **options: Any) -> Tensor:
     """Returns the pooled branches [B, C], normalised and rectified."""
-    partials = sk_fuse_partials(flat(xs), norms, **options)
-    return partials.sum(0) / as_bcs(xs[0]).shape[2]
+    partials = sk_fuse_partials(read(xs), norms, **options)
+    return partials.sum(0) / positions(xs[0])
 
 
 def select(
@@ -35,7 +35,7 @@ def select(
 ) -> Tensor:
     """Returns the weighed branches, in the layout of the first."""
     out = empty_like_branch(xs[0])
-    sk_select_fwd(as_bcs(out), flat(xs), logits, norms, **options)
+    sk_select_fwd(out, read(xs), logits, norms, **options)
     return out
 
 
@@ -44,13 +44,13 @@ def select_bwd(
 ) -> tuple[list[Tensor], Tensor]:
     """Returns the gradients of the branches and of the logits."""
     dxs = [empty_like_branch(x) for x in xs]
-    dlogits = sk_select_bwd(flat(dxs), as_bcs(dout), flat(xs), logits, **options)
+    dlogits = sk_select_bwd(tuple(dxs), evenly(dout), read(xs), logits, **options)
     return dxs, dlogits
 
 
 def moments(xs: Sequence[Tensor], **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns mean, biased and unbiased variance [M, C]."""
-    (mean, var), kept = sk_moments(flat(xs), **options)
+    (mean, var), kept = sk_moments(read(xs), **options)
     assert kept is not None
     assert torch.equal(kept[0], mean)
     return mean, var, kept[1]
@@ -58,7 +58,7 @@ def moments(xs: Sequence[Tensor], **options: Any) -> tuple[Tensor, Tensor, Tenso
 
 def sums(dout: Tensor, xs: Sequence[Tensor], norms: Norms, **options: Any) -> Tensor:
     """Returns the sums of the backward [4, B, M, C]."""
-    return sk_fuse_select_sums(as_bcs(dout), flat(xs), norms, **options).sum(0)
+    return sk_fuse_select_sums(evenly(dout), read(xs), norms, **options).sum(0)
 
 
 def dx(
@@ -72,8 +72,7 @@ def dx(
 ) -> list[Tensor]:
     """Returns the gradients of the branches."""
     dxs = [empty_like_branch(x) for x in xs]
-    views, dviews = flat(xs), flat(dxs)
-    sk_fuse_select_dx(dviews, as_bcs(dout), views, norms, logits, share, drift, **options)
+    sk_fuse_select_dx(tuple(dxs), evenly(dout), read(xs), norms, logits, share, drift, **options)
     return dxs
 
 

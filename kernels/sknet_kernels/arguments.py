@@ -18,14 +18,14 @@ from sknet_kernels.config import (
     most_registers,
 )
 from sknet_kernels.launch import Launch, Pointer, remembered
-from sknet_kernels.layout import is_channels_last
+from sknet_kernels.layout import as_bcs, is_channels_last
 from sknet_kernels.norms import Norms
 from sknet_kernels.tuned import choice
 
 _ACCESS_BYTES = 16
 # Rows whose own alignment allows less are read along with their neighbours' ends.
 _LEAST_ACCESS_BYTES = 8
-# Pointers to tensors [B, C, S], in the order in which kernels number their strides.
+# Pointers to tensors [B, C, *spatial], in the order in which kernels number their strides.
 _FULL_SIZE = ("x_ptrs", "out_ptr", "dout_ptr", "dx_ptrs")
 
 
@@ -75,13 +75,14 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
 
 
 def configuration(stage: Stage, xs: Sequence[Tensor], config: LaunchConfig | None) -> LaunchConfig:
-    """Returns ``config``, or where it is None what suits the branches ``xs`` [B, C, S]."""
+    """Returns ``config``, or where it is None what suits the branches ``xs`` [B, C, *spatial]."""
     if config is not None:
         return config
 
     def find() -> LaunchConfig:
-        strides = tuple(x.stride() for x in xs)
-        return _configuration(stage, xs[0].shape, strides, xs[0].dtype, xs[0].device)
+        views = [as_bcs(x) for x in xs]
+        first, strides = views[0], tuple(x.stride() for x in views)
+        return _configuration(stage, first.shape, strides, first.dtype, first.device)
 
     return remembered(stage, find)
 
@@ -111,19 +112,19 @@ def streaming_launch(
     config: LaunchConfig | None,
     **constants: Any,
 ) -> Launch:
-    """Returns the launch of a kernel that reads branches ``x_ptrs`` [B, C, S] tile by tile.
+    """Returns the launch of a kernel that reads branches ``x_ptrs`` tile by tile.
 
     Args:
         kernel: takes ``pointers`` first. Of what follows here it takes what its signature names:
             ``strides`` of the full-size tensors in the order of `_FULL_SIZE`; ``logits_strides``;
             ``B``, ``C``, ``S``; ``splits`` of ``tiles`` tiles each; constants.
-        pointers: as `Launch` has them.
+        pointers: as `Launch` has them; full-size ones are [B, C, *spatial] and lie evenly.
         stage: whose configuration is taken where ``config`` is None.
         config: tile sizes and splits.
         constants: whatever else the kernel takes.
     """
     named = dict(zip(kernel.arg_names, pointers, strict=False))
-    full_size = [x for name in _FULL_SIZE if name in named for x in _as_tuple(named[name])]
+    full_size = [as_bcs(x) for name in _FULL_SIZE for x in _as_tuple(named.get(name, ()))]
     xs = _as_tuple(named["x_ptrs"])
     problem = problem_of(full_size, len(xs))
     config = configuration(stage, xs, config)

@@ -2,36 +2,47 @@
 
 Kernels address [B, C, S] by three strides, S being the flattened space. Contiguous and
 channels_last tensors, their slices along B and C, and tensors expanded as a whole have such
-strides. A crop, or an axis of space expanded alone, does not: `as_bcs` copies that one tensor, at
+strides. A crop, or an axis of space expanded alone, does not: `evenly` copies that one tensor, at
 a cost of two passes.
 """
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 
+def evenly(x: Tensor) -> Tensor:
+    """Returns ``x`` [B, C, *spatial] as kernels read it: itself if its space lies evenly."""
+    return x if lies_evenly(x) else empty_like_branch(x).copy_(x)
+
+
 def as_bcs(x: Tensor) -> Tensor:
-    """Returns ``x`` [B, C, *spatial] as [B, C, S]: a view if its space lies evenly, else a copy."""
+    """Returns ``x`` [B, C, *spatial], whose space lies evenly, as a view [B, C, S]."""
     return x if x.dim() == 3 else x.flatten(2)
 
 
 def lies_evenly(x: Tensor) -> bool:
     """Tells whether the space of ``x`` [B, C, *spatial] is one axis of constant stride."""
     sizes, strides = x.shape, x.stride()
+    if len(sizes) == 4:  # spelt out, since this is asked of every image at every call
+        return strides[2] == strides[3] * sizes[3] or sizes[2] == 1 or sizes[3] == 1
     axes = [d for d in range(2, len(sizes)) if sizes[d] != 1]
     return all(strides[outer] == strides[inner] * sizes[inner] for outer, inner in pairwise(axes))
+
+
+def positions(x: Tensor) -> int:
+    """Returns S of [B, C, *spatial]."""
+    return math.prod(x.shape[2:])
 
 
 def empty_like_branch(x: Tensor) -> Tensor:
     """Returns an uninitialised tensor in the layout of ``x``, contiguous where that is uneven."""
     out = torch.empty_like(x)
-    return (
-        out
-        if x.dim() == 3 or lies_evenly(out)
-        else torch.empty_like(x, memory_format=torch.contiguous_format)
-    )
+    if lies_evenly(out):
+        return out
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def is_channels_last(x: Tensor) -> bool:

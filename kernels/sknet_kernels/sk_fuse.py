@@ -20,6 +20,7 @@ from sknet_kernels.jit import (
     zero_sums,
 )
 from sknet_kernels.launch import Launch, Pointer, launch
+from sknet_kernels.layout import positions
 from sknet_kernels.norms import Norms
 
 
@@ -112,7 +113,7 @@ def _sk_fuse_combine_kernel(
 def sk_fuse_partials(
     xs: tuple[Tensor, ...], norms: Norms | None, *, config: LaunchConfig | None = None
 ) -> Tensor:
-    """Launches fuse: M tensors [B, C, S] -> partial sums [SPLITS, B, C] in the sums' dtype.
+    """Launches fuse: M tensors [B, C, *spatial] -> partial sums [SPLITS, B, C] in the sums' dtype.
 
     They are to be added in order; they are not divided by S. With ``norms`` the branches are
     normalised and rectified on the fly.
@@ -128,14 +129,14 @@ def sk_fuse_partials(
 def sk_fuse_fwd(
     xs: tuple[Tensor, ...], *, reduction: str = "mean", config: LaunchConfig | None = None
 ) -> Tensor:
-    """Launches fuse: M tensors [B, C, S] -> [B, C] in their dtype.
+    """Launches fuse: M tensors [B, C, *spatial] -> [B, C] in their dtype.
 
     ``reduction`` over space is "mean" or "sum".
     """
     x = xs[0]
     partial = sk_fuse_partials(xs, None, config=config)
     out = x.new_empty(x.shape[:2])
-    launch(sk_fuse_combine_launch, out, partial, S=x.shape[2], mean=reduction == "mean")
+    launch(sk_fuse_combine_launch, out, partial, S=positions(x), mean=reduction == "mean")
     return out
 
 

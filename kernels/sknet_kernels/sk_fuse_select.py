@@ -192,12 +192,12 @@ def _sk_fuse_select_dx_kernel(
 def sk_fuse_select_sums(
     dout: Tensor, xs: tuple[Tensor, ...], norms: Norms, *, config: LaunchConfig | None = None
 ) -> Tensor:
-    """Launches the sums: dout and M tensors [B, C, S] -> partial sums [SPLITS, 4, B, M, C].
+    """Launches the sums: dout and M tensors [B, C, *spatial] -> partial sums [SPLITS, 4, B, M, C].
 
     They are to be added in order; the four are `DOUT_KEEP`, `KEEP`, `DOUT_KEEP_XHAT`, `KEEP_XHAT`.
     """
     config = configuration(SUMS, xs, config)
-    B, C, _ = dout.shape
+    B, C = dout.shape[:2]
     shape = (config.splits, NUM_SUMS.value, B, len(xs), C)
     partial = dout.new_empty(shape, dtype=accumulator(dout.dtype)[0])
     launch(
@@ -223,7 +223,7 @@ def sk_fuse_select_dx(
     *,
     config: LaunchConfig | None = None,
 ) -> None:
-    """Launches the gradients of the branches: fills ``dxs`` [B, C, S].
+    """Launches the gradients of the branches: fills ``dxs`` [B, C, *spatial].
 
     ``share`` [B, C] and ``drift`` [2, M, C], of `DBETA` and `DGAMMA`, are contiguous, in the dtype
     of the sums; ``drift`` is None where the statistics are constants.

@@ -187,10 +187,10 @@ def _sk_moments_finish_kernel(
 def sk_moments(
     xs: tuple[Tensor, ...], running: Running | None = None, *, config: LaunchConfig | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Launches moments: M tensors [B, C, S] -> statistics to apply and to keep, [2, M, C] each.
+    """Launches moments: M tensors [B, C, *spatial] -> statistics, two of [2, M, C].
 
-    Both begin with the mean; the variance that is applied is biased, that which a running average
-    keeps is not. With ``running`` they are not returned: it is moved towards them.
+    Both begin with the mean. The first are to be applied, with the biased variance; the second are
+    what a running average keeps, with the unbiased one. With ``running`` they are not returned: it is moved towards them.
     """
     x = xs[0]
     M, C = len(xs), x.shape[1]

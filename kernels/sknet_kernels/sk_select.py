@@ -193,7 +193,7 @@ def sk_select_fwd(
     activation: str = "softmax",
     config: LaunchConfig | None = None,
 ) -> None:
-    """Launches select: M tensors [B, C, S] and logits [B, M, C] -> ``out`` [B, C, S].
+    """Launches select: M tensors and logits [B, M, C] -> ``out``, [B, C, *spatial].
 
     ``activation`` is "softmax", "sigmoid" or "none". With ``norms`` the branches are normalised
     and rectified on the fly.
@@ -219,7 +219,7 @@ def sk_select_bwd(
     activation: str = "softmax",
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Launches the backward of select: fills ``dxs`` [B, C, S], returns dlogits [B, M, C]."""
+    """Launches select's backward: fills ``dxs`` [B, C, *spatial], returns dlogits [B, M, C]."""
     config = configuration(SELECT_BWD, xs, config)
     partial = dout.new_empty((config.splits, *logits.shape), dtype=accumulator(dout.dtype)[0])
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)

@@ -1,14 +1,14 @@
 """The steps of the section between the convolutions and V, by launchers; imports triton.
 
-Branches, V and their gradients are [B, C, *spatial]. Each step is a pass with the small launch that
-joins its partial sums, or a small launch alone.
+Branches, V and their gradients are [B, C, *spatial] and lie evenly (see `layout.evenly`). Each step
+is a pass with the small launch that joins its partial sums, or a small launch alone.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from sknet_kernels.layout import as_bcs, empty_like_branch
+from sknet_kernels.layout import empty_like_branch, positions
 from sknet_kernels.norms import Norms, Running
 from sknet_kernels.sk_fuse import sk_fuse_partials
 from sknet_kernels.sk_fuse_mlp import sk_channels_bwd, sk_hidden, sk_hidden_bwd, sk_logits
@@ -28,21 +28,21 @@ def moments(
 
     With ``running`` the latter are not returned: it is moved towards them.
     """
-    return sk_moments(_views(branches), running)
+    return sk_moments(tuple(branches), running)
 
 
 def hidden(
     branches: Sequence[Tensor], norms: Norms, fc1_weight: Tensor, fc1_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns the pooled average [B, C] and fc1's output [B, d]."""
-    xs = _views(branches)
-    return sk_hidden(sk_fuse_partials(xs, norms), xs[0].shape[2], fc1_weight, fc1_bias)
+    partials = sk_fuse_partials(tuple(branches), norms)
+    return sk_hidden(partials, positions(branches[0]), fc1_weight, fc1_bias)
 
 
 def out(branches: Sequence[Tensor], logits: Tensor, norms: Norms) -> Tensor:
     """Returns V in the layout of the first branch."""
     v = empty_like_branch(branches[0])
-    sk_select_fwd(as_bcs(v), _views(branches), logits, norms)
+    sk_select_fwd(v, tuple(branches), logits, norms)
     return v
 
 
@@ -50,7 +50,7 @@ def hidden_bwd(
     dout: Tensor, branches: Sequence[Tensor], logits: Tensor, norms: Norms, fc2_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the four sums [4, B, M, C], dlogits [B, M, C] and dz [B, d]."""
-    partials = sk_fuse_select_sums(as_bcs(dout), _views(branches), norms)
+    partials = sk_fuse_select_sums(dout, tuple(branches), norms)
     return sk_hidden_bwd(partials, logits, norms, fc2_weight)
 
 
@@ -61,13 +61,8 @@ def dx(
     norms: Norms,
     share: Tensor,
     drift: Tensor | None,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """Returns the gradients of the branches, each in the layout of its branch."""
-    dbranches = [empty_like_branch(x) for x in branches]
-    views, dviews = _views(branches), _views(dbranches)
-    sk_fuse_select_dx(dviews, as_bcs(dout), views, norms, logits, share, drift)
+    dbranches = tuple([empty_like_branch(x) for x in branches])
+    sk_fuse_select_dx(dbranches, dout, tuple(branches), norms, logits, share, drift)
     return dbranches
-
-
-def _views(branches: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple([as_bcs(x) for x in branches])

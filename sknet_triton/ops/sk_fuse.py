@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sknet_kernels.layout import as_bcs
+from sknet_kernels.layout import evenly
 from sknet_triton import reference
 from sknet_triton.backend import has_kernels
 from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
@@ -20,7 +20,7 @@ def sk_fuse(branches: Sequence[Tensor], reduction: str) -> Tensor:
         return reference.sk_fuse(branches, reduction)
     from sknet_kernels.sk_fuse import sk_fuse_fwd
 
-    return sk_fuse_fwd(tuple(map(as_bcs, branches)), reduction=reduction)
+    return sk_fuse_fwd(tuple(map(evenly, branches)), reduction=reduction)
 
 
 @sk_fuse.register_fake

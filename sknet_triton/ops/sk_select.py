@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sknet_kernels.layout import as_bcs, empty_like_branch
+from sknet_kernels.layout import empty_like_branch, evenly
 from sknet_triton import reference
 from sknet_triton.backend import has_kernels, needs_plain_backward
 from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
@@ -25,7 +25,7 @@ def sk_select(branches: Sequence[Tensor], logits: Tensor, activation: str) -> Te
     from sknet_kernels.sk_select import sk_select_fwd
 
     out = empty_like_branch(branches[0])
-    sk_select_fwd(as_bcs(out), tuple(map(as_bcs, branches)), logits, activation=activation)
+    sk_select_fwd(out, tuple(map(evenly, branches)), logits, activation=activation)
     return out
 
 
@@ -49,8 +49,8 @@ def sk_select_bwd(
     from sknet_kernels.sk_select import sk_select_bwd as launch
 
     dbranches = [empty_like_branch(x) for x in branches]
-    dxs, xs = tuple(map(as_bcs, dbranches)), tuple(map(as_bcs, branches))
-    return dbranches, launch(dxs, as_bcs(dout), xs, logits, activation=activation)
+    dxs, xs = tuple(dbranches), tuple(map(evenly, branches))
+    return dbranches, launch(dxs, evenly(dout), xs, logits, activation=activation)
 
 
 @sk_select_bwd.register_fake

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sknet_kernels.layout import empty_like_branch
+from sknet_kernels.layout import empty_like_branch, evenly
 from sknet_kernels.norms import Norms
 from sknet_triton.backend import has_kernels
 from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
@@ -93,6 +93,13 @@ def _with_none(results: Any) -> Any:
     return [None if r.shape == (0,) else r for r in results]
 
 
+def _evenly(name: str, argument: Any) -> Any:
+    """Returns full-size arguments as launchers take them."""
+    if name == "branches":
+        return [evenly(x) for x in argument]
+    return evenly(argument) if name == "dout" else argument
+
+
 def _next_norms(rest: Iterator[Any]) -> Norms:
     mean, var, weight, bias = (tuple(x) for x in islice(rest, 4))
     return Norms(mean, var, weight, bias, next(rest))
@@ -110,7 +117,10 @@ def _registered(step: str, schema: str) -> Callable[..., Any]:
             _next_norms(rest) if "NORM" in n else next(rest) for n in parameters
         ]
         first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
-        steps = steps or (launchers() if has_kernels(first) else _FORMULAS)
+        if steps is None and has_kernels(first):
+            steps = launchers()
+            arguments = [_evenly(n, x) for n, x in zip(parameters, arguments, strict=True)]
+        steps = steps or _FORMULAS
         with no_autocast(first):
             results = _without_none(first, getattr(steps, step)(*arguments))
         return tuple(results) if schema.endswith(")") else results

@@ -11,7 +11,6 @@ Small tensors are kept in the accumulation dtype. fc1_weight is [d, C] and fc2_w
 with two more axes of size 1 as a convolution has it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sknet_kernels.layout import positions
 from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
 from sknet_triton.reference import passes
 from sknet_triton.reference.common import accumulation_dtype, cast, sum_over
@@ -213,11 +213,6 @@ def dx(
 
 
 REFERENCE = Steps(moments, hidden, logits, out, hidden_bwd, channels_bwd, dx)
-
-
-def positions(x: Tensor) -> int:
-    """Returns S of [B, C, *spatial]."""
-    return math.prod(x.shape[2:])
 
 
 def _rows(x: Tensor, norms: Norms) -> Tensor:
