@@ -9,7 +9,7 @@ import traceback
 from typing import NoReturn
 
 from perf.commands import COMMANDS
-from perf.rows.errors import StopError, UsageError, printable
+from perf.rows import StopError, UsageError, printable
 
 # 1 is a verdict, as of compare. What goes wrong otherwise has the statuses of sysexits.h, or what a
 # shell reports of a process that the signal ended.

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from perf.rows.others import Launches
+from perf.rows.schema import Launches
 from perf.static.launches import launching_operators
 from tests.helpers import source_environment
 

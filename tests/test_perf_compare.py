@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perf.__main__ import main
 from perf.peers import baseline
-from perf.report import comparison
+from perf.report import tables
 from perf.rows import env, schema
 from perf.rows.schema import Result, Row
 from perf.sweep import measure, workloads
@@ -125,6 +125,6 @@ def test_planted_slowdown_is_found_and_a_repeat_is_not(
     assert compare(old, slow, "--max-regression", "10%") == 1
     assert compare(slow, old, "--max-regression", "10%") == 0
     assert compare(old, repeat) == 0
-    rows = comparison.compare(schema.read(old), schema.read(slow), 0.1).rows
+    rows = tables.compare(schema.read(old), schema.read(slow), 0.1).rows
     verdicts = dict(zip(rows.workload, rows.verdict, strict=True))
     assert [name for name, verdict in verdicts.items() if verdict == "slower"] == ["sk_fuse"]

@@ -319,7 +319,7 @@ def test_failure_of_the_harness_is_no_verdict(
     def fail(*arguments: object) -> None:
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr("perf.report.comparison.compare", fail)
+    monkeypatch.setattr("perf.report.tables.compare", fail)
     assert main(["compare", str(REPORT), str(REPORT)]) == SOFTWARE_ERROR
     assert "RuntimeError: unforeseen" in capsys.readouterr().err
 

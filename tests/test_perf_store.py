@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from perf.__main__ import IO_ERROR, main
-from perf.rows import env, schema
-from perf.rows.errors import StopError, UsageError
+from perf.rows import StopError, UsageError, env, schema
 from perf.rows.schema import Result, Row
 from perf.rows.store import Store, collect, open_store
 from perf.sweep.ranks import Rank, part_of, parts_of

@@ -14,9 +14,9 @@ from perf.commands import campaign as campaign_command
 from perf.commands import tune as command
 from perf.commands.campaign import parts
 from perf.rows import env
-from perf.rows import others as rows
+from perf.rows import schema as rows
 from perf.rows.env import Environment
-from perf.rows.others import Timing
+from perf.rows.schema import Timing
 from perf.rows.store import open_store
 from perf.static import trials
 from perf.static.aot import Compiled, Resources

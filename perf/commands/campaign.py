@@ -23,9 +23,8 @@ import torch
 from perf.commands.options import DEVICES, duration
 from perf.commands.run import STATUSES
 from perf.report import tables
-from perf.rows import schema
+from perf.rows import UsageError, schema
 from perf.rows.env import CHECKOUT
-from perf.rows.errors import UsageError
 from perf.rows.schema import Level, Mode
 from perf.rows.store import open_store
 from perf.sweep.presets import PRESETS, jobs

@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from perf.commands.options import add_table, needs_compiler, table_file
-from perf.rows.errors import UsageError
-from perf.rows.others import SIZES
+from perf.rows import UsageError
+from perf.rows.schema import SIZES
 
 # Of one branch: the interpreter takes a minute for as many.
 MOST_ELEMENTS = 2**24

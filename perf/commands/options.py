@@ -12,8 +12,7 @@ from typing import BinaryIO
 import pandas as pd
 import torch
 
-from perf.rows import env, schema
-from perf.rows.errors import StopError, UsageError
+from perf.rows import StopError, UsageError, env, schema
 from perf.rows.schema import by_the_clock_that_counts
 from perf.rows.typed_csv import SchemaError
 from perf.sweep.providers import PROVIDERS

@@ -11,12 +11,11 @@ import numpy as np
 import pandas as pd
 
 from perf.commands.options import check_providers, check_rows, read_report, whole_file
-from perf.report import comparison, tables
+from perf.report import tables
 from perf.report.documents import published
 from perf.report.tables import Align, text_table
-from perf.rows import env
-from perf.rows.errors import UsageError
-from perf.rows.others import TRAFFIC
+from perf.rows import UsageError, env
+from perf.rows.schema import TRAFFIC
 from perf.rows.typed_csv import contents
 
 if TYPE_CHECKING:
@@ -55,10 +54,10 @@ def compare(args: argparse.Namespace) -> int:
     and no longer is. Load that only one of the runs had looks like a regression.
     """
     old, new = _with_times(args.old), _with_times(args.new)
-    result = comparison.compare(old, new, args.max_regression)
+    result = tables.compare(old, new, args.max_regression)
     if result.rows.empty:
         raise UsageError(f"{args.old} and {args.new} have no measured row in common")
-    for line in comparison.environment_changes(old, new):
+    for line in tables.environment_changes(old, new):
         print(f"different environment: {line}")
     lines = [_line(row) for _, row in result.rows.iterrows()]
     print(text_table(lines, _COLUMNS))

@@ -13,9 +13,8 @@ import torch
 
 from perf.commands.options import DEVICES, chosen_device, duration, seed, sizes, whole_number
 from perf.report import tables
+from perf.rows import UsageError, schema
 from perf.rows import env as environment
-from perf.rows import schema
-from perf.rows.errors import UsageError
 from perf.rows.store import Store, collect, open_store
 from perf.sweep.contest import Conditions, judge_case
 from perf.sweep.presets import PRESETS, Grid, Job, jobs

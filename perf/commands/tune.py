@@ -19,7 +19,7 @@ from perf.commands.options import (
 )
 from perf.commands.run import STATUSES
 from perf.rows import env, schema
-from perf.rows.others import TUNED
+from perf.rows.schema import TUNED
 from perf.rows.store import open_store
 from perf.sweep.contest import BudgetSpentError, Conditions
 from perf.sweep.ranks import this_rank

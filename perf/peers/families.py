@@ -1,4 +1,4 @@
-"""The families that `accelerate` knows: their modules, before and after, and the maps they see.
+"""Other packages' modules: the families that `accelerate` knows, and timm's networks as they are.
 
 An entry in `FAMILIES` is all that the harness needs to know of a family; its module is in
 `perf.peers.rebuilt`. Here each takes maps [B, C, H, W] and returns one, so that a case's layout
@@ -8,6 +8,7 @@ means the same for all of them.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -143,3 +144,46 @@ def unsupported(case: Case) -> str | None:
     if case.workload == "vision_permutator" and case.C % case.H:
         return f"Vision Permutator cuts {case.C} channels into one segment a row, not into {case.H}"
     return None
+
+
+# timm's networks, where it can be imported. They compute something else than ours, with their own
+# parameters; each is checked against its own float64 run.
+
+Competitor = Literal["timm-sk", "timm-se"]
+
+_MODELS: dict[tuple[Competitor, str], str] = {
+    ("timm-sk", "sknet50"): "skresnext50_32x4d",
+    ("timm-se", "sknet50"): "seresnext50_32x4d",
+}
+
+
+def timm_unavailable(source: Competitor, case: Case) -> str | None:
+    """Tells why ``source`` cannot carry out ``case``; None where it can."""
+    if not _has_counterpart(source, case):
+        return f"{source} has no counterpart of {case.workload} with M={case.M}"
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        # A torchvision that was built for another torch fails with a RuntimeError.
+        return f"timm cannot be imported: {error}"
+    return None
+
+
+def timm_build(source: Competitor, case: Case) -> nn.Module:
+    """Returns timm's counterpart of the workload, with timm's own initialisation."""
+    import timm
+    from timm.layers.selective_kernel import SelectiveKernel
+
+    if case.workload == "sk_conv":
+        layer: nn.Module = SelectiveKernel(
+            case.C, case.C, kernel_size=[3, 5], groups=32, split_input=False
+        )
+        return layer
+    model: nn.Module = timm.create_model(_MODELS[source, case.workload])
+    return model
+
+
+def _has_counterpart(source: Competitor, case: Case) -> bool:
+    if case.M != 2:
+        return False
+    return (source, case.workload) in _MODELS or (source, case.workload) == ("timm-sk", "sk_conv")

@@ -10,8 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from perf.rows import others, schema
-from perf.rows.errors import UsageError
+from perf.rows import UsageError, schema
 from perf.rows.schema import LAYOUTS
 from perf.rows.typed_csv import Schema
 from perf.sweep.workloads import LEVEL_OF
@@ -183,17 +182,17 @@ TABLES = (
         "kernels/README.md",
         "traffic",
         "traffic-cpu-torch2.13.0.csv",
-        others.TRAFFIC,
+        schema.TRAFFIC,
         traffic_of_providers,
     ),
     Table(
         "kernels/README.md",
         "launches",
         "traffic-cpu-torch2.13.0.csv",
-        others.TRAFFIC,
+        schema.TRAFFIC,
         launches_of_providers,
     ),
-    Table("kernels/README.md", "host", "host-cpu-torch2.13.0.csv", others.HOST, host_times),
+    Table("kernels/README.md", "host", "host-cpu-torch2.13.0.csv", schema.HOST, host_times),
     Table(
         "perf/reports/README.md",
         "families",

@@ -10,8 +10,7 @@ from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
-from perf.rows import schema
-from perf.rows.errors import StopError, UsageError
+from perf.rows import StopError, UsageError, schema
 from perf.rows.schema import SCHEMA, Key, Row
 from perf.rows.typed_csv import Schema, decode
 

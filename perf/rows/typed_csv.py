@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import pandas as pd
 
-from perf.rows.errors import UsageError, printable
+from perf.rows import UsageError, printable
 
 _SIGNIFICANT_DIGITS = 6
 _MOST_CHARACTERS = 1000

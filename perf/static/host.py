@@ -12,7 +12,7 @@ import torch
 
 import sknet_triton as skt
 from perf.peers.baseline import Section, sections
-from perf.rows.others import Host
+from perf.rows.schema import Host
 
 _SHAPE = (2, 32, 4, 4)
 _CALLS = 50

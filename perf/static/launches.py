@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import sknet_triton as skt
 from perf.peers.baseline import LAYOUTS, Section, sections
-from perf.rows.others import Launches
+from perf.rows.schema import Launches
 from perf.static import null_driver
 
 # Operators that are neither views nor composed of others, and launch nothing.

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import sknet_triton as skt
 from perf.peers.baseline import LAYOUTS, SKFuseSelect
-from perf.rows.others import Traffic
+from perf.rows.schema import Traffic
 from perf.static.bytes import MEBI, counted_bytes, saved
 
 

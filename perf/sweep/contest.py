@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perf.peers import digits
-from perf.rows import env
-from perf.rows.errors import one_line
+from perf.rows import env, one_line
 from perf.rows.schema import Case, Result, counts_call_to_call
 from perf.static.bytes import saved
 from perf.sweep import gate, measure, workloads

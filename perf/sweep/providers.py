@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sknet_triton as skt
-from perf.peers import competitors
+from perf.peers import families
 from perf.rows.schema import Case
 from perf.sweep.calls import Call, Captured, Recorded, Results
 from perf.sweep.workloads import Net, Source
@@ -63,7 +63,7 @@ class Provider:
     def unavailable(self, case: Case, device: torch.device) -> str | None:
         """Tells why this provider cannot carry out ``case`` on ``device``; None where it can."""
         if self.source == "timm-sk" or self.source == "timm-se":
-            return competitors.unavailable(self.source, case)
+            return families.timm_unavailable(self.source, case)
         if self.source == "port" and case.level in ("op", "family"):
             return "a port is a layer or a whole network"
         if self.backend == "triton" and importlib.util.find_spec("triton") is None:

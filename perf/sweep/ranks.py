@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from perf.rows.errors import StopError, UsageError, one_line
+from perf.rows import StopError, UsageError, one_line
 
 PATIENCE = timedelta(minutes=1)
 # A rank may be busy with its last case for long while the others wait.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perf.rows import env
-from perf.rows.others import Timing, tuned_key, tuned_line
+from perf.rows.schema import Timing, tuned_key, tuned_line
 from perf.rows.store import Store
 from perf.static.specialisations import Setting
 from perf.static.trials import TRIALS, Inputs, Subject

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sknet_triton as skt
-from perf.peers import baseline, competitors, digits, families
+from perf.peers import baseline, digits, families
 from perf.peers.families import FAMILIES, Family
 from perf.rows.schema import Case, DType, Layout, Level, Mode
 
@@ -283,7 +283,7 @@ def parameters(case: Case, source: Source, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if source in ("timm-sk", "timm-se"):
-            module = competitors.build(source, case)
+            module = families.timm_build(source, case)
         else:
             module = workload.ours(case)
         _randomise(module)
