@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 Backend = Literal["auto", "triton", "reference"]
 
 ENVIRONMENT_VARIABLE = "SKNET_TRITON_BACKEND"
+# Of the operators.
+NAMESPACE = "sknet_triton"
 
 _NAMES: tuple[str, ...] = get_args(Backend)
 
@@ -144,6 +146,21 @@ def in_transform() -> bool:
     silently give tangents of zero.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_forward_mode(name: str) -> None:
+    """Refuses an operator where PyTorch, having no rule for it, would give tangents of zero.
+
+    `sknet_triton.functional` does not come here in forward mode; who calls an operator does.
+
+    Raises:
+        NotImplementedError: a level of forward-mode differentiation is entered.
+    """
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name} has no forward-mode derivative; "
+            "the functions of sknet_triton.functional under use_backend('reference') have"
+        )
 
 
 def needs_plain_backward(dout: Tensor) -> bool:

@@ -11,11 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sknet_triton.layers import SKConv, SKUnit
-from sknet_triton.layers.blocks import has_hook
+from sknet_triton.layers.parts import NORMS, any_hook
 from sknet_triton.models import SKNet
 from sknet_triton.reference import accumulation_dtype
-
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -94,9 +92,9 @@ def _is_foldable(block: nn.Module, uses: Counter[int]) -> bool:
         return False
     conv, bn = cast(Any, block).conv, cast(Any, block).bn
     # A parametrized module has a type of its own.
-    if type(conv) is not nn.Conv2d or type(bn) not in _NORMS or bn.running_mean is None:
+    if type(conv) is not nn.Conv2d or type(bn) not in NORMS or bn.running_mean is None:
         return False
-    free = not (has_hook(conv) or has_hook(bn))
+    free = not any_hook((conv, bn), everywhere=False)
     return free and uses[id(conv)] == uses[id(bn)] == 1
 
 

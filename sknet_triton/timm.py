@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sknet_triton.checkpoints import convert_state_dict
-from sknet_triton.models import SKNet, StageSpec
-from sknet_triton.models.sknet import (
+from sknet_triton.models import (
     SKNET26,
     SKNET50,
     SKNET101,
     SKNET101_CAFFE,
+    SKNet,
+    StageSpec,
     Variant,
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sknet_triton import SKConv, SKNet, SKNetFeatures, StageSpec, sknet26, sknet50, sknet101
-from sknet_triton.models.sknet import SKNET26, SKNET50
+from sknet_triton.models import SKNET26, SKNET50
 from tests.helpers import EXACT_NETWORK
 from tests.plain_sknet import largest_error, leaves, plain_sknet, scramble
 

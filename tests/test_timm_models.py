@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sknet_triton as skt
 from sknet_triton import SKNet, SKNetFeatures, StageSpec
-from sknet_triton.models.sknet import SKNET26
+from sknet_triton.models import SKNET26
 from tests.plain_sknet import largest_error, scramble
 
 WIDTHS, REDUCTIONS = [64, 256, 512, 1024, 2048], [2, 4, 8, 16, 32]

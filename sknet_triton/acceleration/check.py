@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sknet_triton.acceleration.effects import watched
 from sknet_triton.acceleration.family import Family, families
 from sknet_triton.backend import use_backend
-from sknet_triton.layers.blocks import HOOKS
+from sknet_triton.layers.parts import HOOKS
 
 # Far above the rounding of float64 through two batch norms, far below any other formula.
 TOLERANCE = 1e-8

@@ -20,7 +20,7 @@ from sknet_triton.acceleration.check import Checked, check, fitting
 from sknet_triton.acceleration.family import Family
 from sknet_triton.backend import is_symbolic
 from sknet_triton.layers import SKConv
-from sknet_triton.layers.blocks import any_hook
+from sknet_triton.layers.parts import any_hook
 
 Status = Literal["accelerated", "restored", "left"]
 

@@ -1,6 +1,13 @@
 """How selective-kernel units choose among their branches (Li et al. 2019, figures 3 and 4)."""
 
-from sknet_triton.analysis.record import SCALES, enlarge, record_attention, record_sizes
+from sknet_triton.analysis.record import (
+    SCALES,
+    Unit,
+    enlarge,
+    record_attention,
+    record_sizes,
+    sk_units,
+)
 from sknet_triton.analysis.table import (
     over_classes,
     plot_classes,
@@ -9,7 +16,6 @@ from sknet_triton.analysis.table import (
     save_figure,
     write_csv,
 )
-from sknet_triton.analysis.units import Unit, sk_units
 
 __all__ = [
     "SCALES",

@@ -1,23 +1,142 @@
-"""Recording how selective-kernel units weigh while a model sees images, as such or enlarged."""
+"""How selective-kernel units weigh while a model sees images, as such or enlarged: recorded."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from sknet_triton.analysis.table import Label, Row, to_frame, with_change
-from sknet_triton.analysis.units import Unit, sk_units, undisturbed, unwrapped
+from sknet_triton.acceleration import Family
+from sknet_triton.acceleration.check import fitting
+from sknet_triton.acceleration.swap import Accelerated
+from sknet_triton.analysis.table import WEIGHT, with_change
+from sknet_triton.layers import SKConv
 from sknet_triton.reference import accumulation_dtype
+from sknet_triton.reference.sk_select import attention
 
 # Those of the paper's Figure 3; its Figure 4 has the first two.
 SCALES = (1.0, 1.5, 2.0)
 
 View = Callable[[Tensor], Tensor]
+# The class of an image; None where it has none.
+Label: TypeAlias = int | None
+# Takes a unit's weights [B, M, C] of one call.
+Report = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One selective-kernel module of a model.
+
+    Attributes:
+        path: its name, as ``model.get_submodule`` takes it.
+        stage: which of the model's stages it is in, from 1. A stage is what the path names before
+            its last number: ``stages.0`` of ``stages.0.1.sk``.
+        index: its place in the stage, from 1. The paper's SK_2_3 is stage 1, index 3: the paper
+            counts the stem as the first stage.
+        watch: calls its argument with the weights [B, M, C] at every call of the module, until
+            the handle is removed.
+    """
+
+    path: str
+    stage: int
+    index: int
+    watch: Callable[[Report], RemovableHandle]
+
+
+def sk_units(model: nn.Module) -> list[Unit]:
+    """Returns the selective-kernel units of ``model``, in its order.
+
+    Those are every `SKConv` that selects, and the modules that `accelerate` swapped or would swap.
+    One that looks like a known module and computes something else is not among them; the report of
+    `accelerate` names it.
+
+    Raises:
+        ValueError: there is none; the reasons are named where a module comes near to one.
+    """
+    found: list[tuple[str, Callable[[Report], RemovableHandle]]] = []
+    reasons: list[str] = []
+    for path, module in model.named_modules():
+        watch = _watch(module)
+        if isinstance(watch, str):
+            reasons.append(f"; {path or 'the model'}: {watch}")
+        elif watch is not None:
+            found.append((path, watch))
+    if not found:
+        raise ValueError(
+            "model: expected a selective-kernel unit, an SKConv or a module that accelerate knows, "
+            f"got {type(model).__name__} with none{''.join(reasons)}"
+        )
+    places = _places([path for path, _ in found])
+    return [
+        Unit(path, stage, index, watch)
+        for (path, watch), (stage, index) in zip(found, places, strict=True)
+    ]
+
+
+def _places(paths: list[str]) -> list[tuple[int, int]]:
+    """Numbers the stages and the units within each."""
+    sizes: dict[str, int] = {}
+    places = []
+    for path in paths:
+        parts = path.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        stage = ".".join(parts[: numbers[-1]]) if numbers else ""
+        sizes[stage] = sizes.get(stage, 0) + 1
+        places.append((1 + list(sizes).index(stage), sizes[stage]))
+    return places
+
+
+def _watch(module: nn.Module) -> Callable[[Report], RemovableHandle] | str | None:
+    """Returns how to watch ``module``, why it cannot be, or None for another kind of module."""
+    if isinstance(module, SKConv):
+        if module.aggregate == "sum":
+            return "SKConv(aggregate='sum') has no weights"
+        return functools.partial(_watch_conv, module)
+    if isinstance(module, Accelerated):
+        return functools.partial(_watch_family, module, module._skt_family)
+    found = fitting(module, besides=False)
+    return (
+        found
+        if found is None or isinstance(found, str)
+        else functools.partial(_watch_family, module, found[0])
+    )
+
+
+def _watch_conv(sk: SKConv, report: Report) -> RemovableHandle:
+    # A hook on fc2 brings the path back in which every module is called: the fused operator, which
+    # calls none of them, steps aside.
+    def hook(fc2: nn.Module, args: Any, out: Tensor) -> None:
+        report(_weights(out.reshape(out.shape[0], sk.M, sk.out_channels), "softmax"))
+
+    return sk.fc2.register_forward_hook(hook)
+
+
+def _watch_family(module: nn.Module, family: Family, report: Report) -> RemovableHandle:
+    # Where a foreign module keeps its logits is its own affair, so they are computed a second time
+    # from its inputs, before it may write to them.
+    own = module._skt_original if isinstance(module, Accelerated) else type(module)
+    signature = inspect.signature(own.forward)
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = signature.bind(module, *args, **kwargs).args[1:]
+        _, logits = family.maps_and_logits(module, *inputs)
+        report(_weights(logits, family.activation))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _weights(logits: Tensor, activation: str | None) -> Tensor:
+    """Returns the weights in float64 on the CPU: not every device has float64."""
+    wide = logits.detach().cpu().double()
+    return attention(wide, wide.dtype, activation or "none")
 
 
 def record_attention(
@@ -56,8 +175,8 @@ def record_attention(
         ValueError: the model has no such unit or calls none, the loader yields no image, or the
             labels or the maps in a unit are not as many as the images.
     """
-    means = _record(model, loader, {1.0: lambda images: images}, device)
-    return to_frame(means.rows()).drop(columns="scale")
+    views: dict[float, View] = {1.0: lambda images: images}
+    return _record(model, loader, views, device).drop(columns="scale")
 
 
 def record_sizes(
@@ -87,8 +206,8 @@ def record_sizes(
     """
     if 1.0 not in scales:
         raise ValueError(f"scales: expected 1.0 among them, got {tuple(scales)}")
-    views = {float(scale): partial(enlarge, scale=scale) for scale in scales}
-    return with_change(to_frame(_record(model, loader, views, device).rows()))
+    views = {float(scale): functools.partial(enlarge, scale=scale) for scale in scales}
+    return with_change(_record(model, loader, views, device))
 
 
 def enlarge(images: Tensor, scale: float) -> Tensor:
@@ -136,7 +255,7 @@ class _Sum:
 class _Means:
     """Sums over images of the weights' means over channels."""
 
-    _sums: dict[tuple[float, Unit, Label], _Sum] = field(default_factory=dict)
+    sums: dict[tuple[float, Unit, Label], _Sum] = field(default_factory=dict)
     _units: dict[Unit, None] = field(default_factory=dict)
     _scale: float = 1.0
     _labels: list[Label] = field(default_factory=list)
@@ -154,25 +273,28 @@ class _Means:
         self._units[unit] = None
         return lambda weights: self._add(unit, weights)
 
-    def rows(self) -> list[Row]:
-        """Returns the means, by scale, then unit, then class."""
+    def table(self) -> pd.DataFrame:
+        """Returns the means by scale, unit and class, with the columns of `record_sizes`."""
         units = list(self._units)
-        order = sorted(
-            self._sums.items(),
-            key=lambda item: (item[0][0], units.index(item[0][1]), _sortable(item[0][2])),
-        )
-        return [
-            Row(
-                scale,
-                unit.path,
-                unit.stage,
-                unit.index,
-                label,
-                total.images,
-                tuple((total.weights / total.images).tolist()),
+        rows = []
+        for scale, unit, label in sorted(
+            self.sums, key=lambda key: (key[0], units.index(key[1]), _sortable(key[2]))
+        ):
+            total = self.sums[scale, unit, label]
+            weights = (total.weights / total.images).tolist()
+            rows.append(
+                {
+                    "scale": scale,
+                    "path": unit.path,
+                    "stage": unit.stage,
+                    "index": unit.index,
+                    "label": label,
+                    "images": total.images,
+                    "difference": weights[-1] - weights[0],
+                    **{f"{WEIGHT}{i}": weight for i, weight in enumerate(weights)},
+                }
             )
-            for (scale, unit, label), total in order
-        ]
+        return pd.DataFrame(rows).astype({"label": "Int64"})
 
     def _add(self, unit: Unit, weights: Tensor) -> None:
         if len(weights) != len(self._labels):
@@ -187,10 +309,10 @@ class _Means:
         for label, at in places.items():
             key = (self._scale, unit, label)
             new = _Sum(len(at), by_image[at].sum(0))
-            if key in self._sums:
-                new.images += self._sums[key].images
-                new.weights += self._sums[key].weights
-            self._sums[key] = new
+            if key in self.sums:
+                new.images += self.sums[key].images
+                new.weights += self.sums[key].weights
+            self.sums[key] = new
 
 
 def _sortable(label: Label) -> tuple[bool, int]:
@@ -202,15 +324,15 @@ def _record(
     loader: Iterable[Any],
     views: Mapping[float, View],
     device: torch.device | str | None,
-) -> _Means:
+) -> pd.DataFrame:
     _check_model(model)
-    inner = unwrapped(model)
+    inner = _unwrapped(model)
     units = sk_units(inner)
     where = next(inner.parameters()).device if device is None else torch.device(device)
     means = _Means()
     images_seen = 0
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(inner))
+        stack.enter_context(_undisturbed(inner))
         for unit in units:
             stack.callback(unit.watch(means.reporter(unit)).remove)
         for batch in loader:
@@ -221,12 +343,12 @@ def _record(
                 inner(view(images.to(where)))
     if not images_seen:
         raise ValueError("loader: expected at least one image, got none")
-    if not means.rows():
+    if not means.sums:
         raise ValueError(
             f"model: expected one that calls its selective-kernel units, got "
             f"{type(inner).__name__}, which called none of its {len(units)}"
         )
-    return means
+    return means.table()
 
 
 def _check_model(model: nn.Module) -> None:
@@ -276,3 +398,52 @@ def _reading(n: int, scale: float) -> Tensor:
     position = (n - 1) / 2 + (out - (n - 1) / 2) / scale
     distance = (position[:, None] - torch.arange(n, dtype=torch.float64)).abs()
     return (1 - distance).clamp_min(0)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluates ``model`` inside the block, eagerly and without gradients.
+
+    Afterwards, also after an error or an interrupt, the training mode of every module, the buffers
+    and torch's random states are as they were. A compiled model keeps its graphs.
+    """
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    tables: list[dict[str, Any]] = [module._buffers for module in modules]
+    held = [dict(table) for table in tables]
+    written = {id(x): x for table in held for x in table.values() if x is not None}
+    values = [(x, x.detach().clone()) for x in written.values()]
+    gpus = list({x.device for x in model.parameters() if x.is_cuda})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(gpus))
+        stack.enter_context(torch.no_grad())
+        # Whoever compiled a model has imported it. A graph does not see hooks that came later.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for module in modules:
+                # Not eval(), which a model may override with more than this.
+                module.training = False
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+            for table, before in zip(tables, held, strict=True):
+                table.clear()
+                table.update(before)
+            for x, value in values:
+                if not torch.equal(x, value):
+                    # Through .data: a graph that waits for its backward finds its version.
+                    x.data.copy_(value)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Returns the module inside of torch.compile's and the data-parallel wrappers."""
+    dynamo = sys.modules.get("torch._dynamo")
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model

@@ -1,13 +1,12 @@
-"""The table of recorded weights: its rows, means over classes, its CSV and the paper's figures."""
+"""The table of recorded weights: means over classes, its CSV and the paper's figures."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -15,10 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# None where images have none.
-Label: TypeAlias = int | None
-
-_WEIGHT = "weight_"
+# What the columns of branches' weights begin with.
+WEIGHT = "weight_"
 # Those of Okabe and Ito, which differ under every common colour blindness.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
@@ -27,52 +24,6 @@ _PANELS_PER_ROW = 3
 _TICKS = 10
 _SMALL = 8
 _DPI = 150
-
-
-@dataclass(frozen=True)
-class Row:
-    """Means over the images of one class at one scale, and over channels, for one unit.
-
-    Attributes:
-        scale: how much the images were enlarged.
-        path: as in `Unit`.
-        stage: as in `Unit`.
-        index: as in `Unit`.
-        label: the class; None where images have none.
-        images: how many.
-        weights: of every branch.
-    """
-
-    scale: float
-    path: str
-    stage: int
-    index: int
-    label: Label
-    images: int
-    weights: tuple[float, ...]
-
-    @property
-    def difference(self) -> float:
-        """The last branch's weight minus the first's."""
-        return self.weights[-1] - self.weights[0]
-
-
-def to_frame(rows: Iterable[Row]) -> pd.DataFrame:
-    """Returns the rows as a table; `record_attention` describes its columns."""
-    rows = list(rows)
-    frame = pd.DataFrame(
-        {
-            "scale": [row.scale for row in rows],
-            "path": [row.path for row in rows],
-            "stage": [row.stage for row in rows],
-            "index": [row.index for row in rows],
-            "label": pd.array([row.label for row in rows], dtype="Int64"),
-            "images": [row.images for row in rows],
-            "difference": [row.difference for row in rows],
-        }
-    )
-    weights = pd.DataFrame([dict(enumerate(row.weights)) for row in rows], dtype="float64")
-    return pd.concat([frame, weights.add_prefix(_WEIGHT)], axis=1)
 
 
 def with_change(table: pd.DataFrame) -> pd.DataFrame:
@@ -137,7 +88,7 @@ def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def _is_mean(column: str) -> bool:
-    return column in ("difference", "change") or column.startswith(_WEIGHT)
+    return column in ("difference", "change") or column.startswith(WEIGHT)
 
 
 def plot_units(table: pd.DataFrame) -> Figure:

@@ -1,23 +1,84 @@
-"""How modules hand their norms and their MLP to `fused.fuse_select`, and when they may."""
+"""What selective-kernel layers are made of, and how it is handed to `fused.fuse_select`."""
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sknet_kernels.norms import Norms, Running
 from sknet_triton import fused, reference
 from sknet_triton.backend import is_symbolic
-from sknet_triton.layers.blocks import any_hook
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def conv_bn(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 1,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    act: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """Returns convolution without bias, batch norm and, with ``act``, ReLU as conv, bn, act."""
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    modules["conv"] = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=False,
+        device=device,
+        dtype=dtype,
+    )
+    modules["bn"] = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+    if act:
+        modules["act"] = nn.ReLU(inplace=True)
+    return nn.Sequential(modules)
+
+
+def any_hook(modules: Iterable[nn.Module], *, everywhere: bool = True) -> bool:
+    """Tells whether calling one of ``modules`` does more than its class says.
+
+    It does with a hook of any kind, of which those on all modules count ``everywhere``, and where
+    its own ``forward`` was replaced, as wrappers that keep a module's type do.
+    """
+    if everywhere and any(getattr(module_globals, f"_global{name}", None) for name in HOOKS):
+        return True
+    # Spelt out, since this is asked at every call of a layer.
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
 
 
 class Block(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sknet_triton import functional
 from sknet_triton.backend import is_symbolic
 from sknet_triton.layers import parts
-from sknet_triton.layers.blocks import conv_bn
+from sknet_triton.layers.parts import conv_bn
 
 Aggregate = Literal["sk", "sum"]
 FcNorm = Literal["batch", "layer", "none"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sknet_triton.layers.blocks import conv_bn
+from sknet_triton.layers.parts import conv_bn
 from sknet_triton.layers.sk_conv import Aggregate, BranchSpec, FcNorm, SKConv
 
 

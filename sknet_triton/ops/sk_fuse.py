@@ -8,8 +8,7 @@ from torch import Tensor
 
 from sknet_kernels.layout import evenly
 from sknet_triton import reference
-from sknet_triton.backend import has_kernels
-from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
+from sknet_triton.backend import NAMESPACE, has_kernels, refuse_forward_mode
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sk_fuse", mutates_args=())

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from sknet_kernels.layout import empty_like_branch, evenly
 from sknet_kernels.norms import Norms
-from sknet_triton.backend import has_kernels
-from sknet_triton.ops.namespace import NAMESPACE, refuse_forward_mode
+from sknet_triton.backend import NAMESPACE, has_kernels, refuse_forward_mode
 from sknet_triton.reference.common import no_autocast
 from sknet_triton.reference.steps import REFERENCE, Steps
 

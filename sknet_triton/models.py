@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sknet_triton.layers import BranchSpec, SKConv, SKUnit
-from sknet_triton.layers.blocks import conv_bn
+from sknet_triton.layers.parts import conv_bn
 from sknet_triton.layers.sk_conv import Aggregate, FcNorm
 
 Variant = Literal["paper", "caffe"]
