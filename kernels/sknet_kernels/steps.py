@@ -1,4 +1,4 @@
-"""The steps of the section between the convolutions and V, by launchers; imports triton.
+"""The steps of `sk_fuse_select`, between the convolutions and V, by launchers; imports triton.
 
 Branches, V and their gradients are [B, C, *spatial] and lie evenly (see `layout.evenly`). Each step
 is a pass with the small launch that joins its partial sums, or a small launch alone.

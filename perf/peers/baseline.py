@@ -187,8 +187,8 @@ class _Given(nn.Module):
 
 
 @dataclass(frozen=True)
-class Section:
-    """One module on given maps.
+class Side:
+    """One of two modules that are compared on the same given maps.
 
     Attributes:
         module: SKConv, or the plain module.
@@ -219,7 +219,7 @@ class Section:
         torch.autograd.backward(self.module(self.maps[0]), dout)
 
 
-def sections(maps: list[Tensor]) -> tuple[Section, Section]:
+def both_sides(maps: list[Tensor]) -> tuple[Side, Side]:
     """Returns ours and the plain one, with the same parameters, on ``maps``."""
     C = maps[0].shape[1]
     ours = skt.SKConv(C, C, M=len(maps), G=1).to(maps[0].dtype)
@@ -227,4 +227,4 @@ def sections(maps: list[Tensor]) -> tuple[Section, Section]:
     for module in (ours, plain):
         for branch, out in zip(module.get_submodule("branches").children(), maps, strict=True):
             branch.conv = _Given(out)
-    return Section(ours, maps), Section(plain, maps)
+    return Side(ours, maps), Side(plain, maps)

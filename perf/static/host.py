@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import sknet_triton as skt
-from perf.peers.baseline import Section, sections
+from perf.peers.baseline import Side, both_sides
 from perf.rows.schema import Host
 
 _SHAPE = (2, 32, 4, 4)
@@ -24,12 +24,12 @@ def host(rounds: int) -> Iterator[Host]:
     `perf.static.null_driver` is installed. ``rounds`` is how often the two sides take turns.
     """
     dout = torch.randn(_SHAPE)
-    modes: dict[str, Callable[[Section], None]] = {
-        "infer": Section.infer,
-        "train": lambda section: section.train(dout),
+    modes: dict[str, Callable[[Side], None]] = {
+        "infer": Side.infer,
+        "train": lambda side: side.train(dout),
     }
     for M in (2, 3):
-        sides = sections([torch.randn(_SHAPE).requires_grad_() for _ in range(M)])
+        sides = both_sides([torch.randn(_SHAPE).requires_grad_() for _ in range(M)])
         for mode, run in modes.items():
             with skt.use_backend("triton"):
                 yield _row(M, mode, sides, run, rounds)
@@ -38,8 +38,8 @@ def host(rounds: int) -> Iterator[Host]:
 def _row(
     M: int,
     mode: str,
-    sides: tuple[Section, Section],
-    run: Callable[[Section], None],
+    sides: tuple[Side, Side],
+    run: Callable[[Side], None],
     rounds: int,
 ) -> Host:
     for side in sides:
@@ -54,7 +54,7 @@ def _row(
     return Host(M, mode, ours, plain, statistics.median(ratios), p20, p80)
 
 
-def _seconds(run: Callable[[Section], None], side: Section) -> float:
+def _seconds(run: Callable[[Side], None], side: Side) -> float:
     """Returns the CPU time of one call, the mean of many: neighbours on the machine cost none."""
     start = time.process_time()
     for _ in range(_CALLS):

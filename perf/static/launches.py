@@ -22,7 +22,7 @@ from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
 import sknet_triton as skt
-from perf.peers.baseline import LAYOUTS, Section, sections
+from perf.peers.baseline import LAYOUTS, Side, both_sides
 from perf.rows.schema import Launches
 from perf.static import null_driver
 
@@ -30,7 +30,7 @@ from perf.static import null_driver
 _ALLOCATIONS = ("empty", "new_empty", "_unsafe_view", "resize_", "set_")
 
 Key = tuple[int, str, str]
-Run = Callable[[Section], None]
+Run = Callable[[Side], None]
 
 
 def launches_of(shape: tuple[int, int, int, int], dtype: str) -> dict[Key, Launches]:
@@ -61,7 +61,7 @@ def launches(
                 torch.randn(shape).to(dtype).to(memory_format=memory_format).requires_grad_()
                 for _ in range(M)
             ]
-            ours, plain = sections(maps)
+            ours, plain = both_sides(maps)
             for provider in (
                 _Provider("plain-eager", "operators", plain, "reference", _operators),
                 _Provider("plain-compile", "CPU plan", plain, "reference", _planned),
@@ -81,15 +81,15 @@ def launches(
 class _Provider:
     name: str
     counted: str
-    section: Section
+    side: Side
     backend: skt.Backend
-    count: Callable[[Section, Run], int]
+    count: Callable[[Side, Run], int]
 
     def launches(self) -> Launches:
-        dout = torch.randn_like(self.section.maps[0])
+        dout = torch.randn_like(self.side.maps[0])
         with skt.use_backend(self.backend):
-            training = self.count(self.section, lambda section: section.train(dout))
-            return Launches(training, self.count(self.section, Section.infer), self.counted)
+            training = self.count(self.side, lambda side: side.train(dout))
+            return Launches(training, self.count(self.side, Side.infer), self.counted)
 
 
 def launching_operators(call: Callable[[], object]) -> int:
@@ -99,22 +99,22 @@ def launching_operators(call: Callable[[], object]) -> int:
     return sum(_launching(event) for event in recorded.events() if event.cpu_parent is None)
 
 
-def _operators(section: Section, run: Run) -> int:
-    run(section)  # what is made in the first call alone is not counted
-    return launching_operators(lambda: run(section))
+def _operators(side: Side, run: Run) -> int:
+    run(side)  # what is made in the first call alone is not counted
+    return launching_operators(lambda: run(side))
 
 
-def _driven(kernels: list[null_driver.NullLaunch], section: Section, run: Run) -> int:
-    operators, before = _operators(section, run), len(kernels)
-    run(section)
+def _driven(kernels: list[null_driver.NullLaunch], side: Side, run: Run) -> int:
+    operators, before = _operators(side, run), len(kernels)
+    run(side)
     return operators + len(kernels) - before
 
 
-def _planned(section: Section, run: Run) -> int:
+def _planned(side: Side, run: Run) -> int:
     torch.compiler.reset()
     with fresh_cache(), _counted_plan() as kernels:  # a plan from the cache would not be counted
-        compiled: Any = torch.compile(section.module, fullgraph=True)
-        run(replace(section, module=compiled))
+        compiled: Any = torch.compile(side.module, fullgraph=True)
+        run(replace(side, module=compiled))
     return len(kernels)
 
 

@@ -69,9 +69,9 @@ class Setting:
         return tuple(self.branch() for _ in range(self.M))
 
     def training(self, facts: DeviceFacts) -> list[Launch]:
-        """Returns what the section launches in a training step on a device of ``facts``."""
+        """Returns the launches of `sk_fuse_select` in a training step on a device of ``facts``."""
         with recorded(facts) as launches:
-            _section(self, batch_stats=True)
+            _fuse_select(self, batch_stats=True)
         return launches
 
     def telling(self, facts: DeviceFacts) -> list[Launch]:
@@ -91,7 +91,7 @@ class Setting:
         with recorded(facts) as launches:
             _stages(self)
             for batch_stats in (True, False):
-                _section(self, batch_stats)
+                _fuse_select(self, batch_stats)
         return launches
 
 
@@ -154,8 +154,8 @@ def _stages(setting: Setting) -> None:
     sk_select_bwd(setting.branches(), setting.branch(), xs, logits)
 
 
-def _section(setting: Setting, batch_stats: bool) -> None:
-    """The section, forward and backward."""
+def _fuse_select(setting: Setting, batch_stats: bool) -> None:
+    """Everything between the convolutions and V, forward and backward."""
     xs, out, (_, C, S), M = setting.branches(), setting.branch(), setting.shape, setting.M
     d = max(32, C // _REDUCTION)
 

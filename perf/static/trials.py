@@ -40,7 +40,7 @@ _MODELLED = next(target for target in TARGETS if target.name == "sm_90")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the steps of the section read: branches and dout [B, C, S], the rest as they have it."""
+    """What the steps of `sk_fuse_select` read: branches and dout [B, C, S], the rest as there."""
 
     xs: tuple[Tensor, ...]
     dout: Tensor
@@ -97,7 +97,7 @@ def _double(x: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Trial:
-    """A streaming kernel as the section uses it.
+    """A streaming kernel as `sk_fuse_select` uses it.
 
     Attributes:
         run: its step with a configuration, the launch that joins partial sums included.

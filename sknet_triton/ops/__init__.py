@@ -1,4 +1,4 @@
-"""The stages, and the steps of the section, as PyTorch operators.
+"""The stages, and the steps of `sk_fuse_select`, as PyTorch operators.
 
 Importing ``sknet_triton`` imports this package, so that a saved program finds its operators.
 """

@@ -1,4 +1,4 @@
-"""The section between the convolutions and V as seven steps, and their PyTorch form.
+"""`sk_fuse_select`, all between the convolutions and V, as seven steps, in PyTorch.
 
 A step reads or writes full-size tensors, or lies between two that do. The derivation: with x the
 convolutions' outputs, y_i = gamma_i xhat_i + beta_i and u_i = max(y_i, 0), one read of dV and x
