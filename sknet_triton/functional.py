@@ -94,7 +94,8 @@ def sk_select(
     xs = checked_branches(branches, branch_dim)
     check_logits(logits, xs)
     if activation is not None and activation not in get_args(Activation):
-        raise ValueError(f"activation: expected 'softmax', 'sigmoid' or None, got {activation!r}")
+        names = ", ".join(map(repr, get_args(Activation)))
+        raise ValueError(f"activation: expected {names} or None, got {activation!r}")
     name = activation or "none"
     if _takes_triton(xs):
         out: Tensor = ops.sk_select(xs, logits, name)

@@ -6,7 +6,7 @@ The examples, how they are drawn and how a failure is reproduced: `tests.strateg
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ from tests.strategies import (
 
 pytestmark = pytest.mark.slow
 
-ACTIVATIONS: tuple[Activation | None, ...] = ("softmax", "sigmoid", None)
+ACTIVATIONS = (*get_args(Activation), None)
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
 
 _Check = TypeVar("_Check", bound=Callable[..., None])
