@@ -216,10 +216,8 @@ def enlarge(images: Tensor, scale: float) -> Tensor:
     The paper crops the centre and resizes the crop. Here the crop is exactly H / scale by
     W / scale, not rounded to whole pixels, and the resizing is bilinear: with pixel i covering
     [i, i + 1), the middle of output pixel i reads position n / 2 + (i + 1/2 - n / 2) / scale of a
-    side of n pixels. So the centre stays the centre at odd and even sizes, every position read
-    lies within the image, and 1.0 returns the same values. Beside ``F.interpolate`` of a crop of
-    whole pixels only the outermost pixels differ: they read on across the border of the crop,
-    where ``F.interpolate`` repeats its last pixel.
+    side of n pixels. 1.0 returns the same values. Beside ``F.interpolate`` of a crop of whole
+    pixels only the outermost differ: they read on across the border of the crop.
 
     Args:
         images: [..., H, W], floating point.
@@ -246,42 +244,42 @@ def enlarge(images: Tensor, scale: float) -> Tensor:
 
 
 @dataclass
-class _Sum:
-    images: int
-    weights: Tensor
-
-
-@dataclass
 class _Means:
-    """Sums over images of the weights' means over channels."""
+    """Images, and the sum over them of the weights' means over channels, by scale, unit and class.
 
-    sums: dict[tuple[float, Unit, Label], _Sum] = field(default_factory=dict)
-    _units: dict[Unit, None] = field(default_factory=dict)
-    _scale: float = 1.0
-    _labels: list[Label] = field(default_factory=list)
+    ``scale`` and ``labels`` say whose weights are added.
+    """
 
-    def begin(self, scale: float, labels: list[Label]) -> None:
-        """Says whose weights the reports until the next `begin` are about."""
-        self._scale, self._labels = scale, labels
+    sums: dict[tuple[float, Unit, Label], tuple[int, Tensor]] = field(default_factory=dict)
+    scale: float = 1.0
+    labels: Sequence[Label] = ()
 
-    def reporter(self, unit: Unit) -> Callable[[Tensor], None]:
-        """Returns what takes the weights [B, M, C] of ``unit``.
+    def add(self, unit: Unit, weights: Tensor) -> None:
+        """Adds the weights [B, M, C] of ``unit``.
 
         Raises:
-            ValueError: (the function) B is not the number of labels.
+            ValueError: B is not the number of labels.
         """
-        self._units[unit] = None
-        return lambda weights: self._add(unit, weights)
+        if len(weights) != len(self.labels):
+            raise ValueError(
+                f"model: expected weights for each of {len(self.labels)} images in {unit.path!r}, "
+                f"got {len(weights)}, which no class can be told for"
+            )
+        by_image = weights.mean(2)
+        for label in dict.fromkeys(self.labels):
+            at = [i for i, other in enumerate(self.labels) if other == label]
+            key, total = (self.scale, unit, label), by_image[at].sum(0)
+            images, before = self.sums.get(key, (0, torch.zeros_like(total)))
+            self.sums[key] = images + len(at), before + total
 
-    def table(self) -> pd.DataFrame:
+    def table(self, units: list[Unit]) -> pd.DataFrame:
         """Returns the means by scale, unit and class, with the columns of `record_sizes`."""
-        units = list(self._units)
         rows = []
         for scale, unit, label in sorted(
             self.sums, key=lambda key: (key[0], units.index(key[1]), _sortable(key[2]))
         ):
-            total = self.sums[scale, unit, label]
-            weights = (total.weights / total.images).tolist()
+            images, total = self.sums[scale, unit, label]
+            weights = (total / images).tolist()
             rows.append(
                 {
                     "scale": scale,
@@ -289,30 +287,12 @@ class _Means:
                     "stage": unit.stage,
                     "index": unit.index,
                     "label": label,
-                    "images": total.images,
+                    "images": images,
                     "difference": weights[-1] - weights[0],
                     **{f"{WEIGHT}{i}": weight for i, weight in enumerate(weights)},
                 }
             )
         return pd.DataFrame(rows).astype({"label": "Int64"})
-
-    def _add(self, unit: Unit, weights: Tensor) -> None:
-        if len(weights) != len(self._labels):
-            raise ValueError(
-                f"model: expected weights for each of {len(self._labels)} images in {unit.path!r}, "
-                f"got {len(weights)}, which no class can be told for"
-            )
-        by_image = weights.mean(2)
-        places: dict[Label, list[int]] = {}
-        for i, label in enumerate(self._labels):
-            places.setdefault(label, []).append(i)
-        for label, at in places.items():
-            key = (self._scale, unit, label)
-            new = _Sum(len(at), by_image[at].sum(0))
-            if key in self.sums:
-                new.images += self.sums[key].images
-                new.weights += self.sums[key].weights
-            self.sums[key] = new
 
 
 def _sortable(label: Label) -> tuple[bool, int]:
@@ -334,12 +314,12 @@ def _record(
     with ExitStack() as stack:
         stack.enter_context(_undisturbed(inner))
         for unit in units:
-            stack.callback(unit.watch(means.reporter(unit)).remove)
+            stack.callback(unit.watch(functools.partial(means.add, unit)).remove)
         for batch in loader:
-            images, labels = _split(batch)
+            images, means.labels = _split(batch)
             images_seen += len(images)
             for scale, view in views.items():
-                means.begin(scale, labels)
+                means.scale = scale
                 inner(view(images.to(where)))
     if not images_seen:
         raise ValueError("loader: expected at least one image, got none")
@@ -348,7 +328,7 @@ def _record(
             f"model: expected one that calls its selective-kernel units, got "
             f"{type(inner).__name__}, which called none of its {len(units)}"
         )
-    return means.table()
+    return means.table(units)
 
 
 def _check_model(model: nn.Module) -> None:
