@@ -10,6 +10,7 @@ from platform import python_version
 import pytest
 import torch
 
+from tests.interpreter import patch_the_language_once_a_launch
 from tests.processes import fill_fresh_memory_with_nan
 
 INTERPRETED = not torch.cuda.is_available()
@@ -20,6 +21,7 @@ if INTERPRETED:
     torch.set_num_threads(1)
     # A CUDA build of torch that finds a compiler would write to stderr that there is no device.
     os.environ.setdefault("CUDA_PATH", "")
+    patch_the_language_once_a_launch()
 # A file stays in one worker: what begins late and takes long would leave the others idle.
 LONGEST = (
     *("test_aot", "test_compile", "test_properties", "test_export", "test_training"),

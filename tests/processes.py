@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from tests.interpreter import patch_the_language_once_a_launch
+
 WORLD = 2
 
 needs_gloo = pytest.mark.skipif(
@@ -41,6 +43,8 @@ def fill_fresh_memory_with_nan() -> None:
 def _process(rank: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     fill_fresh_memory_with_nan()
+    if not torch.cuda.is_available():
+        patch_the_language_once_a_launch()
     dist.init_process_group(
         "gloo",
         init_method=(Path(folder) / "rendezvous").as_uri(),
