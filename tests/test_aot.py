@@ -77,8 +77,8 @@ def test_rows_of_odd_length_are_read_by_8_bytes_and_more(table: pd.DataFrame) ->
 LEAST, LEAST_FULL = 3.0, 4.3
 
 
-def section_rows(table: pd.DataFrame, M: int, dtype: str) -> pd.DataFrame:
-    """The five kernels of the section that read branches, at the network's stages."""
+def fuse_select_rows(table: pd.DataFrame, M: int, dtype: str) -> pd.DataFrame:
+    """The five kernels of `sk_fuse_select` that read branches, at the network's stages."""
     branches = table.tb_s.notna() & table.norm & (table.kernel != "sk_select_bwd")
     rows = table[branches & (table.S > 1)]
     return rows[(rows.M == M) & (rows.dtype == dtype)].drop_duplicates(
@@ -90,7 +90,7 @@ def section_rows(table: pd.DataFrame, M: int, dtype: str) -> pd.DataFrame:
 def test_every_kernel_can_ask_for_what_a_copy_moves(
     table: pd.DataFrame, M: int, dtype: str
 ) -> None:
-    rows = section_rows(table, M, dtype)
+    rows = fuse_select_rows(table, M, dtype)
     assert len(rows) == 5 * 2 * 4 * rows.B.nunique()
     assert rows.B.max() == 128
     full = rows[(rows.B == 128) & (rows.C <= 256)]

@@ -1,4 +1,4 @@
-"""`reference.composed`: the section out of PyTorch's operators, against modules in a row."""
+"""`reference.composed`: `sk_fuse_select` out of PyTorch's operators, against modules in a row."""
 
 import copy
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ EXACT = 1e-11  # float64 with a few hundred additions
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to build the section."""
+    """One way to build them."""
 
     M: int = 2
     space: tuple[int, ...] = (3, 4)
@@ -44,7 +44,7 @@ class Result(NamedTuple):
 
 
 class Modules(nn.Module):
-    """The section in plain modules, and the same parameters for `composed`."""
+    """`sk_fuse_select` in plain modules, and the same parameters for `composed`."""
 
     def __init__(self, v: Variant, B: int = 3, C: int = 4, d: int = 3) -> None:
         super().__init__()

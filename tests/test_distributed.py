@@ -55,7 +55,7 @@ def finished(*layers: nn.Module) -> nn.Module:
 
 
 def units() -> nn.Module:
-    """Two units: a section of `sk_fuse_select`, and one that calls fuse and select apart."""
+    """Two units: an `sk_fuse_select`, and one that calls fuse and select apart."""
     first = SKUnit(4, 4, 6, G=2, d=3)
     return finished(first, SKUnit(6, 2, 6, G=2, d=3, fc_norm="none"), nn.Conv2d(6, 3, 1))
 
@@ -251,7 +251,7 @@ class Sharded:
 
     Attributes:
         paths: the modules, outermost last; a tuple of paths is one group.
-        plain: whether the first SKConv is still a section of `sk_fuse_select`.
+        plain: whether the first SKConv is still an `sk_fuse_select`.
         build: makes the model.
         before: what is done to the model.
         training: whether batch norms take statistics.

@@ -152,7 +152,7 @@ def test_a_triton_program_runs_where_there_are_no_kernels(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_the_functions_alone(backend: Backend) -> None:
-    class Section(nn.Module):
+    class FuseSelect(nn.Module):
         def forward(self, xs: list[Tensor], weight: Tensor) -> Tensor:
             pooled = functional.sk_fuse(xs)
             logits = (pooled @ weight).reshape(-1, len(xs), pooled.shape[1])
@@ -165,10 +165,10 @@ def test_the_functions_alone(backend: Backend) -> None:
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
     with use_backend(backend):
         program = torch.export.export(
-            Section(), inputs(2, 5), dynamic_shapes={"xs": [free, free], "weight": None}
+            FuseSelect(), inputs(2, 5), dynamic_shapes={"xs": [free, free], "weight": None}
         )
         other = inputs(4, 3)
-        assert largest_error(program.module()(*other), Section()(*other)) < EXACT_NETWORK
+        assert largest_error(program.module()(*other), FuseSelect()(*other)) < EXACT_NETWORK
     names = {"sknet_triton.sk_fuse.default", "sknet_triton.sk_select.default"}
     assert our_operators(program) == (names if backend == "triton" else set())
 

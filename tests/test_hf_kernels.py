@@ -119,7 +119,7 @@ def child_functions(repository: str, checkout: str, *names: str) -> None:
     def normed(x: torch.Tensor, n: object) -> torch.Tensor:
         return F.batch_norm(x, None, None, n.weight, n.bias, training=True).relu()  # type: ignore[attr-defined]  # the kernel's class has no static type
 
-    def plain_section() -> torch.Tensor:
+    def plain_fuse_select() -> torch.Tensor:
         us = [normed(x, n) for x, n in zip(branches, norms, strict=True)]
         z = normed(plain_fuse(us) @ fc1.T, norm)
         return plain_select(us, (z @ fc2.T).view(B, M, C))
@@ -142,8 +142,8 @@ def child_functions(repository: str, checkout: str, *names: str) -> None:
             compare(out, plain_select(branches, logits), *branches, logits)
             compiled = torch.compile(kernel.sk_fuse_select, fullgraph=True, backend="aot_eager")
             for run in (kernel.sk_fuse_select, compiled):
-                section = run(branches, norms, fc1, norm, fc2)
-                compare(section.out, plain_section(), *branches, *affine, fc1, fc2)
+                fuse_select = run(branches, norms, fc1, norm, fc2)
+                compare(fuse_select.out, plain_fuse_select(), *branches, *affine, fc1, fc2)
 
     operators = {n for n in torch._C._dispatch_get_all_op_names() if "::sk_" in n}
     assert operators == {f"{loaded.metadata.id}::{name}" for name in names}, operators

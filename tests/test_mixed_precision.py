@@ -197,7 +197,7 @@ def test_select_and_its_gradient_beyond_fp16(backend: Backend) -> None:
 
 
 @both
-def test_the_whole_section_beyond_fp16(backend: Backend) -> None:
+def test_the_whole_of_fuse_select_beyond_fp16(backend: Backend) -> None:
     sk = SKConv(1, 1, G=1, d=1, branches=[(1, 1, 1), (1, 1, 1)], device=DEVICE).eval()
     with torch.no_grad():
         for p in sk.parameters():
@@ -325,20 +325,20 @@ def test_select_of_what_is_not_finite(
     assert_same_kinds(actual, backward(plain_select(wide[:2], wide[2]), wide))
 
 
-def section_modules(training: bool) -> Any:
+def fuse_select_modules(training: bool) -> Any:
     torch.manual_seed(5)
     sk = SKConv(3, 3, d=4, branches=[(1, 1, 1), (1, 1, 1)]).double()
     return scramble(sk).to(DEVICE).train(training)
 
 
-def plain_section(xs: list[Tensor], sk: Any) -> Tensor:
+def plain_fuse_select(xs: list[Tensor], sk: Any) -> Tensor:
     maps = [torch.relu(branch.bn(x)) for branch, x in zip(sk.branches, xs, strict=True)]
     pooled = torch.stack(maps).sum(0).mean((2, 3), keepdim=True)
     logits = sk.fc2(torch.relu(sk.fc1.bn(sk.fc1.conv(pooled))))
     return plain_select(maps, logits.view(3, 2, 3))
 
 
-def our_section(xs: list[Tensor], sk: Any) -> Tensor:
+def our_fuse_select(xs: list[Tensor], sk: Any) -> Tensor:
     def norm(bn: Any) -> BatchNormArgs:
         return BatchNormArgs(
             bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.training
@@ -353,10 +353,10 @@ def our_section(xs: list[Tensor], sk: Any) -> Tensor:
     ).out
 
 
-def section_results(
+def fuse_select_results(
     compute: Callable[[list[Tensor], Any], Tensor], name: str, training: bool, dtype: torch.dtype
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    sk, xs = section_modules(training), spoilt_branches(name, dtype)
+    sk, xs = fuse_select_modules(training), spoilt_branches(name, dtype)
     named = {n: p for n, p in sk.named_parameters() if not n.endswith("0.conv.weight")}
     named = {n: p for n, p in named.items() if "branches" not in n or "bn" in n}
     out, *grads = backward(compute(xs, sk), [*xs, *named.values()])
@@ -366,12 +366,12 @@ def section_results(
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", SPECIAL)
 @both
-def test_the_whole_section_of_what_is_not_finite(
+def test_the_whole_of_fuse_select_of_what_is_not_finite(
     backend: Backend, name: str, training: bool
 ) -> None:
     with use_backend(backend), quiet_interpreter():
-        maps, parameters = section_results(our_section, name, training, torch.float64)
-    expected_maps, expected = section_results(plain_section, name, training, torch.float64)
+        maps, parameters = fuse_select_results(our_fuse_select, name, training, torch.float64)
+    expected_maps, expected = fuse_select_results(plain_fuse_select, name, training, torch.float64)
     assert_same_kinds(maps, expected_maps)
     # The ReLU stops -inf. PyTorch multiplies its gradient, 0, by the infinity all the same, the
     # kernels leave it out.

@@ -34,21 +34,21 @@ def tensors(case: Case, device: torch.device, grad: bool) -> tuple[list[Tensor],
     return xs, case.logits(device).requires_grad_(grad)
 
 
-def section(xs: list[Tensor], logits: Tensor) -> Tensor:
+def fuse_select(xs: list[Tensor], logits: Tensor) -> Tensor:
     pooled = functional.sk_fuse(xs)
     return functional.sk_select(xs, logits + pooled[:, None])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiled_section_equals_eager(layout: str, device: torch.device) -> None:
+def test_compiled_fuse_select_equals_eager(layout: str, device: torch.device) -> None:
     case = Case((2, 4, 5, 3), M=2, layout=layout)
     xs, logits = tensors(case, device, grad=True)
     with use_backend("triton"):
-        compiled = torch.compile(section, fullgraph=True)
+        compiled = torch.compile(fuse_select, fullgraph=True)
         out = compiled(xs, logits)
         grads = torch.autograd.grad(out.square().sum(), [*xs, logits])
-        expected = section(xs, logits)
+        expected = fuse_select(xs, logits)
         exact = torch.autograd.grad(expected.square().sum(), [*xs, logits])
     torch.testing.assert_close(out, expected)
     assert out.stride() == expected.stride()
@@ -133,7 +133,7 @@ def test_gradients_that_only_some_ask_for(needed: str, place: torch.device) -> N
 
 
 @dataclass(frozen=True)
-class SectionCase:
+class FuseSelectCase:
     """Arguments of `functional.sk_fuse_select`."""
 
     case: Case
@@ -166,36 +166,36 @@ class SectionCase:
         ).out
 
 
-SECTION_CASES = [
-    SectionCase(Case((2, 3, 4, 5))),
-    SectionCase(Case((2, 3, 4, 5)), training=False, biases=False),
-    SectionCase(Case((2, 3, 4, 5)), biases=False, affine=False),
-    SectionCase(Case((2, 3, 4, 5), 3, "channels_last", torch.bfloat16)),
-    SectionCase(Case((2, 3, 4, 5), 3, "channels_last", torch.float16), training=False),
-    SectionCase(Case((2, 3, 4, 5), 1, "sliced")),
-    SectionCase(Case((2, 3, 4, 5), 2, "cropped", torch.float64)),
-    SectionCase(Case((2, 3, 4, 5), 2, "transposed"), training=False),
-    SectionCase(Case((3, 2, 7))),
-    SectionCase(Case((2, 2, 2, 2, 3), layout="channels_last")),
+FUSE_SELECT_CASES = [
+    FuseSelectCase(Case((2, 3, 4, 5))),
+    FuseSelectCase(Case((2, 3, 4, 5)), training=False, biases=False),
+    FuseSelectCase(Case((2, 3, 4, 5)), biases=False, affine=False),
+    FuseSelectCase(Case((2, 3, 4, 5), 3, "channels_last", torch.bfloat16)),
+    FuseSelectCase(Case((2, 3, 4, 5), 3, "channels_last", torch.float16), training=False),
+    FuseSelectCase(Case((2, 3, 4, 5), 1, "sliced")),
+    FuseSelectCase(Case((2, 3, 4, 5), 2, "cropped", torch.float64)),
+    FuseSelectCase(Case((2, 3, 4, 5), 2, "transposed"), training=False),
+    FuseSelectCase(Case((3, 2, 7))),
+    FuseSelectCase(Case((2, 2, 2, 2, 3), layout="channels_last")),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kernels", "section"),
-    [(True, section) for section in SECTION_CASES]
-    + [(False, section) for section in SECTION_CASES[:5]],
-    ids=lambda value: str(value) if isinstance(value, SectionCase) else KERNEL_IDS[value],
+    ("kernels", "fuse_select"),
+    [(True, fuse_select) for fuse_select in FUSE_SELECT_CASES]
+    + [(False, fuse_select) for fuse_select in FUSE_SELECT_CASES[:5]],
+    ids=lambda value: str(value) if isinstance(value, FuseSelectCase) else KERNEL_IDS[value],
 )
-def test_every_step_of_the_section(
-    section: SectionCase, place: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_every_step_of_fuse_select(
+    fuse_select: FuseSelectCase, place: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without kernels the operators run in programs that were made where there were some.
     monkeypatch.setattr(fused, "way_of", lambda x: "kernels")
     with Recorded() as recorded:
-        out = section.run(place, grad=True)
-        torch.autograd.backward(out, section.case.tensor(place, seed=9))
+        out = fuse_select.run(place, grad=True)
+        torch.autograd.backward(out, fuse_select.case.tensor(place, seed=9))
     steps = {"sk_hidden", "sk_logits", "sk_out", "sk_hidden_bwd", "sk_channels_bwd", "sk_dx"}
-    assert set(recorded.calls) == steps | ({"sk_moments"} if section.training else set())
+    assert set(recorded.calls) == steps | ({"sk_moments"} if fuse_select.training else set())
     for operator, args in recorded.calls.values():
         opcheck(operator, args)

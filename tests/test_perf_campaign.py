@@ -288,7 +288,7 @@ def test_check_says_who_is_right(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.interpreter
-def test_a_pass_is_timed_after_its_section_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_is_timed_after_its_fuse_select_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Provider, "unavailable", lambda *_: None)
     case = make_case("select", "infer", batch=2, resolution=32, stage=1)
     ours = PROVIDERS["ours-triton-eager"]

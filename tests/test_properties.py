@@ -55,8 +55,8 @@ class Budget:
 
 SELECT = Budget(reference=800, triton=60)
 FUSE = Budget(reference=700, triton=60)
-SECTION = Budget(reference=60, triton=15)
-LOW_SECTION = Budget(reference=60, triton=20)
+FUSE_SELECT = Budget(reference=60, triton=15)
+LOW_FUSE_SELECT = Budget(reference=60, triton=20)
 CONFIGS, LAYOUT, MANY_BRANCHES = 30, 150, 60
 
 
@@ -247,8 +247,8 @@ def strides(x: Tensor) -> list[int]:
 
 # --- everything between the convolutions and V --------------------------------------------------
 
-# Each is multiplied by the gain of a norm, at most 1 / sqrt(eps), and the section has two in a row.
-SECTION_ROUNDINGS = 64.0
+# Each is multiplied by the gain of a norm, at most 1 / sqrt(eps), of which there are two in a row.
+FUSE_SELECT_ROUNDINGS = 64.0
 EPS = 1e-5
 
 
@@ -288,48 +288,48 @@ class Parts:
 
 
 @holds(
-    SECTION,
+    FUSE_SELECT,
     sample=samples(branches=st.integers(1, 3), dtypes=(torch.float64,), batches=(2, 3)),
     d=st.integers(1, 5),
     batch_stats=st.booleans(),
     fc1_batch_stats=st.booleans(),
 )
-def test_the_section_equals_its_modules_with_every_gradient(
+def test_fuse_select_equals_its_modules_with_every_gradient(
     backend: Backend, sample: Sample, d: int, batch_stats: bool, fc1_batch_stats: bool
 ) -> None:
     xs, p, dout = leaves_of(sample.random_branches()), Parts.of(sample, d), sample.random_dout()
     leaves = [*xs, *(x.requires_grad_() for x in p.trained())]
     with use_backend(backend):
-        out = section(xs, p, batch_stats, fc1_batch_stats)
+        out = fuse_select(xs, p, batch_stats, fc1_batch_stats)
         grads = torch.autograd.grad(out, leaves, dout)
     exact = modules(xs, p, batch_stats, fc1_batch_stats)
     exact_grads = torch.autograd.grad(exact, leaves, dout)
-    relative = SECTION_ROUNDINGS * torch.finfo(torch.float64).eps / EPS
+    relative = FUSE_SELECT_ROUNDINGS * torch.finfo(torch.float64).eps / EPS
     for i, (got, expected) in enumerate(zip((out, *grads), (exact, *exact_grads), strict=True)):
         size = 1 + expected.abs().max()
         assert (got - expected).abs().max() <= relative * size, f"result {i}"
 
 
 @holds(
-    LOW_SECTION,
+    LOW_FUSE_SELECT,
     sample=samples(branches=st.integers(1, 3), dtypes=DTYPES[:3], batches=(2, 3)),
     d=st.integers(1, 5),
     batch_stats=st.booleans(),
 )
-def test_the_section_of_low_dtypes_rounds_only_what_it_stores(
+def test_fuse_select_of_low_dtypes_rounds_only_what_it_stores(
     backend: Backend, sample: Sample, d: int, batch_stats: bool
 ) -> None:
     xs, p = sample.random_branches(), Parts.of(sample, d)
     with use_backend(backend):
-        out = section(xs, p, batch_stats, False)
+        out = fuse_select(xs, p, batch_stats, False)
     exact = modules(wide(xs), p, batch_stats, False)
     eps, stored = torch.finfo(torch.float32).eps, torch.finfo(sample.dtype).eps
-    bound = SECTION_ROUNDINGS * eps / EPS**0.5 * (1 + exact.abs().max())  # one norm of the batch
+    bound = FUSE_SELECT_ROUNDINGS * eps / EPS**0.5 * (1 + exact.abs().max())  # one batch norm
     bound = bound + store_rounding(out) * stored * exact.abs()
     assert ((out.double() - exact).abs() <= bound).all()
 
 
-def section(xs: Sequence[Tensor], p: Parts, batch_stats: bool, fc1_batch_stats: bool) -> Tensor:
+def fuse_select(xs: Sequence[Tensor], p: Parts, batch_stats: bool, fc1_batch_stats: bool) -> Tensor:
     """V by `sk_fuse_select`, with parameters in the dtype of the sums."""
     dtype = accumulation_dtype(xs[0].dtype)
     q = Parts(**{name: x.to(dtype) for name, x in vars(p).items()})

@@ -155,7 +155,7 @@ def test_logits_beyond_2_to_the_31(
 
 
 @pytest.mark.parametrize("far", FAR, ids=str)
-def test_the_section_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
+def test_fuse_select_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
     (B, C, _), values = far.shape, [randn(i, *far.shape) for i in range(2)]
     xs, dout = tuple(tensors.far(x, far.strides) for x in values), randn(8, *far.shape)
     dxs = tuple(tensors.far(torch.zeros_like(dout), far.strides) for _ in range(2))
@@ -372,7 +372,7 @@ def test_one_position(shape: tuple[int, ...], backend: Backend) -> None:
 @both
 @pytest.mark.parametrize("batch_stats", [False, True], ids=["running", "batch"])
 @pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 0, 2, 2), (2, 3, 1, 1), (1, 3, 1, 1)], ids=str)
-def test_the_section_with_little_or_nothing(
+def test_fuse_select_with_little_or_nothing(
     shape: tuple[int, ...], batch_stats: bool, backend: Backend
 ) -> None:
     (B, C), d = shape[:2], 2
@@ -383,15 +383,15 @@ def test_the_section_with_little_or_nothing(
     fc1 = torch.randn(d, C, device=DEVICE, requires_grad=True)
     fc2 = torch.randn(2 * C, d, device=DEVICE, requires_grad=True)
 
-    def section() -> Tensor:
+    def fuse_select() -> Tensor:
         with use_backend(backend):
             return functional.sk_fuse_select(xs, [norm, norm], fc1, fc1_norm, fc2).out
 
     if batch_stats and B < 2:
         with pytest.raises(ValueError, match="batch"):
-            section()
+            fuse_select()
         return
-    out = section()
+    out = fuse_select()
     grads = torch.autograd.grad(out.square().sum(), [*xs, fc1, fc2])
     assert out.shape == shape
     assert out.isfinite().all()

@@ -421,7 +421,7 @@ def leaves_of(x: Any) -> list[Tensor]:
     return [x] if x.requires_grad else []
 
 
-# How the section is carried out: the steps in PyTorch, by launchers, as operators.
+# How `sk_fuse_select` is carried out: the steps in PyTorch, by launchers, as operators.
 WAYS: dict[str, tuple[fused.Way, bool]] = {
     "formulas": ("formulas", False),
     "launchers": ("kernels", False),
@@ -494,7 +494,7 @@ INFERENCE_PASSES = {2: 5.1, 3: 7.1}
 SAVED_TENSORS = {2: 2.02, 3: 3.03}
 
 
-def section_of(
+def fuse_select_of(
     case: Case, device: torch.device, backend: Backend = "triton"
 ) -> Callable[[bool], Tensor]:
     C, d = case.shape[1], 4
@@ -523,7 +523,7 @@ def one_pass(case: Case) -> int:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("case", [TRAFFIC[0], TRAFFIC[-1]], ids=str)
 def test_traffic(case: Case, device: torch.device) -> None:
-    run = section_of(case, device)
+    run = fuse_select_of(case, device)
     with counted_bytes() as training:
         torch.autograd.backward(run(True), case.tensor(device, 99))
     assert 6 * case.M + 3 <= training.passes(one_pass(case)) <= TRAINING_PASSES[case.M]
@@ -585,7 +585,7 @@ def test_saved_for_the_backward(
     # What is kept is no matter of values: no kernel runs.
     monkeypatch.setattr(launching, "_PLANS", {})
     monkeypatch.setattr(launching, "_compiled", lambda first: lambda *pointers: None)
-    run = section_of(case, device, backend)
+    run = fuse_select_of(case, device, backend)
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:

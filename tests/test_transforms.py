@@ -35,7 +35,7 @@ def positive(*shape: int) -> Tensor:
     return 0.5 + torch.rand(shape, dtype=torch.float64)
 
 
-def section(batch_stats: bool) -> Stage:
+def fuse_select(batch_stats: bool) -> Stage:
     """sk_fuse_select of two branches, their norms' weights and fc2's weight."""
     mean, var = (None, None) if batch_stats else (random(3), positive(3))
 
@@ -74,8 +74,8 @@ SUBJECTS = {
     "sk_select": select("softmax"),
     "sk_select sigmoid": select("sigmoid"),
     "sk_select weights": select(None),
-    "sk_fuse_select eval": Subject(section(False), ((2, 3), (6, 4))),
-    "sk_fuse_select train": Subject(section(True), ((2, 3), (6, 4))),
+    "sk_fuse_select eval": Subject(fuse_select(False), ((2, 3), (6, 4))),
+    "sk_fuse_select train": Subject(fuse_select(True), ((2, 3), (6, 4))),
 }
 every_subject = pytest.mark.parametrize("name", SUBJECTS)
 both = pytest.mark.parametrize("backend", BACKENDS)

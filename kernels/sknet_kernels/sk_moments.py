@@ -190,7 +190,8 @@ def sk_moments(
     """Launches moments: M tensors [B, C, *spatial] -> statistics, two of [2, M, C].
 
     Both begin with the mean. The first are to be applied, with the biased variance; the second are
-    what a running average keeps, with the unbiased one. With ``running`` they are not returned: it is moved towards them.
+    what a running average keeps, with the unbiased one. With ``running`` they are not returned: it
+    is moved towards them.
     """
     x = xs[0]
     M, C = len(xs), x.shape[1]
