@@ -107,7 +107,7 @@ def accelerate(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    _check_model(model)
+    check_model(model)
     tried = [(path, module, _tried(path, module)) for path, module in model.named_modules()]
     found = [row for _, _, row in tried if row is not None]
     rows = [row or _named(path, module, found) for path, module, row in tried]
@@ -122,7 +122,7 @@ def restore(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    _check_model(model)
+    check_model(model)
     rows = []
     for path, module in model.named_modules():
         if isinstance(module, Accelerated):
@@ -371,7 +371,12 @@ def _new(original: Any, family: Family) -> Any:
     return cls.__new__(cls)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Checks that ``model`` is a module whose class can be told.
+
+    Raises:
+        TypeError: it is not a module, or TorchScript's.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sknet_triton.acceleration import Family
 from sknet_triton.acceleration.check import fitting
-from sknet_triton.acceleration.swap import Accelerated
+from sknet_triton.acceleration.swap import Accelerated, check_model
 from sknet_triton.analysis.table import WEIGHT, with_change
 from sknet_triton.layers import SKConv
 from sknet_triton.reference import accumulation_dtype
@@ -305,7 +305,7 @@ def _record(
     views: Mapping[float, View],
     device: torch.device | str | None,
 ) -> pd.DataFrame:
-    _check_model(model)
+    check_model(model)
     inner = _unwrapped(model)
     units = sk_units(inner)
     where = next(inner.parameters()).device if device is None else torch.device(device)
@@ -329,13 +329,6 @@ def _record(
             f"{type(inner).__name__}, which called none of its {len(units)}"
         )
     return means.table(units)
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model: expected a module in Python, got a TorchScript module")
 
 
 def _split(batch: Any) -> tuple[Tensor, list[Label]]:
