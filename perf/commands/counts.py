@@ -115,6 +115,11 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
         default=_TARGETS,
         help="what to compile for; default: all. Ceilings are modelled of sm_90",
     )
+    parser.add_argument(
+        "--at-risk",
+        action="store_true",
+        help="only the launches that a change of tiles or compilers breaks first, as the tests do",
+    )
     add_table(parser)
 
 
@@ -134,7 +139,7 @@ def kernels(args: argparse.Namespace) -> int:
     from perf.static.model import COPY_TB_S
 
     with table_file(args.out) as write:
-        table = kernel_table(args.target)
+        table = kernel_table(args.target, args.at_risk)
         print(table[_WHAT + _RESOURCES].drop_duplicates().to_string(index=False))
         if "tb_s" in table:
             modelled = table[table.tb_s.notna()]

@@ -23,14 +23,18 @@ from sknet_kernels.launch import Launch
 MODELLED = "sm_90"
 
 
-def kernel_table(targets: Sequence[str]) -> pd.DataFrame:
+def kernel_table(targets: Sequence[str], at_risk: bool = False) -> pd.DataFrame:
     """Compiles the launches of every setting for ``targets``: a row each.
 
-    Of the target that is modelled these are all, of others those whose kernels tell more.
+    Of the target that is modelled these are all, of others those whose kernels tell more; with
+    ``at_risk`` only those of `Setting.at_risk`.
     """
     # By layouts first: those of one target share kernels, which the second finds in Triton's cache.
     shares = [
-        (target, layout) for layout in LAYOUTS for target in TARGETS if target.name in targets
+        (target, layout, at_risk)
+        for layout in LAYOUTS
+        for target in TARGETS
+        if target.name in targets
     ]
     # Spawned, because compilers keep threads that a fork would lose.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -39,14 +43,20 @@ def kernel_table(targets: Sequence[str]) -> pd.DataFrame:
     return table.sort_values("target", key=lambda names: names.map(order), kind="stable")
 
 
-def _rows(share: tuple[Target, str]) -> list[dict[str, Any]]:
-    target, layout = share
-    choice = Setting.launches if target.name == MODELLED else Setting.telling
+def _rows(share: tuple[Target, str, bool]) -> list[dict[str, Any]]:
+    target, layout, at_risk = share
+    modelled = target.name == MODELLED
+
+    def choice(setting: Setting) -> list[Launch]:
+        if at_risk:
+            return setting.at_risk(target.facts, modelled)
+        return setting.launches(target.facts) if modelled else setting.telling(target.facts)
+
     return [
         _row(setting, launch, target)
         for setting in settings()
         if setting.layout == layout
-        for launch in choice(setting, target.facts)
+        for launch in choice(setting)
     ]
 
 

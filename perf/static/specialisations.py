@@ -86,13 +86,36 @@ class Setting:
         tells = self.is_usual and self.has_short_rows and self.shape[0] == BATCHES[-1]
         return self.training(facts) if tells else []
 
+    def at_risk(self, facts: DeviceFacts, modelled: bool) -> list[Launch]:
+        """Returns of the launches those that a change of tiles or compilers breaks first.
+
+        These are all of the fast shape with two branches, and a training step's of it with the
+        most; where ``modelled``, also in other dtypes and numbers of branches, and of `RISKY`.
+        """
+        if self.shape == FAST_SHAPE and self.is_usual:
+            return self.launches(facts)
+        told = self.shape == FAST_SHAPE and (modelled or self.M == MAX_BRANCHES)
+        return self.training(facts) if told or (modelled and self in RISKY) else []
+
     def launches(self, facts: DeviceFacts) -> list[Launch]:
-        """Returns the same and what inference and the stages by themselves launch."""
+        """Returns what training launches and what inference and the stages by themselves launch."""
         with recorded(facts) as launches:
             _stages(self)
             for batch_stats in (True, False):
                 _fuse_select(self, batch_stats)
         return launches
+
+
+# Rows that do not fill a tile, ceilings that the model finds nearest to what a copy moves, and
+# sizes that Triton makes constants.
+RISKY = (
+    Setting(2, "contiguous", torch.bfloat16, (128, 512, 196)),
+    Setting(2, "contiguous", torch.bfloat16, (128, 1024, 49)),
+    Setting(3, "contiguous", torch.bfloat16, (128, 512, 196)),
+    Setting(2, "channels_last", torch.bfloat16, (128, 256, 784)),
+    Setting(3, "channels_last", torch.bfloat16, (128, 256, 784)),
+    Setting(2, "contiguous", torch.bfloat16, (1, 1, 1)),
+)
 
 
 def settings() -> Iterator[Setting]:
