@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch._inductor import config
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
-from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
 import sknet_triton as skt
 from perf.peers.baseline import LAYOUTS, Side, both_sides
 from perf.rows.schema import Launches
 from perf.static import null_driver
+from perf.static.plans import planning
 
 # Operators that are neither views nor composed of others, and launch nothing.
 _ALLOCATIONS = ("empty", "new_empty", "_unsafe_view", "resize_", "set_")
@@ -112,7 +112,7 @@ def _driven(kernels: list[null_driver.NullLaunch], side: Side, run: Run) -> int:
 
 def _planned(side: Side, run: Run) -> int:
     torch.compiler.reset()
-    with fresh_cache(), _counted_plan() as kernels:  # a plan from the cache would not be counted
+    with planning(), _counted_plan() as kernels:
         compiled: Any = torch.compile(side.module, fullgraph=True)
         run(replace(side, module=compiled))
     return len(kernels)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._inductor import compile_fx, metrics
-from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +20,7 @@ import sknet_triton as skt
 from perf.peers.baseline import LAYOUTS, SKFuseSelect
 from perf.rows.schema import Traffic
 from perf.static.bytes import MEBI, counted_bytes, saved
+from perf.static.plans import planning
 
 
 class _Operands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -87,7 +87,8 @@ def _figures(plan: _Plan, xs: list[Tensor]) -> tuple[float, float, float]:
 
     training = plan.count(module.train(), train)
     run = torch.compile(module) if plan.compiled else module
-    kept = saved(lambda: run(*xs), module, xs).mb * MEBI
+    with planning():
+        kept = saved(lambda: run(*xs), module, xs).mb * MEBI
     inference = plan.count(module.eval(), infer)
     return training / one_pass, inference / one_pass, kept / one_pass
 
@@ -102,7 +103,7 @@ def _eager_bytes(module: nn.Module, run: Run) -> int:
 def _compiled_bytes(module: nn.Module, run: Run) -> int:
     torch.compiler.reset()
     metrics.reset()
-    with fresh_cache(), _metrics_counted():  # a plan from the cache would not be counted
+    with planning(), _metrics_counted():
         run(torch.compile(module, fullgraph=True))
     moved: int = metrics.num_bytes_accessed
     return moved
