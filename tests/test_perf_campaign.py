@@ -1,18 +1,20 @@
 """The campaign: its plan, its time, and what it leaves behind wherever it is cut."""
 
 import argparse
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
 
-from perf.__main__ import main
+from perf.__main__ import INTERRUPTED, IO_ERROR, main
 from perf.commands import campaign as command
 from perf.commands.campaign import GRACE, LEAST, Part, parts, plan, share
 from perf.rows import schema
@@ -23,14 +25,14 @@ from perf.sweep.contest import BudgetSpentError, Conditions, measure_case
 from perf.sweep.providers import PROVIDERS, Provider
 from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
-from tests.sweeps import refusal
+from tests.sweeps import refusal, write_report
 
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=1)
 
 
 def python(code: str, seconds: float = 60.0) -> Part:
-    return Part("part", "runs a line", (sys.executable, "-c", code), seconds, rows=False)
+    return Part("part", "runs a line", (sys.executable, "-c", code), seconds, columns=None)
 
 
 # The plan
@@ -142,13 +144,27 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+ENDINGS = {signal.SIGTERM: command.TERMINATED, signal.SIGINT: INTERRUPTED}
+# Starts another process, and both write their numbers.
+FAMILY = """
+import os, sys, time
+child = os.fork()
+open(f"{sys.argv[1]}-{'part' if child else 'child'}", "w").write(f"{os.getpid()} ")
+time.sleep(60)
+"""
+
+
 @pytest.mark.slow
-def test_what_a_part_has_started_ends_with_the_campaign(tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_what_a_part_has_started_ends_with_the_campaign(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    pids = [tmp_path / "pid-part", tmp_path / "pid-child"]
+    started = f"(sys.executable, '-c', {FAMILY!r}, {str(tmp_path / 'pid')!r})"
     script = (
-        "import sys; from perf.commands import campaign; from perf.commands.campaign import Part; "
-        f"part = Part('part', '', (sys.executable, '-c', {code!r}), 60.0, rows=False); "
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from perf.commands import campaign; from perf.commands.campaign import Part; "
+        f"part = Part('part', '', {started}, 60.0, columns=None); "
         "campaign.parts = lambda **_: (part,); from perf.__main__ import main; "
         f"sys.exit(main(['campaign', '--device', 'cpu', '--out', {str(tmp_path / 'a.csv')!r}]))"
     )
@@ -156,15 +172,59 @@ def test_what_a_part_has_started_ends_with_the_campaign(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path
     )
-    while not pid.exists() or not pid.read_text():
+    while not all(pid.exists() and pid.read_text().endswith(" ") for pid in pids):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == command.TERMINATED
+    process.send_signal(number)
+    assert process.wait(30) == ENDINGS.get(number, -number)
     waiting = time.monotonic() + 30  # it was told to end, which may take a moment
-    while is_alive(int(pid.read_text())):
+    while any(is_alive(int(pid.read_text())) for pid in pids):
         assert time.monotonic() < waiting
         time.sleep(0.1)
+
+
+def test_a_second_campaign_on_one_report_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.csv"
+    write_report(out, [])
+    again = ["campaign", "--device", "cpu", "--out", str(out), "--resume"]
+    with command._logged(tmp_path / "a.csv.log"):  # between two parts the report is nobody's
+        said = refusal(capsys, *again, silent=False)
+    assert "a.csv.log: another run is writing it" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+    with command._logged(tmp_path / "b.csv.log") as log:
+        log.write(b"before\n")
+    assert run(tmp_path / "b.csv", python("print(1)"), minutes=1, monkeypatch=monkeypatch) == 0
+    assert (tmp_path / "b.csv.log").read_text().startswith("before\n")
+
+
+def test_a_full_disk_ends_a_campaign_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: FileIO, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full(FileIO):
+        write = full  # type: ignore[assignment]  # narrower than any buffer
+
+    monkeypatch.setattr(command, "FileIO", Full)
+    out = tmp_path / "a.csv"
+    assert run(out, python("print(1)"), minutes=1, monkeypatch=monkeypatch) == IO_ERROR
+    said = capsys.readouterr().err
+    assert said == f"python -m perf: {out}.log: No space left on device\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+@pytest.mark.parametrize("name", ["bytes\udcff 測定[2].csv", "new\nline.csv", "-a", ".csv"])
+def test_a_campaign_takes_any_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / name
+    named = Part("part", "is told the file", (sys.executable, "-c", "import sys; sys.exit(3)"), 9.0)
+    assert run(out, named, minutes=1, monkeypatch=monkeypatch) == 1
+    assert os.fsencode(f"--out={out}") in (tmp_path / f"{name}.log").read_bytes()
+    assert schema.read(out).empty
 
 
 def test_a_part_that_appends_rows_gets_a_budget_below_its_time() -> None:
@@ -182,8 +242,16 @@ def test_a_part_that_appends_rows_gets_a_budget_below_its_time() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "nowhere/a.csv"], "nowhere/a.csv cannot be written"),
-        (["--out", "there.csv"], "exists; go on with it by --resume"),
+        (["--out", "nowhere/a.csv"], "nowhere/a.csv.log cannot be written: No such file"),
+        (["--out", "there.csv"], "there.csv exists; go on with it by --resume"),
+        (["--out", "tuned.csv"], "tuned-tuned.csv exists; go on with it by --resume"),
+        (["--out", "there.csv", "--resume"], "there.csv:1: not the columns"),
+        (["--out", "folder"], "folder is a folder"),
+        (["--out", ""], ". is a folder"),
+        (["--out", "/"], "/ is a folder"),
+        (["--out", "a"], "a.log cannot be written: Is a directory"),
+        (["--out", "b"], "b.log cannot be written: No such device"),
+        (["--out", "x" * 250], "File name too long"),
         (["--minutes", "0"], "not a positive number of minutes"),
     ],
 )
@@ -195,8 +263,15 @@ def test_mistakes_are_one_line(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("there.csv").touch()
+    for name in ("there.csv", "tuned-tuned.csv"):
+        Path(name).write_text("mine\n")
+    for name in ("folder", "a.log"):
+        Path(name).mkdir()
+    os.mkfifo("b.log")
+    before = sorted(path.name for path in tmp_path.iterdir())
     assert message in refusal(capsys, "campaign", "--device", "cpu", *arguments, silent=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert {Path(name).read_text() for name in ("there.csv", "tuned-tuned.csv")} == {"mine\n"}
 
 
 @pytest.mark.slow

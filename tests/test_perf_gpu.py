@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perf.__main__ import main
+from perf.commands import run as run_command
 from perf.commands.options import chosen_device, read_report
 from perf.peers import baseline
 from perf.report import tables
@@ -395,6 +396,19 @@ def test_a_lost_device_ends_the_run_with_its_rows_safe(
     lost = False
     assert main([*run, "--resume"]) == 0
     assert len(schema.read(out)) == len(measured) == len(set(measured))
+
+
+def test_a_check_says_that_the_device_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judge_case(*_: object) -> dict[str, Result]:
+        raise DeviceLostError("an illegal memory access")
+
+    monkeypatch.setattr(run_command, "judge_case", judge_case)
+    assert main(["check", "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith(": the device is lost: an illegal memory access\n")
+    assert said.count("\n") == 1
 
 
 def test_a_sweep_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,7 +190,8 @@ def test_rank_without_a_gpu_of_its_own_is_said(
     [
         (["traffic", "--shape", "1", "8", "4", "4"], "1", "--shape: expected B >= 2"),
         (["kernels"], "1", "TRITON_INTERPRET: kernels cannot be compiled where it is 1"),
-        (["host", "--rounds", "1"], "0", "--rounds: expected at least 2, got 1"),
+        (["host", "--rounds", "1"], "0", "'1' is not a whole number from 2 to 10,000"),
+        (["host", "--rounds", str(10**9)], "0", "is not a whole number from 2 to 10,000"),
         (["host"], "1", "TRITON_INTERPRET: nothing is launched where it is 1; unset it"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
@@ -305,6 +306,12 @@ def test_report_that_cannot_be_read_is_named(command: str, name: str, refused: R
     assert f"{name}: " in refused(command, *arguments)
 
 
+@pytest.mark.parametrize("command", ["compare", "summary", "plot"])
+def test_report_without_a_row_is_said(command: str, folder: Path, refused: Refused) -> None:
+    (folder / "a.csv").write_bytes(WHOLE.partition(b"\n")[0] + b"\n")
+    assert "a.csv" in refused(command, *["a.csv"] * (1 + (command == "compare")))
+
+
 def test_report_with_line_breaks_of_another_system_is_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,7 +348,7 @@ def test_plot_says_where_it_cannot_write(out: str, said: str, refused: Refused) 
 
 
 @pytest.mark.parametrize("out", ["folder", "nowhere/a.csv", "file.csv/a.csv", "pipe", "x" * 300])
-@pytest.mark.parametrize("command", ["kernels", "traffic"])
+@pytest.mark.parametrize("command", ["kernels", "traffic", "host"])
 def test_where_a_table_goes_is_checked_before_the_work(
     command: str, out: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +356,7 @@ def test_where_a_table_goes_is_checked_before_the_work(
         raise AssertionError("worked first")
 
     monkeypatch.setattr("perf.static.compiled.kernel_table", work)
-    monkeypatch.setattr("perf.static.traffic.traffic", work)
+    monkeypatch.setattr("perf.static.launches.launches_of", work)
+    monkeypatch.setattr("perf.static.null_driver.install", work)
     monkeypatch.setenv("TRITON_INTERPRET", str(int(command == "traffic")))
     assert f"--out: {out}" in refused(command, "--out", out)

@@ -342,6 +342,31 @@ def test_report_that_is_removed_replaced_or_changed_meanwhile_ends_the_run(tmp_p
             assert (path.read_bytes() if path.exists() else None) == found
 
 
+def test_report_that_somebody_else_put_there_before_the_first_row_stays(tmp_path: Path) -> None:
+    path, theirs = tmp_path / "a.csv", tmp_path / "theirs.csv"
+    theirs.write_text("theirs\n")
+    opened = open_store(path, resume=False)
+    theirs.replace(path)
+    with pytest.raises(StopError), opened as store:
+        store.append(rows_of(1))
+    assert path.read_text() == "theirs\n"
+
+
+def test_mistake_removes_no_report_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    open_store(path, resume=False).close()
+    with pytest.raises(UsageError), open_store(path, resume=True):
+        raise UsageError("a mistake")
+    assert schema.read(path).empty
+
+
+def test_damaged_part_leaves_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = part_of(tmp_path / "a.csv", Rank(0, 0, 2))
+    part.write_text("damaged\n")
+    assert f"{part}:1: " in refusal(capsys, *TINY, "--out", str(tmp_path / "a.csv"), "--resume")
+    assert list(tmp_path.iterdir()) == [part]
+
+
 def test_part_that_another_run_still_writes_is_not_collected(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     with (

@@ -5,28 +5,31 @@ own time only. The time left is dealt out anew before each part, by the parts' e
 """
 
 import argparse
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import torch
 
 from perf.commands.options import DEVICES, duration
 from perf.commands.run import STATUSES
 from perf.report import tables
-from perf.rows import UsageError, schema
+from perf.rows import StopError, UsageError, schema
 from perf.rows.env import CHECKOUT
-from perf.rows.schema import Level, Mode
-from perf.rows.store import open_store
+from perf.rows.schema import SCHEMA, TUNED, Level, Mode
+from perf.rows.store import lock, open_store
+from perf.rows.typed_csv import Schema
 from perf.sweep.presets import PRESETS, jobs
 from perf.sweep.providers import PROVIDERS
 
@@ -35,6 +38,8 @@ REHEARSAL = ("--batch", "2", "--resolution", "32")
 # Seconds that a part gets to end by itself after its budget, and after it was told to.
 GRACE = 10.0
 TERMINATED = 128 + signal.SIGTERM
+# Ends its process group when its input ends, which nobody holds open but who started it.
+LEASH = ("sh", "-c", "read line; kill -s KILL 0")
 PERF = (sys.executable, "-m", "perf")
 
 # Seconds that a part gets at least.
@@ -72,8 +77,9 @@ class Part:
         what: it shows, in a line.
         command: to run, without what the campaign adds.
         seconds: estimated.
-        rows: whether it appends to the report, as ``run`` does, and takes a budget.
-        beside: what tells the name of the file that it appends to from the report's.
+        columns: of the file that it appends to; it takes a budget, as ``run`` does. None appends
+            nothing.
+        beside: what tells the name of that file from the report's.
         environment: variables of its own.
     """
 
@@ -81,9 +87,13 @@ class Part:
     what: str
     command: tuple[str, ...]
     seconds: float
-    rows: bool = True
+    columns: Schema | None = SCHEMA
     beside: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+
+    def file(self, report: Path) -> Path:
+        """Returns the file that it appends to."""
+        return report.with_name(f"{report.stem}{self.beside}{report.suffix}")
 
 
 def parts(which: Callable[[str], str | None] = shutil.which) -> tuple[Part, ...]:
@@ -94,7 +104,9 @@ def parts(which: Callable[[str], str | None] = shutil.which) -> tuple[Part, ...]
     """
     sanitizer = which("compute-sanitizer")
     return (
-        Part("environment", "device, driver, versions, commit", (*PERF, "env"), START, rows=False),
+        Part(
+            "environment", "device, driver, versions, commit", (*PERF, "env"), START, columns=None
+        ),
         _swept("copy", "copies at the sizes of the stages", "gpu-passes", "copy"),
         _swept("checks", "twenty chosen cases against float64", "gpu-checks"),
         *(_watched(sanitizer, tool) for tool in ("memcheck", "racecheck") if sanitizer),
@@ -117,6 +129,7 @@ def parts(which: Callable[[str], str | None] = shutil.which) -> tuple[Part, ...]
             "launch configurations of every streaming kernel, against the heuristics'",
             (*PERF, "tune"),
             START + _TUNED * TUNING,
+            columns=TUNED,
             beside="-tuned",
             environment={"TRITON_INTERPRET": "0"},
         ),
@@ -129,7 +142,7 @@ def _watched(sanitizer: str, tool: str) -> Part:
         "the twenty cases again, every access watched by the sanitizer",
         (sanitizer, "--tool", tool, "--error-exitcode", "1", *PERF, "check"),
         150.0,
-        rows=False,
+        columns=None,
         # Between the blocks of PyTorch's cache an access beyond a tensor would go unseen.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
@@ -184,7 +197,8 @@ def campaign(args: argparse.Namespace) -> int:
 
     The plan is printed first; --dry-run stops there. Every part is a process of its own and appends
     to one report; what it prints goes to a log beside it. The time is shared out anew before each
-    part. It may be cut off anywhere, and --resume goes on. Exits with 1 where a part failed.
+    part. It may be cut off anywhere, which ends the part as well, and --resume goes on. Exits with
+    1 where a part failed.
     """
     planned = [part for part in parts() if part.name in (args.part or (part.name,))]
     if not planned:
@@ -194,38 +208,73 @@ def campaign(args: argparse.Namespace) -> int:
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: there is no GPU; cpu rehearses the campaign")
-    open_store(args.out, resume=args.resume).close()
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        status = _carry_out(planned, args)
-    except KeyboardInterrupt:
-        status = STATUSES["interrupt"]
+    with _logged(Path(f"{args.out}.log")) as log:
+        _create(planned, args)
+        signal.signal(signal.SIGTERM, _terminated)
+        try:
+            status = _carry_out(planned, args, log)
+        except KeyboardInterrupt:
+            status = STATUSES["interrupt"]
     print(tables.table(schema.read(args.out)))
     print(args.out)
     return status
 
 
-def _carry_out(planned: Sequence[Part], args: argparse.Namespace) -> int:
+@contextmanager
+def _logged(path: Path) -> Iterator[FileIO]:
+    """The log, which is this campaign's alone in the context; one that stays empty is removed.
+
+    Raises:
+        UsageError: it cannot be written, or another campaign is writing it.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+    try:
+        log = FileIO(path, "a", opener=lambda name, _: os.open(name, flags, 0o666))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    with log:
+        lock(path, log.fileno())
+        try:
+            yield log
+        finally:
+            if not os.fstat(log.fileno()).st_size:
+                path.unlink(missing_ok=True)
+
+
+def _create(planned: Sequence[Part], args: argparse.Namespace) -> None:
+    """Creates the report and the other files of the parts, or none of them.
+
+    Raises:
+        UsageError: one cannot be written, or is there and is not to be resumed.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(open_store(args.out, resume=args.resume))
+        for part in planned:
+            if part.columns and part.beside:
+                path = part.file(args.out)
+                stack.enter_context(open_store(path, resume=args.resume, columns=part.columns))
+
+
+def _carry_out(planned: Sequence[Part], args: argparse.Namespace, log: FileIO) -> int:
     """Runs the parts, and again those that their time was too short for; 1 where one failed."""
     deadline = time.monotonic() + 60 * args.minutes - GRACE
     statuses: list[int | None] = []
     cut: list[Part] = []
-    with args.out.with_name(f"{args.out.name}.log").open("a") as log:
-        for turn in (planned, cut):
-            for i, part in enumerate(turn):
-                left = deadline - time.monotonic()
-                seconds = share(left, part, turn[i + 1 :])
-                if not seconds:
-                    if turn is planned:
-                        print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
-                    continue
-                start = time.monotonic()
-                status = _run(part, command(part, args, seconds), seconds, log)
-                took = time.monotonic() - start
-                statuses.append(status)
-                if part.rows and turn is planned and not status and took > seconds - 2 * GRACE:
-                    cut.append(part)
-                print(f"{part.name}: {_ending(status)} after {took:.0f} s", flush=True)
+    for turn in (planned, cut):
+        for i, part in enumerate(turn):
+            left = deadline - time.monotonic()
+            seconds = share(left, part, turn[i + 1 :])
+            if not seconds:
+                if turn is planned:
+                    print(f"{part.name}: left out, {left:.0f} s are left", flush=True)
+                continue
+            start = time.monotonic()
+            status = _run(part, command(part, args, seconds), seconds, log)
+            took = time.monotonic() - start
+            statuses.append(status)
+            if part.columns and turn is planned and not status and took > seconds - 2 * GRACE:
+                cut.append(part)
+            print(f"{part.name}: {_ending(status)} after {took:.0f} s", flush=True)
     return int(any(statuses))
 
 
@@ -249,43 +298,53 @@ def plan(planned: Sequence[Part], seconds: float) -> str:
 
 def command(part: Part, args: argparse.Namespace, seconds: float) -> tuple[str, ...]:
     """Returns what to run for ``part`` in ``seconds``."""
-    whole = part.command
-    if part.rows:
-        budget = max(seconds - 2 * GRACE, 1.0)
-        out = args.out.with_name(f"{args.out.stem}{part.beside}{args.out.suffix}")
-        whole = (*whole, f"--out={out}", "--resume", "--budget", f"{budget:.0f}")
-    if args.device == "cpu" and part.rows:
-        whole = (*whole, "--device", "cpu", *REHEARSAL)
-    return whole
+    if not part.columns:
+        return part.command
+    budget = max(seconds - 2 * GRACE, 1.0)
+    limits = (f"--out={part.file(args.out)}", "--resume", "--budget", f"{budget:.0f}")
+    rehearsal = ("--device", "cpu", *REHEARSAL) if args.device == "cpu" else ()
+    return (*part.command, *limits, *rehearsal)
 
 
-def _run(part: Part, command: Sequence[str], seconds: float, log: IO[str]) -> int | None:
+def _run(part: Part, command: Sequence[str], seconds: float, log: FileIO) -> int | None:
     """Runs a part for at most ``seconds``; returns its exit status, None where it was cut off."""
-    print(f"\n{part.name}: {' '.join(command)}", file=log, flush=True)
+    try:
+        log.write(os.fsencode(f"\n{part.name}: {' '.join(command)}\n"))
+    except OSError as error:
+        raise StopError(f"{os.fsdecode(log.name)}: {error.strerror}") from error
     # It finds what this process finds, installed or not.
     path = os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "kernels"), *filter(None, sys.path)])
     environment = {**os.environ, **part.environment, "PYTHONPATH": path}
-    # A session of its own, so that what it has started ends with it.
-    process = subprocess.Popen(
-        command, env=environment, stdout=log, stderr=log, start_new_session=True
-    )
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        _end(process)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a part and all that it has started: it may close its report first."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-    with suppress(ProcessLookupError):  # nothing is left of it
-        os.killpg(process.pid, signal.SIGKILL)
+    with _group() as group:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=functools.partial(os.setpgid, 0, group),
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.poll() is None:  # it may close its report
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
     process.wait()
+    return status
+
+
+@contextmanager
+def _group() -> Iterator[int]:
+    """A process group, by its number: what is in it ends with the context and with this process.
+
+    So it does where this process is killed, which could not end it.
+    """
+    with subprocess.Popen(LEASH, stdin=subprocess.PIPE, preexec_fn=os.setpgrp) as leader:
+        yield leader.pid
 
 
 def _terminated(signum: int, frame: FrameType | None) -> NoReturn:

@@ -3,19 +3,19 @@
 import argparse
 import math
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 
 import pandas as pd
 import torch
 
-from perf.commands.options import add_table, needs_compiler, table_file
+from perf.commands.options import add_table, needs_compiler, table_file, whole_number
 from perf.rows import UsageError
 from perf.rows.schema import SIZES
 
 # Of one branch: the interpreter takes a minute for as many.
 MOST_ELEMENTS = 2**24
+_MOST_ROUNDS = 10_000
 
 _TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _WHAT = ["target", "kernel", "norm", "M", "layout", "dtype", "C", "S"]
@@ -60,7 +60,7 @@ def traffic(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") != "1":
         # torch may have imported triton by now, which reads the variable only once.
         command = [sys.executable, "-m", "perf", *sys.argv[1:]]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     from perf.static.launches import launches_of
     from perf.static.traffic import traffic
 
@@ -80,7 +80,11 @@ def traffic(args: argparse.Namespace) -> int:
 def add_host(parser: argparse.ArgumentParser) -> None:
     """Declares how often and where the table goes."""
     parser.add_argument(
-        "--rounds", type=int, default=40, help="turns that each side takes (default: 40)"
+        "--rounds",
+        type=whole_number(2, _MOST_ROUNDS),
+        default=40,
+        metavar="N",
+        help="turns that each side takes (default: 40)",
     )
     add_table(parser)
 
@@ -91,8 +95,6 @@ def host(args: argparse.Namespace) -> int:
     Needs triton but no GPU: a driver without a device compiles and binds the kernels for sm_90 and
     launches nothing. Tiny tensors, one thread, both sides in turn; CPU time, in microseconds.
     """
-    if args.rounds < 2:
-        raise UsageError(f"--rounds: expected at least 2, got {args.rounds}")
     needs_compiler("nothing is launched")
     from perf.static import null_driver
     from perf.static.host import host

@@ -153,7 +153,7 @@ def publish(args: argparse.Namespace) -> int:
     Nothing is measured. A document whose tables already say what the reports say is left alone.
     """
     for path, text in published(env.CHECKOUT).items():
-        if text != path.read_text():
+        if text != path.read_text(encoding="utf-8"):
             with whole_file(path) as file:
                 file.write(text.encode())
             print(path.relative_to(env.CHECKOUT))
@@ -173,6 +173,8 @@ def summary(args: argparse.Namespace) -> int:
     same way in the same run: time, ratio, and what is kept for the backward pass.
     """
     frame = read_report(args.report)
+    if frame.empty:
+        raise UsageError(f"{args.report} has no row")
     print(f"{_environment(frame)}\n")
     show = tables.pairs if args.pairs else tables.table
     print(show(frame, markdown=True))

@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from perf.report import tables
 from perf.rows import UsageError, schema
 from perf.rows import env as environment
 from perf.rows.store import Store, collect, open_store
-from perf.sweep.contest import Conditions, judge_case
+from perf.sweep.contest import Conditions, DeviceLostError, judge_case
 from perf.sweep.presets import PRESETS, Grid, Job, jobs
 from perf.sweep.providers import PROVIDERS
 from perf.sweep.ranks import Team, part_of, parts_of, this_rank, together
@@ -181,7 +182,11 @@ def _opened(path: Path, team: Team, *, resume: bool) -> Iterator[tuple[Store | N
         report = None
         with team.all_or_none():
             if team.rank.index == 0:
-                report = stack.enter_context(_opened_report(path, resume=resume))
+                left = parts_of(path) if path.parent.is_dir() else []
+                if left and not resume:
+                    raise UsageError(f"{left[0]} is left of another run; --resume collects it")
+                report = stack.enter_context(open_store(path, resume=resume))
+                collect(report, left)
         if team.rank.count == 1:
             assert report is not None
             yield report, report
@@ -190,19 +195,6 @@ def _opened(path: Path, team: Team, *, resume: bool) -> Iterator[tuple[Store | N
             own = stack.enter_context(open_store(part_of(path, team.rank), resume=False))
             own.keys |= schema.keys(path)
         yield report, own
-
-
-def _opened_report(path: Path, *, resume: bool) -> Store:
-    left = parts_of(path) if path.parent.is_dir() else []
-    if left and not resume:
-        raise UsageError(f"{left[0]} is left of another run; --resume collects it")
-    report = open_store(path, resume=resume)
-    try:
-        collect(report, left)
-    except BaseException:
-        report.close()
-        raise
-    return report
 
 
 def _show(report: Store, todo: list[Job], ending: Ending) -> None:
@@ -240,15 +232,19 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> int:
     """Check the kernels' results on chosen cases, against float64; nothing is timed or written.
 
-    Prints a line for each case and provider, and exits with 1 where one is not right. Meant to run
-    under compute-sanitizer as well, which slows every access down.
+    Prints a line for each case and provider, and exits with 1 where one is not right or the device
+    was lost. Meant to run under compute-sanitizer as well, which slows every access down.
     """
     device = chosen_device(args.device, this_rank())
     conditions = Conditions(device, args.seed, seconds=0.0, rounds=1)
     wrong = 0
     for job in jobs(PRESETS[args.preset].grids, args.seed):
         names = args.provider or job.providers
-        results = judge_case(job.case, tuple(PROVIDERS[name] for name in names), conditions)
+        try:
+            results = judge_case(job.case, tuple(PROVIDERS[name] for name in names), conditions)
+        except DeviceLostError as error:
+            print(f"{job.label}: the device is lost: {error}", file=sys.stderr)
+            return STATUSES["lost"]
         for name, result in results.items():
             wrong += result.status not in ("ok", "unsupported")
             line = f"{result.status:11} {job.case.label}: {name} {result.reason}"

@@ -75,7 +75,7 @@ def published(checkout: Path) -> dict[Path, str]:
     for table in TABLES:
         path = checkout / table.document
         try:
-            text = texts.get(path) or path.read_text()
+            text = texts.get(path) or path.read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}") from error
         texts[path] = table.placed(text, table.lines(checkout))

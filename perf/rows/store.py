@@ -28,6 +28,7 @@ class Store:
         self.keys: set[Key] = set()
         self._file = file
         self._size = 0
+        self._new = False
 
     def __enter__(self) -> "Store":
         return self
@@ -38,8 +39,8 @@ class Store:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and not self.keys:
-            self.path.unlink(missing_ok=True)
+        if error is not None and self._new and not self.keys and self._is_untouched():
+            self.path.unlink()
         self.close()
 
     def close(self) -> None:
@@ -73,7 +74,8 @@ class Store:
         self._size = len(whole)
         if len(data) > len(whole):
             os.ftruncate(self._file.fileno(), self._size)
-        if not whole:
+        self._new = not whole
+        if self._new:
             self._write(self.columns.header())
         self.keys |= lines.keys()
         return lines
@@ -97,9 +99,16 @@ class Store:
             self._size += len(data)
 
     def _check_nobody_wrote(self) -> None:
-        here, there = os.fstat(self._file.fileno()), self.path.stat()
-        if not os.path.samestat(here, there) or here.st_size != self._size:
+        if not self._is_untouched():
             raise StopError(f"{self.path}: removed or changed by somebody else during the run")
+
+    def _is_untouched(self) -> bool:
+        here = os.fstat(self._file.fileno())
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(here, there) and here.st_size == self._size
 
 
 def open_store(path: Path, *, resume: bool, columns: Schema = SCHEMA) -> Store:
@@ -126,14 +135,12 @@ def open_store(path: Path, *, resume: bool, columns: Schema = SCHEMA) -> Store:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
     store = Store(path, file, columns)
     try:
-        _lock(path, file.fileno())
+        lock(path, file.fileno())
         store.load()
-    except StopError as error:  # no room for the header
-        path.unlink()
-        file.close()
-        raise UsageError(str(error)) from error
-    except BaseException:
-        file.close()
+    except BaseException as error:
+        store.__exit__(type(error), error, None)
+        if isinstance(error, StopError):  # no room for the header
+            raise UsageError(str(error)) from error
         raise
     return store
 
@@ -154,9 +161,14 @@ def collect(store: Store, parts: Iterable[Path]) -> None:
             path.unlink()
 
 
-def _lock(path: Path, descriptor: int) -> None:
-    # A lock of the open file: it ends with the process, however that ends, and a program that is
-    # started meanwhile does not inherit it.
+def lock(path: Path, descriptor: int) -> None:
+    """Keeps other runs from the regular file at ``path``, which is open as ``descriptor``.
+
+    The lock is the open file's: it ends with the processes that have it open, however they end.
+
+    Raises:
+        UsageError: another run has it, or it cannot be locked.
+    """
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         raise UsageError(f"{path} is no regular file")
     try:
