@@ -1,6 +1,7 @@
 """Launch configurations are pure, legal and sensible over the shapes people use."""
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,21 +10,28 @@ from torch import Tensor
 from perf.static.specialisations import NETWORK_STAGES
 from sknet_kernels.arguments import problem_of
 from sknet_kernels.config import (
-    FINISH_PARTS,
     FUSE,
     MAX_BRANCHES,
     MOMENTS,
     SELECT,
-    STAGES,
+    STREAMING_KERNELS,
     SUMS,
     DeviceFacts,
-    LaunchConfig,
     Problem,
-    Stage,
-    candidates,
+    StreamingKernel,
     cdiv,
     most_registers,
     next_power_of_two,
+)
+from sknet_kernels.small import (
+    HIDDEN,
+    HIDDEN_BWD,
+    LOGITS,
+    MOMENTS_FINISH,
+    SMALL_KERNELS,
+    SmallConfig,
+    SmallKernel,
+    SmallProblem,
 )
 
 H200 = DeviceFacts(multiprocessors=132, warp_size=32)
@@ -49,35 +57,37 @@ PROBLEMS = [
     )
 ]
 
-stages = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+kernels = pytest.mark.parametrize("kernel", STREAMING_KERNELS, ids=lambda kernel: kernel.name)
 
 
 def is_power_of_two(n: int) -> bool:
     return n >= 1 and n & (n - 1) == 0
 
 
-@stages
+@kernels
 @pytest.mark.parametrize("device", [H200, MI300], ids=["H200", "MI300"])
-def test_configurations_are_legal(device: DeviceFacts, stage: Stage) -> None:
+def test_configurations_are_legal(device: DeviceFacts, kernel: StreamingKernel) -> None:
     for problem in PROBLEMS:
-        config = LaunchConfig.from_heuristic(stage, problem, device)
+        config = kernel.heuristic(problem, device)
         for size in (config.block_c, config.block_s, config.num_warps, config.access):
             assert is_power_of_two(size), problem
         assert config.access <= problem.align, problem
         assert config.num_warps <= 4, problem
         assert config.block_c * config.block_s <= 4 * device.warp_size * config.access, problem
-        tiles = stage.tiles(problem, config)
+        tiles = kernel.tiles(problem, config)
         each = cdiv(tiles, config.splits)
         assert each * config.splits >= tiles, problem
         # Every split has a tile, and none is left over.
         assert config.splits == 1 or each * (config.splits - 1) < tiles, problem
 
 
-@stages
-def test_candidates_are_legal_and_few_and_begin_with_the_heuristics(stage: Stage) -> None:
+@kernels
+def test_candidates_are_legal_and_few_and_begin_with_the_heuristics(
+    kernel: StreamingKernel,
+) -> None:
     for problem in PROBLEMS:
-        found = candidates(stage, problem, H200)
-        assert found[0] == LaunchConfig.from_heuristic(stage, problem, H200), problem
+        found = kernel.candidates(problem, H200)
+        assert found[0] == kernel.heuristic(problem, H200), problem
         assert len(set(found)) == len(found) <= 17, problem
         for config in found[1:]:
             for size in (config.block_c, config.block_s, config.num_warps, config.access):
@@ -90,39 +100,39 @@ def test_candidates_are_legal_and_few_and_begin_with_the_heuristics(stage: Stage
             elements, threads = config.block_c * config.block_s, 32 * config.num_warps
             assert config.num_warps == 1 or elements >= threads * config.access, problem
             held = max(config.access, elements // threads)
-            assert stage.registers(problem, held) <= 204, problem
-            tiles = stage.tiles(problem, config)
+            assert kernel.registers(problem, held) <= 204, problem
+            tiles = kernel.tiles(problem, config)
             each = cdiv(tiles, config.splits)
             assert config.splits == 1 or each * (config.splits - 1) < tiles, problem
-            assert config.splits == 1 or config.splits * stage.partial_bytes(problem) <= 8 << 20
+            assert config.splits == 1 or config.splits * kernel.partial_bytes(problem) <= 8 << 20
 
 
 def test_candidates_differ_in_every_field_where_the_heuristics_leave_room() -> None:
     problem = problem_of([branch(32, 256, 784, 2, True)] * 2, 2)
-    first, *rest = candidates(FUSE, problem, H200)
+    first, *rest = FUSE.candidates(problem, H200)
     assert len(rest) >= 10
     for name in ("block_c", "block_s", "splits", "num_warps", "num_stages", "access"):
         assert any(getattr(config, name) != getattr(first, name) for config in rest), name
 
 
-@stages
-def test_rows_are_split_until_the_device_is_full_and_no_further(stage: Stage) -> None:
+@kernels
+def test_rows_are_split_until_the_device_is_full_and_no_further(kernel: StreamingKernel) -> None:
     for problem in PROBLEMS:
-        config = LaunchConfig.from_heuristic(stage, problem, H200)
-        rows, tiles = max(1, stage.rows(problem, config)), max(1, stage.tiles(problem, config))
+        config = kernel.heuristic(problem, H200)
+        rows, tiles = max(1, kernel.rows(problem, config)), max(1, kernel.tiles(problem, config))
         enough = 132 * 32 // config.num_warps
         assert config.splits <= max(1, cdiv(enough, rows)), problem
-        partial = stage.partial_bytes(problem)
+        partial = kernel.partial_bytes(problem)
         if 2 * config.splits * partial <= 8 << 20:
             # Even parts can leave up to half of the programs that were wanted.
             assert config.splits * rows >= min(tiles * rows, enough) / 2, problem
 
 
-@stages
-def test_partial_sums_fit_into_the_second_level_cache(stage: Stage) -> None:
+@kernels
+def test_partial_sums_fit_into_the_second_level_cache(kernel: StreamingKernel) -> None:
     for problem in PROBLEMS:
-        config = LaunchConfig.from_heuristic(stage, problem, H200)
-        assert config.splits == 1 or config.splits * stage.partial_bytes(problem) <= 8 << 20
+        config = kernel.heuristic(problem, H200)
+        assert config.splits == 1 or config.splits * kernel.partial_bytes(problem) <= 8 << 20
 
 
 def test_all_registers_are_asked_for_where_no_third_program_fits() -> None:
@@ -132,38 +142,110 @@ def test_all_registers_are_asked_for_where_no_third_program_fits() -> None:
     assert most_registers(MI300) is most_registers(MI300, expected=300) is None  # no such option
 
 
-def test_joining_the_parts_of_moments_takes_a_turn_or_a_fifth_of_the_pass() -> None:
-    """Modelled, not measured: waits of 1,100 cycles at 1.7 GHz; 3.0 TB/s, 5.5 from the cache."""
-    for channels_last, (C, S), B in itertools.product((False, True), NETWORK_STAGES, (32, 128)):
-        problem = problem_of([branch(B, C, S, 2, channels_last)] * 2, 2)
-        splits = LaunchConfig.from_heuristic(MOMENTS, problem, H200).splits
-        turns = cdiv(splits, FINISH_PARTS)
-        joining = 2 * turns * 1100 / 1.7e9 + splits * 3 * 2 * C * 4 / 5.5e12
-        assert turns == 1 or joining <= 2 * B * C * S * 2 / 3.0e12 / 5, problem
+@dataclass(frozen=True)
+class Join:
+    """A pass and the small kernel that joins its parts.
+
+    Attributes:
+        pass_: the pass.
+        small: what joins them.
+        waits: for memory, of a turn over parts.
+        rows: a part has of a channel, for each that the pass sums.
+    """
+
+    pass_: StreamingKernel
+    small: SmallKernel
+    waits: int
+    rows: float = 1.0
+
+
+JOINS = (
+    Join(MOMENTS, MOMENTS_FINISH, waits=2, rows=3 / 2),  # sizes beside means and deviations
+    Join(FUSE, HIDDEN, waits=1),
+    Join(SUMS, HIDDEN_BWD, waits=2),
+)
+
+
+@pytest.mark.parametrize("join", JOINS, ids=lambda join: join.small.name)
+def test_parts_are_joined_in_a_fifth_of_the_time_of_the_pass_that_made_them(join: Join) -> None:
+    """Modelled, not measured: waits of 1,100 cycles at 1.7 GHz; 3.0 TB/s, 5.5 from the cache.
+
+    Joining is what more than one part costs.
+    """
+    for channels_last, (C, S), B, M in itertools.product(
+        (False, True), NETWORK_STAGES, (32, 128), (2, 3)
+    ):
+        problem = problem_of([branch(B, C, S, 2, channels_last)] * M, M)
+        splits = join.pass_.heuristic(problem, H200).splits
+        small = SmallProblem(B, C, M, d=max(32, C // 16), parts=splits)
+        config = join.small.heuristic(small, H200)
+        # The parts of moments are those of a program's channels, of the others one block's in turn.
+        blocks = 1 if join.small is MOMENTS_FINISH else cdiv(C, config.block_c)
+        waits = (cdiv(splits, config.block_p) - 1) * blocks * join.waits
+        joined = (splits - 1) * join.rows * join.pass_.partial_bytes(problem)
+        moved = join.pass_.passes(M) * B * C * S * 2
+        joining = waits * 1100 / 1.7e9 + joined / 5.5e12
+        assert joining <= moved / 3.0e12 / 5, (problem, splits, config)
+
+
+@pytest.mark.parametrize("kernel", SMALL_KERNELS, ids=lambda kernel: kernel.name)
+def test_candidates_of_small_kernels_differ_in_one_size_within_its_limits(
+    kernel: SmallKernel,
+) -> None:
+    sizes = itertools.product((0, 1, 128), (1, 24, 1024), (1, 2, 8), (1, 5, 128), (1, 7, 1024))
+    for problem in [SmallProblem(B, C, M, d, parts) for B, C, M, d, parts in sizes]:
+        first, *rest = kernel.candidates(problem, H200)
+        assert first == kernel.heuristic(problem, H200), problem
+        assert kernel.programs(problem, first) >= (problem.B > 0), problem
+        for config in rest:
+            (name,) = [n for n in vars(config) if getattr(config, n) != getattr(first, n)]
+            least, most = kernel.sizes[name]
+            size, before = getattr(config, name), getattr(first, name)
+            assert least <= size <= most, problem
+            assert size in (before // 2, before * 2), problem
+            assert is_power_of_two(size) or name == "block_p", problem
+        assert len(set(rest)) == len(rest), problem
+
+
+def test_every_size_of_a_small_kernel_is_tried_where_there_is_room() -> None:
+    for kernel in SMALL_KERNELS:
+        problem = SmallProblem(128, 4096, 2, 256, 1024)
+        first, *rest = kernel.candidates(problem, H200)
+        changed = {n for config in rest for n in kernel.sizes if vars(config)[n] != vars(first)[n]}
+        assert changed == set(kernel.sizes)
+
+
+def test_small_kernels_take_the_tile_whose_busiest_multiprocessor_reads_least() -> None:
+    # A wave of tiles of 16 rows of 16 images, or eight of them where two of 32 do.
+    assert LOGITS.heuristic(SmallProblem(128, 128, 2, 32), H200).block_n == 16
+    assert LOGITS.heuristic(SmallProblem(128, 1024, 2, 64), H200).block_n == 32
+    problem = SmallProblem(128, 128, 2, 32, 4)
+    config = SmallConfig(block_b=16, block_n=16)
+    assert LOGITS.busiest(problem, config, H200) == 32 * (128 + 16 + 16)
+    config = SmallConfig(block_b=1, block_d=32)
+    assert HIDDEN_BWD.busiest(problem, config, H200) == 2 * 128 * (4 * 4 + 1 + 32)
 
 
 def test_a_small_batch_is_split_and_a_large_one_is_not() -> None:
     small = problem_of([branch(1, 128, 3136, 2, False)], 1)
     large = problem_of([branch(1024, 128, 3136, 2, False)], 1)
-    assert LaunchConfig.from_heuristic(FUSE, small, H200).splits > 1
-    assert LaunchConfig.from_heuristic(FUSE, large, H200).splits == 1
+    assert FUSE.heuristic(small, H200).splits > 1
+    assert FUSE.heuristic(large, H200).splits == 1
 
 
 def test_rows_lie_along_the_contiguous_axis() -> None:
-    nchw = LaunchConfig.from_heuristic(
-        SELECT, problem_of([branch(8, 128, 3136, 2, False)], 1), H200
-    )
-    nhwc = LaunchConfig.from_heuristic(SELECT, problem_of([branch(8, 128, 3136, 2, True)], 1), H200)
+    nchw = SELECT.heuristic(problem_of([branch(8, 128, 3136, 2, False)], 1), H200)
+    nhwc = SELECT.heuristic(problem_of([branch(8, 128, 3136, 2, True)], 1), H200)
     assert nchw.block_s * 2 >= 128
     assert nhwc.block_c * 2 >= 128
 
 
 def test_a_thread_holds_less_where_a_kernel_keeps_more() -> None:
     few, many = (problem_of([branch(8, 128, 3136, 2, True)] * M, M) for M in (2, MAX_BRANCHES))
-    for stage in (SUMS, MOMENTS):
-        assert LaunchConfig.from_heuristic(stage, few, H200).access == 8
-        assert LaunchConfig.from_heuristic(stage, many, H200).access < 8
-    assert LaunchConfig.from_heuristic(MOMENTS, many, H200).access == 4
+    for kernel in (SUMS, MOMENTS):
+        assert kernel.heuristic(few, H200).access == 8
+        assert kernel.heuristic(many, H200).access < 8
+    assert MOMENTS.heuristic(many, H200).access == 4
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sknet_kernels.config import FUSE, SELECT_BWD, DeviceFacts, LaunchConfig, Problem
+from sknet_kernels.config import FUSE, SELECT_BWD, DeviceFacts, Problem
 from sknet_triton import Backend, SKConv, functional, use_backend
 from tests.helpers import BACKENDS, ROOT, laid_out, source_environment
 from tests.plain_sknet import scramble
@@ -137,5 +137,5 @@ def test_the_rows_here_are_split(channels_last: bool, device: torch.device) -> N
     B, C, height, width = SUBJECTS["sk_select"].shape
     problem = Problem(B, C, height * width, 2, 4, channels_last, align=4)
     facts = DeviceFacts.of(device)
-    for stage in (FUSE, SELECT_BWD):
-        assert LaunchConfig.from_heuristic(stage, problem, facts).splits > 1
+    for kernel in (FUSE, SELECT_BWD):
+        assert kernel.heuristic(problem, facts).splits > 1

@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from perf.rows.store import open_store
 from perf.static import trials
 from perf.static.aot import Compiled, Resources
 from perf.static.specialisations import LAYOUTS, Setting
-from perf.static.trials import TRIALS, Inputs, Subject
+from perf.static.trials import TRIALS, AnyConfig, AnyKernel, Inputs, Subject
 from perf.sweep import measure, tuning
 from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError
 from sknet_kernels import arguments, tuned
@@ -29,12 +31,13 @@ from sknet_kernels.config import (
     FUSE,
     MOMENTS,
     SELECT,
-    STAGES,
+    STREAMING_KERNELS,
     DeviceFacts,
     LaunchConfig,
-    Stage,
-    candidates,
+    StreamingKernel,
 )
+from sknet_kernels.launch import Launch
+from sknet_kernels.small import FUSE_COMBINE, LOGITS, SMALL_KERNELS, SmallKernel
 from tests.sweeps import CONDITIONS, CPU, refusal
 
 Shape = tuple[int, int, int]
@@ -42,9 +45,12 @@ H200 = DeviceFacts(multiprocessors=132, warp_size=32, name="NVIDIA H200")
 
 
 FEW = DeviceFacts(multiprocessors=2, warp_size=32)
+KERNELS: tuple[AnyKernel, ...] = (*STREAMING_KERNELS, *SMALL_KERNELS)
 
 
-def small(*kernels: Stage, layout: str = "contiguous", shape: Shape = (2, 8, 40)) -> list[Subject]:
+def small(
+    *kernels: AnyKernel, layout: str = "contiguous", shape: Shape = (2, 8, 40)
+) -> list[Subject]:
     return [Subject(kernel, Setting(2, layout, torch.float32, shape, CPU)) for kernel in kernels]
 
 
@@ -63,40 +69,60 @@ def _forget() -> None:
     arguments._configuration.cache_clear()
 
 
-def written(subject: Subject, config: LaunchConfig, path: Path) -> None:
+def described(launch: Launch) -> tuple[Any, ...]:
+    return launch.programs, launch.constants, launch.options
+
+
+def written(subject: Subject, config: AnyConfig, path: Path) -> None:
     where = Environment("H200", 0, "", "", "", 0, 0, 1, "", "", "", "", "", "", False, 0, "")
-    line = rows.tuned_line(subject.stage, subject.problem, config, Timing(2.0, 1.0, 9, 1), where)
+    problem = subject.problem(H200)
+    line = rows.tuned_line(subject.kernel.name, problem, config, Timing(2.0, 1.0, 9, 1), where)
     with open_store(path, resume=True, columns=rows.TUNED) as store:
-        store.append_lines({rows.tuned_key(subject.stage, subject.problem): line})
+        store.append_lines({rows.tuned_key(subject.kernel.name, problem): line})
 
 
 # The table
 
 
 def test_a_row_replaces_the_heuristics_on_its_device_and_problem_alone(folder: Path) -> None:
-    subject, other = small(FUSE)[0], small(SELECT)[0]
-    heuristic = LaunchConfig.from_heuristic(FUSE, subject.problem, H200)
-    assert tuned.choice(FUSE, subject.problem, H200) == heuristic
+    subject, other = small(FUSE, SELECT)
+    problem: Any = subject.problem(H200)
+    heuristic = FUSE.heuristic(problem, H200)
+    assert tuned.choice(FUSE, problem, H200) == heuristic
     config = LaunchConfig(4, 8, splits=3, num_warps=2, num_stages=4, access=2)
     written(subject, config, tuned.table_path(H200.name))
-    assert tuned.choice(FUSE, subject.problem, H200) == heuristic  # read once
+    assert tuned.choice(FUSE, problem, H200) == heuristic  # read once, before
     _forget()
     assert tuned.table_path(H200.name) == folder / "nvidia-h200.csv"
-    assert tuned.choice(FUSE, subject.problem, H200) == config
-    for stage, problem, device in (
-        (SELECT, other.problem, H200),
-        (FUSE, dataclasses.replace(subject.problem, B=3), H200),
-        (FUSE, subject.problem, dataclasses.replace(H200, name="NVIDIA H100")),
-        (FUSE, subject.problem, dataclasses.replace(H200, name="")),
-    ):
-        expected = LaunchConfig.from_heuristic(stage, problem, device)
-        assert tuned.choice(stage, problem, device) == expected
+    assert tuned.choice(FUSE, problem, H200) == config
+    cases: list[tuple[StreamingKernel, Any, DeviceFacts]] = [
+        (SELECT, other.problem(H200), H200),
+        (FUSE, dataclasses.replace(problem, B=3), H200),
+        (FUSE, problem, dataclasses.replace(H200, name="NVIDIA H100")),
+        (FUSE, problem, dataclasses.replace(H200, name="")),
+    ]
+    for kernel, given, device in cases:
+        assert tuned.choice(kernel, given, device) == kernel.heuristic(given, device)
+
+
+@pytest.mark.parametrize("kernel", SMALL_KERNELS, ids=lambda kernel: kernel.name)
+def test_the_launch_of_a_small_kernel_takes_what_the_table_has(kernel: SmallKernel) -> None:
+    (subject,) = small(kernel)
+    problem: Any = subject.problem(H200)
+    first = kernel.heuristic(problem, H200)
+    config = dataclasses.replace(first, num_warps=max(1, first.num_warps // 2), block_c=16)
+    assert described(subject.launch(None, H200)) == described(subject.launch(first, H200))
+    written(subject, config, tuned.table_path(H200.name))
+    _forget()
+    assert described(subject.launch(None, H200)) == described(subject.launch(config, H200))
+    assert described(subject.launch(config, H200)) != described(subject.launch(first, H200))
 
 
 def test_launchers_take_what_the_table_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeviceFacts, "of", lambda device: H200)
     subject = small(FUSE)[0]
     written(subject, LaunchConfig(8, 8, splits=2), tuned.table_path(H200.name))
+    _forget()
     config = arguments.configuration(FUSE, subject.setting.branches(), None)
     assert config == LaunchConfig(8, 8, splits=2)
 
@@ -104,6 +130,7 @@ def test_launchers_take_what_the_table_has(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_line_that_is_still_being_written_is_no_row() -> None:
     subject, path = small(FUSE)[0], tuned.table_path(H200.name)
     written(subject, LaunchConfig(4, 8), path)
+    _forget()
     with path.open("a") as file:
         file.write("sk_fuse,12")
     assert list(tuned.table(H200.name).values()) == [LaunchConfig(4, 8)]
@@ -113,6 +140,7 @@ def test_a_damaged_table_is_named_by_line() -> None:
     path = tuned.table_path(H200.name)
     written(small(FUSE)[0], LaunchConfig(4, 8), path)
     path.write_text(path.read_text().replace("False", "maybe"))
+    _forget()
     with pytest.raises(ValueError, match=r"nvidia-h200\.csv:2: expected a problem and its launch"):
         tuned.table(H200.name)
 
@@ -122,15 +150,20 @@ def test_a_damaged_table_is_named_by_line() -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    "stage",
-    [SELECT, *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES if s is not SELECT)],
-    ids=lambda stage: stage.name,
+    "kernel",
+    [
+        SELECT,
+        LOGITS,
+        *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS if k not in (SELECT, LOGITS)),
+    ],
+    ids=lambda kernel: kernel.name,
 )
-def test_every_candidate_of_every_kernel_is_right(stage: Stage) -> None:
-    for layout in LAYOUTS:
-        (subject,) = small(stage, layout=layout)
-        configs = candidates(stage, subject.problem, FEW)
-        assert len(configs) > 5
+def test_every_candidate_of_every_kernel_is_right(kernel: AnyKernel) -> None:
+    for layout in LAYOUTS if isinstance(kernel, StreamingKernel) else LAYOUTS[:1]:
+        (subject,) = small(kernel, layout=layout)
+        problem: Any = subject.problem(FEW)
+        configs = kernel.candidates(problem, FEW)
+        assert len(configs) >= (6 if isinstance(kernel, StreamingKernel) else 2)
         given = Inputs.drawn(subject.setting)
         assert tuning.judged(subject, configs, given, CPU) == list(configs)
 
@@ -143,7 +176,8 @@ def test_what_is_wrong_is_refused_before_it_is_timed(
     whose: str, fault: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subject = small(SELECT)[0]
-    configs = candidates(SELECT, subject.problem, FEW)[:3]
+    problem: Any = subject.problem(FEW)
+    configs = SELECT.candidates(problem, FEW)[:3]
     bad = configs[0 if whose == "heuristics" else 1]
     trial = TRIALS[SELECT]
 
@@ -173,6 +207,23 @@ def test_the_choice_is_faster_beyond_the_noise() -> None:
     assert tuning.fastest({first: steady}) == (first, 1.0, 1.0)
 
 
+@pytest.mark.interpreter
+def test_small_kernels_join_as_many_parts_as_the_table_just_written_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "sample", lambda run, device, seconds: [1.0, 1.0])
+    path, (pass_, joining) = tmp_path / "a.csv", small(FUSE, FUSE_COMBINE)
+    assert joining.problem(FEW).parts != 5  # type: ignore[union-attr]  # it is a small kernel
+    written(pass_, LaunchConfig(8, 8, splits=5), path)
+    with open_store(path, resume=True, columns=rows.TUNED) as store:
+        for _ in range(2):  # the second finds its row
+            assert tuning.tune([joining], store, CONDITIONS, budget=None) == "complete"
+        assert tuning.unfinished([joining], store, CPU) == []
+    table = rows.TUNED.read(path).set_index("kernel")
+    assert table.loc["sk_fuse_combine"].parts == 5
+    assert pd.isna(table.loc["sk_fuse_combine"].S)
+
+
 @pytest.mark.slow
 @pytest.mark.interpreter
 def test_what_was_timed_stays_wherever_tuning_is_cut(
@@ -183,7 +234,7 @@ def test_what_was_timed_stays_wherever_tuning_is_cut(
     done: list[Subject] = []
     measured = tuning.measured
 
-    def cut(subject: Subject, conditions: Conditions) -> tuple[LaunchConfig, Timing]:
+    def cut(subject: Subject, conditions: Conditions) -> tuple[AnyConfig, Timing]:
         ending = next(endings)
         if ending is not None:
             raise ending
@@ -191,7 +242,8 @@ def test_what_was_timed_stays_wherever_tuning_is_cut(
         return measured(subject, conditions)
 
     monkeypatch.setattr(tuning, "measured", cut)
-    monkeypatch.setattr(tuning, "candidates", lambda *_: candidates(*_)[:2])
+    candidates = StreamingKernel.candidates
+    monkeypatch.setattr(StreamingKernel, "candidates", lambda *_: candidates(*_)[:2])
     for expected, count in (("interrupt", 1), ("budget", 2), ("lost", 2), ("complete", 3)):
         with open_store(path, resume=True, columns=rows.TUNED) as store:
             assert tuning.tune(chosen, store, CONDITIONS, budget=None) == expected
@@ -232,7 +284,7 @@ def test_on_a_gpu_the_table_is_where_the_kernels_read_it(
 
 def test_what_moves_most_is_tuned_first() -> None:
     chosen = tuning.subjects(
-        STAGES,
+        KERNELS,
         ("nchw", "channels_last"),
         (1, 4),
         (32, 128),
@@ -241,11 +293,14 @@ def test_what_moves_most_is_tuned_first() -> None:
         dtype="bf16",
         device="meta",
     )
-    assert len(chosen) == 6 * 2 * 2 * 2
+    assert len(chosen) == (6 + 7) * 2 * 2 * 2
     moved = [subject.bytes_moved for subject in chosen]
     assert moved == sorted(moved, reverse=True)
     assert moved[0] == 5 * 2 * 128 * 128 * 3136
-    assert {subject.problem.layout for subject in chosen} == {"rows", "shifted", "channels_last"}
+    streaming = chosen[: 6 * 2 * 2 * 2]
+    assert {subject.kernel for subject in streaming} == set(STREAMING_KERNELS)
+    problems: list[Any] = [subject.problem(H200) for subject in streaming]
+    assert {problem.layout for problem in problems} == {"rows", "shifted", "channels_last"}
 
 
 def test_without_a_gpu_candidates_are_listed_in_their_modelled_order(
@@ -268,6 +323,10 @@ def test_without_a_gpu_candidates_are_listed_in_their_modelled_order(
     ceilings = [row["tb_s"] for row in listed]
     assert ceilings == sorted(ceilings, reverse=True)
     assert sum(row["heuristic"] for row in listed) == 1
+    joined = list(trials.modelled(small(LOGITS)[0]))
+    assert joined == sorted(joined, key=lambda row: row["read_kb"])
+    assert sum(row["heuristic"] for row in joined) == 1
+    assert len(joined) > 1
     assert list(folder.iterdir()) == []
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sknet_kernels.config import MLPConfig
 from sknet_kernels.norms import ChannelGradients, Norms, Running
 from sknet_kernels.sk_fuse_mlp import (
     sk_channels_bwd,
@@ -20,6 +19,7 @@ from sknet_kernels.sk_fuse_mlp import (
     sk_hidden_bwd,
     sk_logits,
 )
+from sknet_kernels.small import SmallConfig
 from tests.helpers import store_rounding
 
 EPS = 1e-5
@@ -67,8 +67,8 @@ CASES = (
     MLPCase(2, 4, 300, 2, dtype=torch.bfloat16, why="a wide hidden layer"),
 )
 # Tiles so small that every loop of a kernel has several turns, the last of them partly filled.
-VECTOR_TILES = MLPConfig(block_b=2, block_c=32, block_d=8, unroll=2, num_warps=1)
-MATRIX_TILES = MLPConfig(16, block_c=4, block_d=16, block_n=16, block_r=4, num_warps=1)
+VECTOR_TILES = SmallConfig(block_b=2, block_c=32, block_d=8, block_p=2, num_warps=1)
+MATRIX_TILES = SmallConfig(16, block_c=4, block_d=16, block_n=16, block_r=4, num_warps=1)
 EMPTY = MLPCase(0, 24, 5, 2, splits=2)
 
 
@@ -78,8 +78,8 @@ class Given:
 
     case: MLPCase
     device: torch.device
-    vector_tiles: MLPConfig | None = None
-    matrix_tiles: MLPConfig | None = None
+    vector_tiles: SmallConfig | None = None
+    matrix_tiles: SmallConfig | None = None
 
     def small(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self.case.acc, device=self.device)

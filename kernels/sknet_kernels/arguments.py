@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from sknet_kernels.config import (
     DeviceFacts,
     LaunchConfig,
     Problem,
-    Stage,
+    StreamingKernel,
     cdiv,
     most_registers,
 )
 from sknet_kernels.launch import Launch, Pointer, remembered
 from sknet_kernels.layout import as_bcs, is_channels_last
 from sknet_kernels.norms import Norms
+from sknet_kernels.small import SmallConfig, SmallKernel, SmallProblem
 from sknet_kernels.tuned import choice
 
 _ACCESS_BYTES = 16
@@ -74,7 +75,9 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
     return torch.float32, tl.float32
 
 
-def configuration(stage: Stage, xs: Sequence[Tensor], config: LaunchConfig | None) -> LaunchConfig:
+def configuration(
+    kernel: StreamingKernel, xs: Sequence[Tensor], config: LaunchConfig | None
+) -> LaunchConfig:
     """Returns ``config``, or where it is None what suits the branches ``xs`` [B, C, *spatial]."""
     if config is not None:
         return config
@@ -82,21 +85,21 @@ def configuration(stage: Stage, xs: Sequence[Tensor], config: LaunchConfig | Non
     def find() -> LaunchConfig:
         views = [as_bcs(x) for x in xs]
         first, strides = views[0], tuple(x.stride() for x in views)
-        return _configuration(stage, first.shape, strides, first.dtype, first.device)
+        return _configuration(kernel, first.shape, strides, first.dtype, first.device)
 
-    return remembered(stage, find)
+    return remembered(kernel, find)
 
 
 @functools.lru_cache(maxsize=4096)
 def _configuration(
-    stage: Stage,
+    kernel: StreamingKernel,
     shape: torch.Size,
     strides: tuple[tuple[int, ...], ...],
     dtype: torch.dtype,
     device: torch.device,
 ) -> LaunchConfig:
     xs = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for stride in strides]
-    return choice(stage, problem_of(xs, len(xs)), DeviceFacts.of(device))
+    return choice(kernel, problem_of(xs, len(xs)), DeviceFacts.of(device))
 
 
 def norm_pointers(norms: Norms | None) -> tuple[Pointer, Pointer, Pointer, Pointer]:
@@ -105,36 +108,36 @@ def norm_pointers(norms: Norms | None) -> tuple[Pointer, Pointer, Pointer, Point
 
 
 def streaming_launch(
-    kernel: Any,
+    function: Any,
     pointers: Sequence[Pointer],
     *,
-    stage: Stage,
+    kernel: StreamingKernel,
     config: LaunchConfig | None,
     **constants: Any,
 ) -> Launch:
     """Returns the launch of a kernel that reads branches ``x_ptrs`` tile by tile.
 
     Args:
-        kernel: takes ``pointers`` first. Of what follows here it takes what its signature names:
-            ``strides`` of the full-size tensors in the order of `_FULL_SIZE`; ``logits_strides``;
-            ``B``, ``C``, ``S``; ``splits`` of ``tiles`` tiles each; constants.
+        function: the ``triton.jit`` function. It takes ``pointers`` first, then what its signature
+            names of these: ``strides`` of the full-size tensors in the order of `_FULL_SIZE`;
+            ``logits_strides``; ``B``, ``C``, ``S``; ``splits`` of ``tiles`` tiles each; constants.
         pointers: as `Launch` has them; full-size ones are [B, C, *spatial] and lie evenly.
-        stage: whose configuration is taken where ``config`` is None.
+        kernel: whose configuration is taken where ``config`` is None.
         config: tile sizes and splits.
-        constants: whatever else the kernel takes.
+        constants: whatever else it takes.
     """
-    named = dict(zip(kernel.arg_names, pointers, strict=False))
+    named = dict(zip(function.arg_names, pointers, strict=False))
     full_size = [as_bcs(x) for name in _FULL_SIZE for x in _as_tuple(named.get(name, ()))]
     xs = _as_tuple(named["x_ptrs"])
     problem = problem_of(full_size, len(xs))
-    config = configuration(stage, xs, config)
+    config = configuration(kernel, xs, config)
     access = min(problem.align, config.access)
     values: dict[str, Any] = {
         "strides": _strides(full_size),
         "B": problem.B,
         "C": problem.C,
         "S": problem.S,
-        "tiles": cdiv(stage.tiles(problem, config), config.splits),
+        "tiles": cdiv(kernel.tiles(problem, config), config.splits),
         "splits": config.splits,
     }
     if "logits_ptr" in named:
@@ -150,15 +153,72 @@ def streaming_launch(
         "NUM_STAGES": config.num_stages,
         **constants,
     }
-    rest = kernel.arg_names[len(pointers) :]
+    rest = function.arg_names[len(pointers) :]
     return Launch(
-        kernel=kernel,
-        programs=stage.rows(problem, config) * config.splits,
+        kernel=function,
+        programs=kernel.rows(problem, config) * config.splits,
         pointers=named,
         scalars={name: values[name] for name in rest if name in values},
         constants={name: known[name] for name in rest if name in known},
         num_warps=config.num_warps,
-        maxnreg=most_registers(DeviceFacts.of(xs[0].device), stage.registers(problem, access)),
+        maxnreg=most_registers(DeviceFacts.of(xs[0].device), kernel.registers(problem, access)),
+    )
+
+
+def small_launch(
+    function: Any,
+    pointers: Sequence[Pointer],
+    *,
+    kernel: SmallKernel,
+    problem: SmallProblem,
+    config: SmallConfig | None,
+    scalars: Mapping[str, Any],
+    **constants: Any,
+) -> Launch:
+    """Returns the launch of a kernel that reads no branch.
+
+    Args:
+        function: the ``triton.jit`` function. It takes ``pointers`` first, then what its signature
+            names of these: ``scalars``; ``B``, ``C``, ``d``, ``N`` = M * C; the parts of a sum,
+            ``splits``; constants.
+        pointers: as `Launch` has them; the first is a tensor.
+        kernel: whose configuration is taken where ``config`` is None.
+        problem: sizes.
+        config: tile sizes.
+        scalars: whatever else it takes at run time.
+        constants: whatever else it takes.
+    """
+    names = function.arg_names
+    named = dict(zip(names, pointers, strict=False))
+    device = DeviceFacts.of(_as_tuple(pointers[0])[0].device)
+    config = config or choice(kernel, problem, device)
+    values: dict[str, Any] = {
+        "B": problem.B,
+        "C": problem.C,
+        "d": problem.d,
+        "N": problem.num_branches * problem.C,
+        "splits": problem.parts,
+        **scalars,
+    }
+    known = {
+        "NUM_BRANCHES": problem.num_branches,
+        "BLOCK_B": config.block_b,
+        "BLOCK_C": config.block_c,
+        "BLOCK_D": config.block_d,
+        "BLOCK_N": config.block_n,
+        "BLOCK_R": config.block_r,
+        "BLOCK_P": config.block_p,
+        **constants,
+    }
+    rest = names[len(pointers) :]
+    return Launch(
+        kernel=function,
+        programs=kernel.programs(problem, config),
+        pointers=named,
+        scalars={name: values[name] for name in rest if name in values},
+        constants={name: known[name] for name in rest if name in known},
+        num_warps=config.num_warps,
+        maxnreg=most_registers(device),
     )
 
 

@@ -1,14 +1,19 @@
-"""Launch configurations as pure functions of shape, dtype, layout and device.
+"""Launch configurations of the streaming kernels: of shape, dtype, layout and device alone.
 
-A tile of BLOCK_C channels by BLOCK_S positions is what one program holds of every branch at once.
-Its long side lies along the contiguous axis, for wide and coalesced accesses.
+A streaming kernel reads branches; `sknet_kernels.small` has the others. A tile of BLOCK_C channels
+by BLOCK_S positions is what one program holds of every branch at once. Its long side lies along the
+contiguous axis, for wide and coalesced accesses.
 """
 
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
+
+_P = TypeVar("_P", contravariant=True)
+_C = TypeVar("_C", covariant=True)
 
 MAX_BRANCHES = 8
 
@@ -36,13 +41,6 @@ _WARPS_PER_MULTIPROCESSOR = 32
 # Partial sums live in the second-level cache, which holds 40 MB and more.
 _MOST_PARTIAL_BYTES = 8 << 20
 
-# What the kernels that join partial sums take at once: elements of fuse's result, channels of
-# select's logits, parts by channels of moments. A turn over parts is two waits for memory: with as
-# many parts a turn, there is one, or they take a fifth of the pass that made the parts at most.
-COMBINE_SIZE = 256
-COMBINE_CHANNELS = 128
-FINISH_PARTS, FINISH_CHANNELS = 512, 4
-
 
 @dataclass(frozen=True)
 class DeviceFacts:
@@ -66,6 +64,20 @@ class DeviceFacts:
         warp_size = getattr(properties, "warp_size", 32)
         backend = "cuda" if torch.version.hip is None else "hip"
         return cls(properties.multi_processor_count, warp_size, properties.name, backend)
+
+
+class Kernel(Protocol[_P, _C]):
+    """A kernel as far as its launches depend on it."""
+
+    @property
+    def name(self) -> str:
+        """What figures call it."""
+
+    def heuristic(self, problem: _P, device: DeviceFacts) -> _C:
+        """Returns the configuration that is taken where none was timed."""
+
+    def candidates(self, problem: _P, device: DeviceFacts) -> tuple[_C, ...]:
+        """Returns what is worth timing, all different, the heuristics' first."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,8 @@ class Problem:
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """A kind of streaming kernel, as far as its launches depend on it.
+class StreamingKernel:
+    """A kernel that reads branches, as far as its launches depend on it.
 
     Attributes:
         name: what figures call it.
@@ -117,6 +129,21 @@ class Stage:
     sums: tuple[int, int]
     vectors: tuple[int, int]
     joins_images: bool = False
+
+    def heuristic(self, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
+        """Returns what the figures of the model suggest."""
+        tile = _tile(self, problem, device)
+        return dataclasses.replace(tile, splits=_splits(self, problem, device, tile))
+
+    def candidates(self, problem: Problem, device: DeviceFacts) -> tuple["LaunchConfig", ...]:
+        """Returns the heuristics' configuration, then its legal neighbours.
+
+        Of each it is expected that nothing spills.
+        """
+        first = self.heuristic(problem, device)
+        changed = [_changed(first, change, self, problem, device) for change in _CHANGES]
+        legal = [config for config in changed if config and _fits(config, self, problem, device)]
+        return tuple(dict.fromkeys([first, *legal]))
 
     def passes(self, num_branches: int) -> int:
         """Returns how many tensors of a branch's size are moved."""
@@ -154,13 +181,15 @@ def _times(counts: tuple[int, int], num_branches: int) -> int:
 
 
 # In moments, what a tile's image and place are carried in takes as much as a second vector.
-MOMENTS = Stage("sk_moments", (1, 0), (0, 0), sums=(2, 0), vectors=(2, 0), joins_images=True)
-FUSE = Stage("sk_fuse", (1, 0), (0, 0), sums=(0, 1), vectors=(3, 0))
-SELECT = Stage("sk_select_fwd", (1, 0), (0, 1), sums=(0, 0), vectors=(4, 0))
-SELECT_BWD = Stage("sk_select_bwd", (1, 1), (1, 0), sums=(1, 0), vectors=(1, 0))
-SUMS = Stage("sk_fuse_select_sums", (1, 1), (0, 0), sums=(4, 0), vectors=(3, 0))
-DX = Stage("sk_fuse_select_dx", (1, 1), (1, 0), sums=(0, 0), vectors=(6, 1))
-STAGES = (MOMENTS, FUSE, SELECT, SELECT_BWD, SUMS, DX)
+MOMENTS = StreamingKernel(
+    "sk_moments", (1, 0), (0, 0), sums=(2, 0), vectors=(2, 0), joins_images=True
+)
+FUSE = StreamingKernel("sk_fuse", (1, 0), (0, 0), sums=(0, 1), vectors=(3, 0))
+SELECT = StreamingKernel("sk_select_fwd", (1, 0), (0, 1), sums=(0, 0), vectors=(4, 0))
+SELECT_BWD = StreamingKernel("sk_select_bwd", (1, 1), (1, 0), sums=(1, 0), vectors=(1, 0))
+SUMS = StreamingKernel("sk_fuse_select_sums", (1, 1), (0, 0), sums=(4, 0), vectors=(3, 0))
+DX = StreamingKernel("sk_fuse_select_dx", (1, 1), (1, 0), sums=(0, 0), vectors=(6, 1))
+STREAMING_KERNELS = (MOMENTS, FUSE, SELECT, SELECT_BWD, SUMS, DX)
 
 
 @dataclass(frozen=True)
@@ -183,12 +212,6 @@ class LaunchConfig:
     num_stages: int = 1
     access: int = 16
 
-    @classmethod
-    def from_heuristic(cls, stage: Stage, problem: Problem, device: DeviceFacts) -> "LaunchConfig":
-        """Returns what the figures of the model suggest."""
-        tile = _tile(stage, problem, device)
-        return dataclasses.replace(tile, splits=_splits(stage, problem, device, tile))
-
 
 def most_registers(device: DeviceFacts, expected: int | None = None) -> int | None:
     """Returns how many registers a thread is allowed, None where the compiler is to choose.
@@ -200,19 +223,21 @@ def most_registers(device: DeviceFacts, expected: int | None = None) -> int | No
     return 255 if crowded and device.backend == "cuda" else None
 
 
-def _splits(stage: Stage, problem: Problem, device: DeviceFacts, tile: LaunchConfig) -> int:
+def _splits(
+    kernel: StreamingKernel, problem: Problem, device: DeviceFacts, tile: LaunchConfig
+) -> int:
     """Splits rows as far as the device needs to be full, and partial sums allow."""
-    rows, tiles = max(1, stage.rows(problem, tile)), max(1, stage.tiles(problem, tile))
+    rows, tiles = max(1, kernel.rows(problem, tile)), max(1, kernel.tiles(problem, tile))
     programs = device.multiprocessors * max(1, _WARPS_PER_MULTIPROCESSOR // tile.num_warps)
     wanted = cdiv(programs, rows)
-    affordable = _MOST_PARTIAL_BYTES // max(1, stage.partial_bytes(problem))
+    affordable = _MOST_PARTIAL_BYTES // max(1, kernel.partial_bytes(problem))
     most = max(1, min(wanted, affordable, tiles))
     return cdiv(tiles, cdiv(tiles, most))
 
 
-def _tile(stage: Stage, problem: Problem, device: DeviceFacts) -> LaunchConfig:
+def _tile(kernel: StreamingKernel, problem: Problem, device: DeviceFacts) -> LaunchConfig:
     access = problem.align
-    while access > 1 and stage.registers(problem, access) > _MOST_REGISTERS:
+    while access > 1 and kernel.registers(problem, access) > _MOST_REGISTERS:
         access //= 2
     elements = _NUM_WARPS * device.warp_size * access
     line, wide = _LINE_BYTES // problem.itemsize, _WIDE_BYTES // problem.itemsize
@@ -224,9 +249,9 @@ def _tile(stage: Stage, problem: Problem, device: DeviceFacts) -> LaunchConfig:
         fits = problem.row >= _LEAST_FILL * cdiv(problem.row, wide) * wide
         block_s = min(widest_s, wide if fits else line, elements)
         block_c = min(widest_c, elements // block_s)
-    warps = max(1, min(_NUM_WARPS, block_c * block_s // (device.warp_size * access)))
-    stages = _NUM_STAGES if access * problem.itemsize >= _LEAST_COPY_BYTES else 1
-    return LaunchConfig(block_c, block_s, 1, warps, stages, access)
+    num_warps = max(1, min(_NUM_WARPS, block_c * block_s // (device.warp_size * access)))
+    num_stages = _NUM_STAGES if access * problem.itemsize >= _LEAST_COPY_BYTES else 1
+    return LaunchConfig(block_c, block_s, 1, num_warps, num_stages, access)
 
 
 @dataclass(frozen=True)
@@ -267,19 +292,12 @@ _CHANGES = (
 _MOST_NUM_WARPS, _MOST_NUM_STAGES = 8, 4
 
 
-def candidates(stage: Stage, problem: Problem, device: DeviceFacts) -> tuple[LaunchConfig, ...]:
-    """Returns what is worth timing: the heuristics' configuration first, then its neighbours.
-
-    Each is legal, differs from all others, and is expected to spill nothing.
-    """
-    first = LaunchConfig.from_heuristic(stage, problem, device)
-    changed = [_changed(first, change, stage, problem, device) for change in _CHANGES]
-    legal = [config for config in changed if config and _fits(config, stage, problem, device)]
-    return tuple(dict.fromkeys([first, *legal]))
-
-
 def _changed(
-    first: LaunchConfig, change: _Change, stage: Stage, problem: Problem, device: DeviceFacts
+    first: LaunchConfig,
+    change: _Change,
+    kernel: StreamingKernel,
+    problem: Problem,
+    device: DeviceFacts,
 ) -> LaunchConfig | None:
     """Returns ``first`` after ``change``, None where a size would come below one."""
 
@@ -292,13 +310,15 @@ def _changed(
     if min(*sizes.values(), num_stages) < 1:
         return None
     tile = LaunchConfig(**sizes, num_stages=num_stages)
-    splits = _splits(stage, problem, device, tile) * 2.0**change.splits
-    tiles = max(1, stage.tiles(problem, tile))
+    splits = _splits(kernel, problem, device, tile) * 2.0**change.splits
+    tiles = max(1, kernel.tiles(problem, tile))
     even = cdiv(tiles, cdiv(tiles, max(1, min(int(splits), tiles))))
     return dataclasses.replace(tile, splits=even)
 
 
-def _fits(config: LaunchConfig, stage: Stage, problem: Problem, device: DeviceFacts) -> bool:
+def _fits(
+    config: LaunchConfig, kernel: StreamingKernel, problem: Problem, device: DeviceFacts
+) -> bool:
     """Whether the tile is no larger than the tensor, every thread busy, and nothing spilled."""
     elements, threads = config.block_c * config.block_s, config.num_warps * device.warp_size
     held = max(config.access, elements // threads)
@@ -308,10 +328,10 @@ def _fits(config: LaunchConfig, stage: Stage, problem: Problem, device: DeviceFa
         and (config.num_warps == 1 or elements >= threads * config.access)
         and config.num_warps <= _MOST_NUM_WARPS
         and config.num_stages <= _MOST_NUM_STAGES
-        and stage.registers(problem, held) <= _MOST_REGISTERS
+        and kernel.registers(problem, held) <= _MOST_REGISTERS
         and (
             config.splits == 1
-            or config.splits * stage.partial_bytes(problem) <= _MOST_PARTIAL_BYTES
+            or config.splits * kernel.partial_bytes(problem) <= _MOST_PARTIAL_BYTES
         )
     )
 
@@ -324,123 +344,3 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_two(n: int) -> int:
     """Returns the least power of two that is at least ``n``, for n >= 1."""
     return 1 << (n - 1).bit_length()
-
-
-# Tiles of images and elements of the hidden layer, by the number of branches up to the limit: more
-# of either spill registers. Two images read a weight half as often.
-_IMAGES_AND_HIDDEN = (
-    (2, ((1, 32), (1, 16), (2, 32))),
-    (4, ((1, 32), (1, 16))),
-    (MAX_BRANCHES, ((1, 16),)),
-)
-# Images and rows of fc2 in a tile, and warps, with which its product compiles without spills; a
-# matrix product has 16 of each at least.
-_LOGITS_TILES = ((16, 16, 8), (32, 32, 4))
-
-
-@dataclass(frozen=True)
-class MLPProblem:
-    """Sizes of the MLP between fuse and select: B images, C channels, d hidden, M branches.
-
-    ``splits`` is the number of parts that a sum over positions comes in.
-    """
-
-    B: int
-    C: int
-    d: int
-    M: int
-    splits: int = 1
-
-
-@dataclass(frozen=True)
-class MLPConfig:
-    """Tile sizes (powers of two) of a small kernel and warps a program.
-
-    Attributes:
-        block_b: images.
-        block_c: channels.
-        block_d: elements of the hidden layer.
-        block_n: rows of a weight.
-        block_r: images that statistics are taken of at once.
-        unroll: parts of a sum that are loaded together.
-        num_warps: warps a program.
-        maxnreg: registers that a thread may take; None leaves them to the compiler.
-    """
-
-    block_b: int = 1
-    block_c: int = 1
-    block_d: int = 1
-    block_n: int = 1
-    block_r: int = 1
-    unroll: int = 4
-    num_warps: int = 8
-    maxnreg: int | None = None
-
-    @classmethod
-    def hidden(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For fc1, whose programs read the parts of a few images and a block of the weight."""
-        return cls._by_images(problem, device, parts=problem.splits, weights=1)
-
-    @classmethod
-    def hidden_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For the backward to z, whose programs read four sums' parts and a block of fc2."""
-        parts = problem.M * (4 * problem.splits + 1)
-        return cls._by_images(problem, device, parts=parts, weights=problem.M)
-
-    @classmethod
-    def _by_images(
-        cls, problem: MLPProblem, device: DeviceFacts, parts: int, weights: int
-    ) -> "MLPConfig":
-        """Returns the tile that lets the busiest multiprocessor read least for one channel."""
-
-        def read(tile: tuple[int, int]) -> int:
-            images, block_d = tile
-            programs = cdiv(problem.B, images) * cdiv(problem.d, block_d)
-            return cdiv(programs, device.multiprocessors) * (images * parts + weights * block_d)
-
-        tiles = next(tiles for limit, tiles in _IMAGES_AND_HIDDEN if limit >= problem.M)
-        images, block_d = min(tiles, key=read)
-        block_c = min(256, next_power_of_two(problem.C))
-        return cls(
-            block_b=images,
-            block_c=block_c,
-            block_d=min(block_d, next_power_of_two(problem.d)),
-            unroll=max(1, 8 // (images * images * problem.M)),
-            # Threads that share an element of a vector would each compute it, loads included.
-            num_warps=max(1, min(8, block_c // 32)),
-            maxnreg=most_registers(device),
-        )
-
-    @classmethod
-    def logits(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For fc2, whose programs read all images' hidden layer, for its statistics, and a tile."""
-
-        def read(tile: tuple[int, int, int]) -> int:
-            images, rows, _ = tile
-            programs = cdiv(problem.B, images) * cdiv(problem.M * problem.C, rows)
-            return cdiv(programs, device.multiprocessors) * (problem.B + images + rows)
-
-        block_b, block_n, num_warps = min(_LOGITS_TILES, key=read)
-        block_d = min(64, max(16, next_power_of_two(problem.d)))
-        return cls(
-            block_b,
-            1,
-            block_d,
-            block_n,
-            block_r=64,
-            num_warps=num_warps,
-            maxnreg=most_registers(device),
-        )
-
-    @classmethod
-    def channels_bwd(cls, problem: MLPProblem, device: DeviceFacts) -> "MLPConfig":
-        """For the gradients: a few channels, or rows of a weight, of all images a program."""
-        whole_d = max(16, next_power_of_two(problem.d))
-        block_b = max(16, min(64 if problem.M <= 4 else 32, 4096 // whole_d))
-        return cls(
-            block_b=block_b,
-            block_c=8,
-            block_n=32,
-            block_d=min(64, whole_d),
-            maxnreg=most_registers(device),
-        )

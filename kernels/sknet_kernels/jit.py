@@ -10,6 +10,17 @@ the same length in every turn.
 import triton
 import triton.language as tl
 
+# Rows of the sums of the backward over positions, named after what is summed; P1 to P4 in formulas.
+DOUT_KEEP = tl.constexpr(0)
+KEEP = tl.constexpr(1)
+DOUT_KEEP_XHAT = tl.constexpr(2)
+KEEP_XHAT = tl.constexpr(3)
+NUM_SUMS = tl.constexpr(4)
+
+# Rows of the drift.
+DBETA = tl.constexpr(0)
+DGAMMA = tl.constexpr(1)
+
 
 @triton.jit
 def program_coordinates(C, splits, BLOCK_C: tl.constexpr):
@@ -66,9 +77,10 @@ def known_strides(strides, ALIGN: tl.constexpr, LAYOUT: tl.constexpr):
     """
     known = ()
     for i in tl.static_range(len(strides)):
-        stride_b = known_multiple(strides[i][0], ALIGN)
-        stride_c = known_multiple(strides[i][1], ALIGN if LAYOUT == "rows" else 1)
-        stride_s = known_multiple(strides[i][2], ALIGN if LAYOUT == "channels_last" else 1)
+        stride_b, stride_c, stride_s = strides[i]
+        stride_b = known_multiple(stride_b, ALIGN)
+        stride_c = known_multiple(stride_c, ALIGN if LAYOUT == "rows" else 1)
+        stride_s = known_multiple(stride_s, ALIGN if LAYOUT == "channels_last" else 1)
         triple = (
             tl.cast(stride_b, tl.int64),
             tl.cast(stride_c, tl.int64),
@@ -100,16 +112,18 @@ def tile_masks(
     Where the two differ, with LAYOUT "shifted", neighbouring rows are read along. The rest is as
     in `tile_pointers`.
     """
-    mask_c = within(corner[1], C, ALIGN if LAYOUT == "channels_last" else 1, BLOCK_C)[:, None]
+    _, first_c, first_s = corner
+    mask_c = within(first_c, C, ALIGN if LAYOUT == "channels_last" else 1, BLOCK_C)[:, None]
     if LAYOUT == "shifted":
-        lead = (row_starts(strides[0][1], corner[1], BLOCK_C) % ALIGN).to(tl.int32)[:, None]
+        _, stride_c, _ = strides[0]
+        lead = (row_starts(stride_c, first_c, BLOCK_C) % ALIGN).to(tl.int32)[:, None]
         lanes = tl.arange(0, BLOCK_S)[None, :]
-        before = tl.minimum(corner[2], ALIGN).to(tl.int32)
-        left = tl.minimum(S - corner[2], BLOCK_S).to(tl.int32)
+        before = tl.minimum(first_s, ALIGN).to(tl.int32)
+        left = tl.minimum(S - first_s, BLOCK_S).to(tl.int32)
         mask = mask_c & (lanes + before >= lead) & (lanes - lead < left)
         reads = mask_c & (lanes // ALIGN * ALIGN - lead < left)
     else:
-        mask = mask_c & within(corner[2], S, ALIGN if LAYOUT == "rows" else 1, BLOCK_S)[None, :]
+        mask = mask_c & within(first_s, S, ALIGN if LAYOUT == "rows" else 1, BLOCK_S)[None, :]
         reads = mask
     return mask, reads
 
@@ -134,16 +148,17 @@ def tile_pointers(
     "shifted": along S, in images of C times S elements without gaps that are multiples of ALIGN,
     as their rows are not. A tile's row then begins up to ALIGN - 1 elements before the tensor's.
     """
-    own = strides[TENSOR if len(strides) > 1 else 0]
-    offs_s = tl.arange(0, BLOCK_S)[None, :] * own[2]
+    b, first_c, first_s = corner
+    stride_b, stride_c, stride_s = strides[TENSOR if len(strides) > 1 else 0]
+    offs_s = tl.arange(0, BLOCK_S)[None, :] * stride_s
     # What does not depend on the tile stays together: it is the same in every turn of a loop, and
     # for every tensor where one triple of strides is for all.
     if LAYOUT == "shifted":
-        starts = known_multiple(row_starts(own[1], corner[1], BLOCK_C), ALIGN)
-        ptrs = ptr + (corner[0] * own[0] + corner[2] * own[2]) + (starts[:, None] + offs_s)
+        starts = known_multiple(row_starts(stride_c, first_c, BLOCK_C), ALIGN)
+        ptrs = ptr + (b * stride_b + first_s * stride_s) + (starts[:, None] + offs_s)
     else:
-        offs_c = tl.arange(0, BLOCK_C)[:, None] * own[1]
-        start = corner[0] * own[0] + corner[1] * own[1] + corner[2] * own[2]
+        offs_c = tl.arange(0, BLOCK_C)[:, None] * stride_c
+        start = b * stride_b + first_c * stride_c + first_s * stride_s
         ptrs = ptr + start + (offs_c + offs_s)
     return ptrs
 
@@ -389,7 +404,8 @@ def image_weights(
     ACC: tl.constexpr,
 ):
     """Returns the `branch_weights` of image pid_b; ``strides`` are those of logits [B, M, C]."""
-    image_ptr = logits_ptr + pid_b * strides[0]
+    stride_b, stride_m, stride_c = strides
+    image_ptr = logits_ptr + pid_b * stride_b
     return branch_weights(
-        image_ptr, strides[1], strides[2], offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
+        image_ptr, stride_m, stride_c, offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
     )

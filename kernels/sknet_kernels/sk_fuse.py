@@ -4,8 +4,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.arguments import accumulator, configuration, norm_pointers, streaming_launch
-from sknet_kernels.config import COMBINE_SIZE, FUSE, LaunchConfig, cdiv
+from sknet_kernels.arguments import (
+    accumulator,
+    configuration,
+    norm_pointers,
+    small_launch,
+    streaming_launch,
+)
+from sknet_kernels.config import FUSE, LaunchConfig
 from sknet_kernels.jit import (
     known_strides,
     load_tile,
@@ -22,6 +28,7 @@ from sknet_kernels.jit import (
 from sknet_kernels.launch import Launch, Pointer, launch
 from sknet_kernels.layout import positions
 from sknet_kernels.norms import Norms
+from sknet_kernels.small import FUSE_COMBINE, SmallConfig, SmallProblem
 
 
 @triton.jit(do_not_specialize=["B", "C", "S", "tiles", "splits"])
@@ -91,19 +98,19 @@ def _sk_fuse_combine_kernel(
     splits,
     MEAN: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """out[n] = sum over k of partial[k, n], added in the order of k, divided by S with MEAN.
 
     Shapes: partial [splits, size], out [size], with size = B * C. Passes moved: none of full size.
     """
-    # One program owns BLOCK elements of out.
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # One program owns BLOCK_C elements of out, the channels of all images laid end to end.
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offs < size
-    total = tl.zeros([BLOCK], ACC)
+    total = tl.zeros([BLOCK_C], ACC)  # Vectors are [BLOCK_C].
     offs_partial = offs
     for _ in range(splits):
-        total += tl.load(partial_ptr + offs_partial, mask=mask, other=0.0)  # [BLOCK]
+        total += tl.load(partial_ptr + offs_partial, mask=mask, other=0.0)
         offs_partial += size
     if MEAN:
         total = total / S
@@ -113,7 +120,7 @@ def _sk_fuse_combine_kernel(
 def sk_fuse_partials(
     xs: tuple[Tensor, ...], norms: Norms | None, *, config: LaunchConfig | None = None
 ) -> Tensor:
-    """Launches fuse: M tensors [B, C, *spatial] -> partial sums [SPLITS, B, C] in the sums' dtype.
+    """Launches fuse: M tensors [B, C, *spatial] -> partial sums [splits, B, C] in the sums' dtype.
 
     They are to be added in order; they are not divided by S. With ``norms`` the branches are
     normalised and rectified on the fly.
@@ -127,31 +134,41 @@ def sk_fuse_partials(
 
 
 def sk_fuse_fwd(
-    xs: tuple[Tensor, ...], *, reduction: str = "mean", config: LaunchConfig | None = None
+    xs: tuple[Tensor, ...],
+    *,
+    reduction: str = "mean",
+    combine: SmallConfig | None = None,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
     """Launches fuse: M tensors [B, C, *spatial] -> [B, C] in their dtype.
 
-    ``reduction`` over space is "mean" or "sum".
+    ``reduction`` over space is "mean" or "sum"; ``combine`` is how partial sums are joined.
     """
     x = xs[0]
     partial = sk_fuse_partials(xs, None, config=config)
     out = x.new_empty(x.shape[:2])
-    launch(sk_fuse_combine_launch, out, partial, S=positions(x), mean=reduction == "mean")
+    mean = reduction == "mean"
+    launch(sk_fuse_combine_launch, out, partial, S=positions(x), mean=mean, config=combine)
     return out
 
 
 def sk_fuse_launch(*pointers: Pointer, eps: float, config: LaunchConfig | None = None) -> Launch:
     """Returns the launch of partial, xs, means, variances, gammas and betas."""
-    return streaming_launch(_sk_fuse_kernel, pointers, stage=FUSE, config=config, EPS=eps)
+    return streaming_launch(_sk_fuse_kernel, pointers, kernel=FUSE, config=config, EPS=eps)
 
 
-def sk_fuse_combine_launch(out: Tensor, partial: Tensor, *, S: int, mean: bool) -> Launch:
-    """Returns the launch that fills ``out`` [B, C] from ``partial`` [SPLITS, B, C]."""
-    return Launch(
-        kernel=_sk_fuse_combine_kernel,
-        programs=cdiv(out.numel(), COMBINE_SIZE),
-        pointers={"out_ptr": out, "partial_ptr": partial},
-        scalars={"size": out.numel(), "S": S, "splits": partial.shape[0]},
-        constants={"MEAN": mean, "ACC": accumulator(partial.dtype)[1], "BLOCK": COMBINE_SIZE},
-        num_warps=1,
+def sk_fuse_combine_launch(
+    out: Tensor, partial: Tensor, *, S: int, mean: bool, config: SmallConfig | None = None
+) -> Launch:
+    """Returns the launch that fills ``out`` [B, C] from ``partial`` [splits, B, C]."""
+    splits, B, C = partial.shape
+    return small_launch(
+        _sk_fuse_combine_kernel,
+        (out, partial),
+        kernel=FUSE_COMBINE,
+        problem=SmallProblem(B, C, 1, parts=splits, itemsize=partial.itemsize),
+        config=config,
+        scalars={"size": B * C, "S": S},
+        MEAN=mean,
+        ACC=accumulator(partial.dtype)[1],
     )

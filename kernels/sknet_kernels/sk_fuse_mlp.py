@@ -5,16 +5,21 @@ needs of all images, such as the statistics of fc1's norm, it computes for itsel
 lies in the cache, and a launch of its own would cost more.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.config import DeviceFacts, MLPConfig, MLPProblem, cdiv, next_power_of_two
+from sknet_kernels.arguments import small_launch
+from sknet_kernels.config import next_power_of_two
 from sknet_kernels.jit import (
+    DBETA,
+    DGAMMA,
+    DOUT_KEEP,
+    DOUT_KEEP_XHAT,
+    KEEP,
+    KEEP_XHAT,
+    NUM_SUMS,
     branch_weights,
     branch_weights_bwd,
     channel_vector,
@@ -25,29 +30,45 @@ from sknet_kernels.jit import (
     relu,
     zero_tiles,
 )
-from sknet_kernels.launch import Launch, Pointer, launch
+from sknet_kernels.launch import Launch, launch
 from sknet_kernels.norms import ChannelGradients, Norms, Running, common_dtype
+from sknet_kernels.small import (
+    CHANNELS_BWD,
+    HIDDEN,
+    HIDDEN_BWD,
+    LOGITS,
+    SmallConfig,
+    SmallProblem,
+)
+
+# Terms of dbeta_i and dgamma_i that are summed over images, those of a_i and those of share apart.
+DBETA_ATTN = tl.constexpr(0)
+DBETA_SHARE = tl.constexpr(1)
+DGAMMA_ATTN = tl.constexpr(2)
+DGAMMA_SHARE = tl.constexpr(3)
+NUM_TERMS = tl.constexpr(4)
 
 
 @triton.jit
-def _joined(ptr, rows, offs, masks, step, splits, UNROLL: tl.constexpr):
+def _joined(ptr, rows, offs, masks, step, splits, BLOCK_P: tl.constexpr):
     """Returns the sum over k < splits of ptr[k * step + row + offs] for each of ``rows``.
 
-    ``masks`` has a mask for each. Sums are added in the order of k; the loads of UNROLL parts of
+    ``masks`` has a mask for each. Sums are added in the order of k; the loads of BLOCK_P parts of
     all rows are under way together.
     """
+    # Vectors are [BLOCK_C].
     totals = ()
     for _ in tl.static_range(len(rows)):
         totals = totals + (tl.zeros(offs.shape, ptr.dtype.element_ty),)
-    for first in range(0, splits, UNROLL):
+    for first in range(0, splits, BLOCK_P):
         parts = ()
-        for k in tl.static_range(UNROLL):
+        for k in tl.static_range(BLOCK_P):
             part = tl.cast(first, tl.int64) + k
             for j in tl.static_range(len(rows)):
                 there = masks[j] & (part < splits)
                 part_ptrs = ptr + (rows[j] + offs + part * step)
                 parts = parts + (tl.load(part_ptrs, mask=there, other=0.0),)
-        for k in tl.static_range(UNROLL):
+        for k in tl.static_range(BLOCK_P):
             grown = ()
             for j in tl.static_range(len(rows)):
                 grown = grown + (totals[j] + parts[k * len(rows) + j],)
@@ -75,49 +96,50 @@ def _sk_hidden_kernel(
     C,
     d,
     S,
-    UNROLL: tl.constexpr,
-    IMAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """pooled[b, c] = (sum over k of partial[k, b, c]) / S;  hidden = pooled weight^T + bias.
 
-    Shapes: partial [SPLITS, B, C], pooled [B, C] and hidden [B, d] in the dtype of sums; weight
+    Shapes: partial [splits, B, C], pooled [B, C] and hidden [B, d] in the dtype of sums; weight
     [d, C] of any strides, bias [d] or None. Passes moved: none of full size.
     Source: Li et al. 2019, eqs. 2 and 3.
     """
-    # One program owns BLOCK_D elements of the hidden layer of IMAGES images.
+    # One program owns BLOCK_D elements of the hidden layer of BLOCK_B images.
     ACC: tl.constexpr = hidden_ptr.dtype.element_ty
     blocks_d = tl.cdiv(d, BLOCK_D)
     pid = tl.program_id(0)
-    first_b = (pid // blocks_d).to(tl.int64) * IMAGES
+    first_b = (pid // blocks_d).to(tl.int64) * BLOCK_B
     offs_d = (pid % blocks_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < d
     rows = ()
-    for j in tl.static_range(IMAGES):
+    for j in tl.static_range(BLOCK_B):
         rows = rows + ((first_b + j) * C,)
+    stride_d, stride_c = weight_strides
     # Summed over channels at the end alone: no thread waits for another in the loop.
-    products = zero_tiles(IMAGES, ACC, BLOCK_D, BLOCK_C)
+    products = zero_tiles(BLOCK_B, ACC, BLOCK_D, BLOCK_C)
     for first in range(0, C, BLOCK_C):
         offs_c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
-        offs = offs_d[:, None] * weight_strides[0] + offs_c[None, :] * weight_strides[1]
+        offs = offs_d[:, None] * stride_d + offs_c[None, :] * stride_c
         # A tile [BLOCK_D, BLOCK_C].
         weight = tl.load(weight_ptr + offs, mask=mask_d[:, None] & mask_c[None, :], other=0.0)
         masks = ()
-        for j in tl.static_range(IMAGES):
+        for j in tl.static_range(BLOCK_B):
             masks = masks + (mask_c & (first_b + j < B),)
         step = tl.cast(B, tl.int64) * C
-        totals = _joined(partial_ptr, rows, offs_c, masks, step, splits, UNROLL)
+        totals = _joined(partial_ptr, rows, offs_c, masks, step, splits, BLOCK_P)
         grown = ()
-        for j in tl.static_range(IMAGES):
+        for j in tl.static_range(BLOCK_B):
             pooled = totals[j] / tl.cast(S, ACC)
             mask = masks[j] & (pid % blocks_d == 0)
             tl.store(pooled_ptr + (rows[j] + offs_c), pooled, mask=mask)
             grown = grown + (products[j] + weight.to(ACC) * pooled[None, :],)
         products = grown
     bias = channel_vector(bias_ptr, offs_d, mask_d, ACC, 0.0)
-    for j in tl.static_range(IMAGES):
+    for j in tl.static_range(BLOCK_B):
         hidden = tl.sum(products[j], axis=1) + bias
         tl.store(hidden_ptr + (first_b + j) * d + offs_d, hidden, mask=mask_d & (first_b + j < B))
 
@@ -134,6 +156,7 @@ def _batch_moments(x_ptr, B, d, offs_d, BLOCK_B: tl.constexpr):
     for first in range(0, B, BLOCK_B):
         offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
         mask = (offs_b < B)[:, None] & (offs_d < d)[None, :]
+        # Tiles are [BLOCK_B, BLOCK_D].
         x = tl.load(x_ptr + offs_b[:, None] * d + offs_d[None, :], mask=mask, other=0.0)
         before = tl.cast(first, ACC)
         count = tl.cast(tl.minimum(B - first, BLOCK_B), ACC)
@@ -149,13 +172,14 @@ def _batch_moments(x_ptr, B, d, offs_d, BLOCK_B: tl.constexpr):
 @triton.jit
 def _fc1_norm(ptrs, offs_d, d, EPS: tl.constexpr, ACC: tl.constexpr):
     """Returns mean, rstd, gamma and beta of fc1's norm, vectors [BLOCK_D]."""
+    mean_ptr, var_ptr, gamma_ptr, beta_ptr = ptrs
     mask_d = offs_d < d
-    var = channel_vector(ptrs[1], offs_d, mask_d, ACC, 1.0)
+    var = channel_vector(var_ptr, offs_d, mask_d, ACC, 1.0)
     return (
-        channel_vector(ptrs[0], offs_d, mask_d, ACC, 0.0),
+        channel_vector(mean_ptr, offs_d, mask_d, ACC, 0.0),
         1.0 / tl.sqrt(var + EPS),
-        channel_vector(ptrs[2], offs_d, mask_d, ACC, 1.0),
-        channel_vector(ptrs[3], offs_d, mask_d, ACC, 0.0),
+        channel_vector(gamma_ptr, offs_d, mask_d, ACC, 1.0),
+        channel_vector(beta_ptr, offs_d, mask_d, ACC, 0.0),
     )
 
 
@@ -205,17 +229,20 @@ def _sk_logits_kernel(
     offs_b = (pid // blocks_n).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_n = (pid % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_b, mask_n = offs_b < B, offs_n < N
+    stride_n, stride_d = weight_strides
     logits = tl.zeros([BLOCK_B, BLOCK_N], ACC)
     for first in range(0, d, BLOCK_D):
         offs_d = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_D)
         mask_d = offs_d < d
-        offs = offs_d[:, None] * weight_strides[1] + offs_n[None, :] * weight_strides[0]
+        offs = offs_d[:, None] * stride_d + offs_n[None, :] * stride_n
         mask = mask_d[:, None] & mask_n[None, :]
+        # A tile [BLOCK_D, BLOCK_N], vectors [BLOCK_D].
         weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(ACC)
-        norm = _fc1_norm(fc1_norm_ptrs, offs_d, d, EPS, ACC)
+        mean, rstd, gamma, beta = _fc1_norm(fc1_norm_ptrs, offs_d, d, EPS, ACC)
         if fc1_norm_ptrs[0] is None:
             mean, m2 = _batch_moments(hidden_ptr, B, d, offs_d, BLOCK_R)
             var = m2 / tl.cast(tl.maximum(B, 1), ACC)
+            rstd = 1.0 / tl.sqrt(var + EPS)
             mask_stats = mask_d & (pid == 0)
             tl.store(stats_ptr + offs_d, mean, mask=mask_stats)
             tl.store(stats_ptr + d + offs_d, var, mask=mask_stats)
@@ -224,17 +251,19 @@ def _sk_logits_kernel(
                 tl.store(kept_ptr + offs_d, mean, mask=mask_stats)
                 tl.store(kept_ptr + d + offs_d, unbiased, mask=mask_stats)
             else:
-                move_towards(running_ptrs[0], offs_d, mean, mask_stats, keep, momentum, ACC)
-                move_towards(running_ptrs[1], offs_d, unbiased, mask_stats, keep, momentum, ACC)
-            norm = (mean, 1.0 / tl.sqrt(var + EPS), norm[2], norm[3])
+                running_mean_ptr, running_var_ptr, _ = running_ptrs
+                move_towards(running_mean_ptr, offs_d, mean, mask_stats, keep, momentum, ACC)
+                move_towards(running_var_ptr, offs_d, unbiased, mask_stats, keep, momentum, ACC)
         hidden_ptrs = hidden_ptr + offs_b[:, None] * d + offs_d[None, :]
+        # Tiles are [BLOCK_B, BLOCK_D].
         hidden = tl.load(hidden_ptrs, mask=mask_b[:, None] & mask_d[None, :], other=0.0)
-        _, z = _activated(hidden, norm)
+        _, z = _activated(hidden, (mean, rstd, gamma, beta))
         # weight is 0 past d, but 0 * inf is NaN.
         z = tl.where(mask_d[None, :], z, 0.0)
         logits += tl.dot(z, weight, input_precision="ieee", out_dtype=ACC)
     if running_ptrs is not None:
-        count_batch(running_ptrs[2], pid == 0)
+        _, _, tracked_ptr = running_ptrs
+        count_batch(tracked_ptr, pid == 0)
     logits += channel_vector(bias_ptr, offs_n, mask_n, ACC, 0.0)[None, :]
     offs = offs_b[:, None] * N + offs_n[None, :]
     tl.store(logits_ptr + offs, logits, mask=mask_b[:, None] & mask_n[None, :])
@@ -256,53 +285,62 @@ def _sk_hidden_bwd_kernel(
     C,
     d,
     NUM_BRANCHES: tl.constexpr,
-    UNROLL: tl.constexpr,
-    IMAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """sums[n] = sum over k of partial[k, n];  dlogits: softmax's backward;  dz = dlogits weight.
 
     da_i = gamma_i P3_i + beta_i P1_i, with the rows P1 to P4 of sums; a = softmax of logits.
-    Shapes: partial [SPLITS, 4, B, M, C], sums [4, B, M, C], None where that is partial itself,
+    Shapes: partial [splits, 4, B, M, C], sums [4, B, M, C], None where that is partial itself,
     logits and dlogits [B, M, C] and dz [B, d] contiguous, in the dtype of sums; gamma_i and beta_i
     [C] or None; weight [M * C, d] of any strides.
     Passes moved: none of full size. Source: the derivative of Li et al. 2019, eqs. 3 to 6.
     """
-    # One program owns BLOCK_D elements of dz of IMAGES images, the first of an image the rest too.
+    # One program owns BLOCK_D elements of dz of BLOCK_B images, the first of an image the rest too.
     ACC: tl.constexpr = dz_ptr.dtype.element_ty
-    VECTORS: tl.constexpr = IMAGES * NUM_BRANCHES
+    VECTORS: tl.constexpr = BLOCK_B * NUM_BRANCHES
     blocks_d = tl.cdiv(d, BLOCK_D)
     pid = tl.program_id(0)
-    first_b = (pid // blocks_d).to(tl.int64) * IMAGES
+    first_b = (pid // blocks_d).to(tl.int64) * BLOCK_B
     offs_d = (pid % blocks_d).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d, is_first = offs_d < d, pid % blocks_d == 0
     image, channels = first_b * NUM_BRANCHES * C, tl.cast(C, tl.int64)
     step = channels * NUM_BRANCHES * B
-    # Of P1 and P3, and from P2 on those of P2 and P4: the images' and branches' vectors.
+    stride_n, stride_d = weight_strides
+    # Where the images' and branches' vectors of DOUT_KEEP and DOUT_KEEP_XHAT begin, and from KEEP
+    # on those of KEEP and KEEP_XHAT.
+    tl.static_assert(KEEP_XHAT - KEEP == DOUT_KEEP_XHAT - DOUT_KEEP)
     rows = ()
     for n in tl.static_range(2 * VECTORS):
-        rows = rows + (step * (n // VECTORS * 2) + channels * (n % VECTORS),)
-    products = zero_tiles(IMAGES, ACC, BLOCK_C, BLOCK_D)
+        row = DOUT_KEEP_XHAT if n >= VECTORS else DOUT_KEEP
+        rows = rows + (step * row + channels * (n % VECTORS),)
+    products = zero_tiles(BLOCK_B, ACC, BLOCK_C, BLOCK_D)
     for first in range(0, C, BLOCK_C):
         offs_c = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
         masks = ()
         for j in tl.static_range(2 * VECTORS):
             masks = masks + (mask_c & (first_b + j % VECTORS // NUM_BRANCHES < B),)
+        part_step = NUM_SUMS * step
         if sums_ptr is not None:
-            p2_p4_ptr, p2_p4_partial_ptr = sums_ptr + image + step, partial_ptr + image + step
-            p2_p4 = _joined(p2_p4_partial_ptr, rows, offs_c, masks, 4 * step, splits, UNROLL)
+            keep_start = image + KEEP * step
+            p2_p4 = _joined(
+                partial_ptr + keep_start, rows, offs_c, masks, part_step, splits, BLOCK_P
+            )
             for j in tl.static_range(2 * VECTORS):
-                tl.store(p2_p4_ptr + (rows[j] + offs_c), p2_p4[j], mask=masks[j] & is_first)
-        p1_p3 = _joined(partial_ptr + image, rows, offs_c, masks, 4 * step, splits, UNROLL)
+                tl.store(
+                    sums_ptr + keep_start + (rows[j] + offs_c), p2_p4[j], mask=masks[j] & is_first
+                )
+        p1_p3 = _joined(partial_ptr + image, rows, offs_c, masks, part_step, splits, BLOCK_P)
         if sums_ptr is not None:
             for j in tl.static_range(2 * VECTORS):
                 tl.store(sums_ptr + image + (rows[j] + offs_c), p1_p3[j], mask=masks[j] & is_first)
         gammas = channel_vectors(gamma_ptrs, offs_c, mask_c, ACC, 1.0)
         betas = channel_vectors(beta_ptrs, offs_c, mask_c, ACC, 0.0)
         dlogits = ()
-        for b in tl.static_range(IMAGES):
+        for b in tl.static_range(BLOCK_B):
             dattn = ()
             for i in tl.static_range(NUM_BRANCHES):
                 p1, p3 = p1_p3[b * NUM_BRANCHES + i], p1_p3[VECTORS + b * NUM_BRANCHES + i]
@@ -314,17 +352,17 @@ def _sk_hidden_bwd_kernel(
             dlogits = dlogits + branch_weights_bwd(attn, dattn, NUM_BRANCHES, "softmax")
         for i in tl.static_range(NUM_BRANCHES):
             offs_n = channels * i + offs_c
-            offs = offs_n[:, None] * weight_strides[0] + offs_d[None, :] * weight_strides[1]
+            offs = offs_n[:, None] * stride_n + offs_d[None, :] * stride_d
             # A tile [BLOCK_C, BLOCK_D].
             weight = tl.load(weight_ptr + offs, mask=mask_c[:, None] & mask_d[None, :], other=0.0)
             grown = ()
-            for b in tl.static_range(IMAGES):
+            for b in tl.static_range(BLOCK_B):
                 dlogit = tl.where(mask_c, dlogits[b * NUM_BRANCHES + i], 0.0)
                 grown = grown + (products[b] + weight.to(ACC) * dlogit[:, None],)
                 dlogit_ptrs = dlogits_ptr + image + (rows[b * NUM_BRANCHES + i] + offs_c)
                 tl.store(dlogit_ptrs, dlogit, mask=masks[b * NUM_BRANCHES + i] & is_first)
             products = grown
-    for b in tl.static_range(IMAGES):
+    for b in tl.static_range(BLOCK_B):
         dz_ptrs = dz_ptr + (first_b + b) * d + offs_d
         tl.store(dz_ptrs, tl.sum(products[b], axis=0), mask=mask_d & (first_b + b < B))
 
@@ -338,6 +376,7 @@ def _hidden_block(hidden_ptr, dz_ptr, first, B, d, offs_d, norm, BLOCK_B: tl.con
     offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
     mask = (offs_b < B)[:, None] & (offs_d < d)[None, :]
     offs = offs_b[:, None] * d + offs_d[None, :]
+    # Tiles are [BLOCK_B, BLOCK_D].
     hidden = tl.load(hidden_ptr + offs, mask=mask, other=0.0)
     dz = tl.load(dz_ptr + offs, mask=mask, other=0.0)
     hhat, z = _activated(hidden, norm)
@@ -369,7 +408,8 @@ def _dhidden_block(
         images = tl.cast(B, dy.dtype)
         dy = dy - (dbeta / images)[None, :] - hhat * (dgamma / images)[None, :]
     there = (first + tl.arange(0, BLOCK_B) < B)[:, None] & (offs_d < d)[None, :]
-    return tl.where(there, dy * (norm[2] * norm[1])[None, :], 0.0)
+    _, rstd, gamma, _ = norm
+    return tl.where(there, dy * (gamma * rstd)[None, :], 0.0)
 
 
 @triton.jit
@@ -399,7 +439,8 @@ def _norms_bwd(
     offs_c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_c = offs_c < C
-    offs_weight = offs_d[:, None] * weight_strides[0] + offs_c[None, :] * weight_strides[1]
+    stride_d, stride_c = weight_strides
+    offs_weight = offs_d[:, None] * stride_d + offs_c[None, :] * stride_c
     mask_weight = (offs_d < d)[:, None] & mask_c[None, :]
     # A tile [BLOCK_D, BLOCK_C].
     weight = tl.load(weight_ptr + offs_weight, mask=mask_weight, other=0.0).to(ACC)
@@ -409,7 +450,7 @@ def _norms_bwd(
     row = tl.cast(B, tl.int64) * NUM_BRANCHES * C
     # The terms of a_i and those of share apart: a product has a layout of its own, and what meets
     # it is laid out anew, a wait for memory each time.
-    tiles = zero_tiles(4 * NUM_BRANCHES, ACC, BLOCK_B, BLOCK_C)
+    tiles = zero_tiles(NUM_TERMS * NUM_BRANCHES, ACC, BLOCK_B, BLOCK_C)
     for first in range(0, B, BLOCK_B):
         offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
         mask = (offs_b < B)[:, None] & mask_c[None, :]
@@ -424,26 +465,29 @@ def _norms_bwd(
         for i in tl.static_range(NUM_BRANCHES):
             # Tiles are [BLOCK_B, BLOCK_C].
             offs_i = tl.cast(C, tl.int64) * i + offs
-            p1 = tl.load(sums_ptr + offs_i, mask=mask, other=0.0)
-            p3 = tl.load(sums_ptr + (offs_i + 2 * row), mask=mask, other=0.0)
-            p2 = tl.load(sums_ptr + (offs_i + row), mask=mask, other=0.0)
-            p4 = tl.load(sums_ptr + (offs_i + 3 * row), mask=mask, other=0.0)
+            p1 = tl.load(sums_ptr + (offs_i + DOUT_KEEP * row), mask=mask, other=0.0)
+            p3 = tl.load(sums_ptr + (offs_i + DOUT_KEEP_XHAT * row), mask=mask, other=0.0)
+            p2 = tl.load(sums_ptr + (offs_i + KEEP * row), mask=mask, other=0.0)
+            p4 = tl.load(sums_ptr + (offs_i + KEEP_XHAT * row), mask=mask, other=0.0)
             grown = grown + (
-                tiles[4 * i] + attn[i] * p1,
-                tiles[4 * i + 1] + share * p2,
-                tiles[4 * i + 2] + attn[i] * p3,
-                tiles[4 * i + 3] + share * p4,
+                tiles[NUM_TERMS * i + DBETA_ATTN] + attn[i] * p1,
+                tiles[NUM_TERMS * i + DBETA_SHARE] + share * p2,
+                tiles[NUM_TERMS * i + DGAMMA_ATTN] + attn[i] * p3,
+                tiles[NUM_TERMS * i + DGAMMA_SHARE] + share * p4,
             )
         tiles = grown
     m = tl.maximum(tl.cast(B, ACC), 1.0) * positions
+    drift_row = tl.cast(C, tl.int64) * NUM_BRANCHES
     for i in tl.static_range(NUM_BRANCHES):
         offs_n = tl.cast(C, tl.int64) * i + offs_c
-        dbeta = tl.sum(tiles[4 * i], axis=0) + tl.sum(tiles[4 * i + 1], axis=0)
-        dgamma = tl.sum(tiles[4 * i + 2], axis=0) + tl.sum(tiles[4 * i + 3], axis=0)
+        dbeta = tl.sum(tiles[NUM_TERMS * i + DBETA_ATTN], axis=0)
+        dbeta += tl.sum(tiles[NUM_TERMS * i + DBETA_SHARE], axis=0)
+        dgamma = tl.sum(tiles[NUM_TERMS * i + DGAMMA_ATTN], axis=0)
+        dgamma += tl.sum(tiles[NUM_TERMS * i + DGAMMA_SHARE], axis=0)
         _store(gradients.beta, offs_n, dbeta, mask_c)
         _store(gradients.gamma, offs_n, dgamma, mask_c)
-        _store(gradients.drift, offs_n, dbeta / m, mask_c)
-        _store(gradients.drift, tl.cast(C, tl.int64) * NUM_BRANCHES + offs_n, dgamma / m, mask_c)
+        _store(gradients.drift, DBETA * drift_row + offs_n, dbeta / m, mask_c)
+        _store(gradients.drift, DGAMMA * drift_row + offs_n, dgamma / m, mask_c)
 
 
 @triton.jit
@@ -574,9 +618,9 @@ def sk_hidden(
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
     *,
-    config: MLPConfig | None = None,
+    config: SmallConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the pooled average and fc1: partial sums [SPLITS, B, C] -> [B, C] and [B, d]."""
+    """Launches the pooled average and fc1: partial sums [splits, B, C] -> [B, C] and [B, d]."""
     _, B, C = partials.shape
     pooled, hidden = partials.new_empty((B, C)), partials.new_empty((B, fc1_weight.shape[0]))
     launch(sk_hidden_launch, pooled, hidden, partials, fc1_weight, fc1_bias, S=S, config=config)
@@ -591,7 +635,7 @@ def sk_logits(
     M: int,
     running: Running | None = None,
     *,
-    config: MLPConfig | None = None,
+    config: SmallConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Launches fc1's norm, ReLU and fc2: hidden [B, d] -> logits [B, M, C] and statistics.
 
@@ -619,9 +663,9 @@ def sk_hidden_bwd(
     norms: Norms,
     fc2_weight: Tensor,
     *,
-    config: MLPConfig | None = None,
+    config: SmallConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the backward to z: [SPLITS, 4, B, M, C] -> sums [4, B, M, C], dlogits, dz [B, d]."""
+    """Launches the backward to z: [splits, 4, B, M, C] -> sums [4, B, M, C], dlogits, dz [B, d]."""
     sums = None if partials.shape[0] == 1 else partials.new_empty(partials.shape[1:])
     dlogits = torch.empty_like(logits)
     dz = logits.new_empty((logits.shape[0], fc2_weight.shape[1]))
@@ -650,7 +694,7 @@ def sk_channels_bwd(
     batch_stats: bool,
     fc1_batch_stats: bool,
     *,
-    config: MLPConfig | None = None,
+    config: SmallConfig | None = None,
 ) -> ChannelGradients:
     """Launches what is left of the backward but the branches' gradients.
 
@@ -705,20 +749,17 @@ def sk_hidden_launch(
     fc1_bias: Tensor | None,
     *,
     S: int,
-    config: MLPConfig | None = None,
+    config: SmallConfig | None = None,
 ) -> Launch:
     """Returns the launch that fills ``pooled`` [B, C] and ``hidden`` [B, d]."""
     splits, B, C = partials.shape
-    problem = MLPProblem(B, C, hidden.shape[1], 1, splits)
-    config = config or MLPConfig.hidden(problem, DeviceFacts.of(hidden.device))
-    return _mlp_launch(
+    return small_launch(
         _sk_hidden_kernel,
         (pooled, hidden, partials, fc1_weight, fc1_bias),
-        problem,
-        config,
-        programs=cdiv(B, config.block_b) * cdiv(problem.d, config.block_d),
-        weight=fc1_weight,
-        S=S,
+        kernel=HIDDEN,
+        problem=SmallProblem(B, C, 1, hidden.shape[1], splits, hidden.itemsize),
+        config=config,
+        scalars={"weight_strides": fc1_weight.stride(), "S": S},
     )
 
 
@@ -734,21 +775,21 @@ def sk_logits_launch(
     *,
     eps: float,
     momentum: float,
-    config: MLPConfig | None = None,
+    config: SmallConfig | None = None,
 ) -> Launch:
     """Returns the launch that fills ``logits`` [B, M, C], ``stats`` and ``kept`` [2, d]."""
     B, M, C = logits.shape
-    problem = MLPProblem(B, C, hidden.shape[1], M)
-    config = config or MLPConfig.logits(problem, DeviceFacts.of(hidden.device))
-    return _mlp_launch(
+    return small_launch(
         _sk_logits_kernel,
         (logits, stats, kept, running, hidden, fc1_norm, fc2_weight, fc2_bias),
-        problem,
-        config,
-        # An empty batch has statistics, of nothing, to be written.
-        programs=max(1, cdiv(B, config.block_b)) * cdiv(M * C, config.block_n),
-        weight=fc2_weight,
-        momentum=momentum,
+        kernel=LOGITS,
+        problem=SmallProblem(B, C, M, hidden.shape[1], itemsize=hidden.itemsize),
+        config=config,
+        scalars={
+            "weight_strides": fc2_weight.stride(),
+            "keep": 1 - momentum,
+            "momentum": momentum,
+        },
         EPS=eps,
     )
 
@@ -763,19 +804,17 @@ def sk_hidden_bwd_launch(
     betas: tuple[Tensor | None, ...],
     fc2_weight: Tensor,
     *,
-    config: MLPConfig | None = None,
+    config: SmallConfig | None = None,
 ) -> Launch:
     """Returns the launch that fills ``dlogits``, ``dz`` [B, d] and, unless None, ``sums``."""
-    B, M, C = logits.shape
-    problem = MLPProblem(B, C, dz.shape[1], M, partials.shape[0])
-    config = config or MLPConfig.hidden_bwd(problem, DeviceFacts.of(dz.device))
-    return _mlp_launch(
+    splits, _, B, M, C = partials.shape
+    return small_launch(
         _sk_hidden_bwd_kernel,
         (dlogits, dz, sums, partials, logits, gammas, betas, fc2_weight),
-        problem,
-        config,
-        programs=cdiv(B, config.block_b) * cdiv(problem.d, config.block_d),
-        weight=fc2_weight,
+        kernel=HIDDEN_BWD,
+        problem=SmallProblem(B, C, M, dz.shape[1], splits, dz.itemsize),
+        config=config,
+        scalars={"weight_strides": fc2_weight.stride()},
     )
 
 
@@ -793,69 +832,19 @@ def sk_channels_bwd_launch(
     S: int,
     eps: float,
     batch_stats: bool,
-    config: MLPConfig | None = None,
+    config: SmallConfig | None = None,
 ) -> Launch:
     """Returns the launch that fills ``gradients``; the options are of fc1's norm."""
     B, M, C = logits.shape
-    problem = MLPProblem(B, C, hidden.shape[1], M)
-    config = config or MLPConfig.channels_bwd(problem, DeviceFacts.of(hidden.device))
-    blocks_n = cdiv(C, config.block_n) + cdiv(M * C, config.block_n)
-    return _mlp_launch(
+    d = hidden.shape[1]
+    return small_launch(
         _sk_channels_bwd_kernel,
         (sums, dlogits, dz, logits, pooled, hidden, fc1_norm, fc1_weight, gradients),
-        problem,
-        config,
-        programs=cdiv(C, config.block_c) + blocks_n * cdiv(problem.d, config.block_d),
-        weight=fc1_weight,
-        S=S,
+        kernel=CHANNELS_BWD,
+        problem=SmallProblem(B, C, M, d, itemsize=hidden.itemsize),
+        config=config,
+        scalars={"weight_strides": fc1_weight.stride(), "S": S},
         EPS=eps,
         BATCH_STATS=batch_stats,
-        WHOLE_D=max(16, next_power_of_two(problem.d)),
-    )
-
-
-def _mlp_launch(
-    kernel: Any,
-    pointers: Sequence[Pointer],
-    problem: MLPProblem,
-    config: MLPConfig,
-    *,
-    programs: int,
-    weight: Tensor,
-    S: int | None = None,
-    momentum: float = 0.0,
-    **constants: Any,
-) -> Launch:
-    """Returns the launch of a kernel that takes ``pointers`` first, then what it names of these."""
-    scalars = {
-        "weight_strides": weight.stride(),
-        "splits": problem.splits,
-        "B": problem.B,
-        "C": problem.C,
-        "N": problem.M * problem.C,
-        "d": problem.d,
-        "S": S,
-        "keep": 1 - momentum,
-        "momentum": momentum,
-    }
-    known = {
-        "NUM_BRANCHES": problem.M,
-        "UNROLL": config.unroll,
-        "IMAGES": config.block_b,
-        "BLOCK_B": config.block_b,
-        "BLOCK_C": config.block_c,
-        "BLOCK_D": config.block_d,
-        "BLOCK_N": config.block_n,
-        "BLOCK_R": config.block_r,
-        **constants,
-    }
-    names = kernel.arg_names
-    return Launch(
-        kernel=kernel,
-        programs=programs,
-        pointers=dict(zip(names, pointers, strict=False)),
-        scalars={name: scalars[name] for name in names if name in scalars},
-        constants={name: known[name] for name in names if name in known},
-        num_warps=config.num_warps,
-        maxnreg=config.maxnreg,
+        WHOLE_D=max(16, next_power_of_two(d)),
     )

@@ -12,6 +12,13 @@ from torch import Tensor
 from sknet_kernels.arguments import accumulator, configuration, norm_pointers, streaming_launch
 from sknet_kernels.config import DX, SUMS, LaunchConfig
 from sknet_kernels.jit import (
+    DBETA,
+    DGAMMA,
+    DOUT_KEEP,
+    DOUT_KEEP_XHAT,
+    KEEP,
+    KEEP_XHAT,
+    NUM_SUMS,
     channel_vector,
     image_weights,
     inverse_deviations,
@@ -30,17 +37,6 @@ from sknet_kernels.jit import (
 )
 from sknet_kernels.launch import Launch, Pointer, launch
 from sknet_kernels.norms import Norms
-
-# Rows of the sums, named after what is summed.
-DOUT_KEEP = tl.constexpr(0)
-KEEP = tl.constexpr(1)
-DOUT_KEEP_XHAT = tl.constexpr(2)
-KEEP_XHAT = tl.constexpr(3)
-NUM_SUMS = tl.constexpr(4)
-
-# Rows of the drift.
-DBETA = tl.constexpr(0)
-DGAMMA = tl.constexpr(1)
 
 
 @triton.jit(do_not_specialize=["B", "C", "S", "tiles", "splits"])
@@ -192,7 +188,7 @@ def _sk_fuse_select_dx_kernel(
 def sk_fuse_select_sums(
     dout: Tensor, xs: tuple[Tensor, ...], norms: Norms, *, config: LaunchConfig | None = None
 ) -> Tensor:
-    """Launches the sums: dout and M tensors [B, C, *spatial] -> partial sums [SPLITS, 4, B, M, C].
+    """Launches the sums: dout and M tensors [B, C, *spatial] -> partial sums [splits, 4, B, M, C].
 
     They are to be added in order; the four are `DOUT_KEEP`, `KEEP`, `DOUT_KEEP_XHAT`, `KEEP_XHAT`.
     """
@@ -247,7 +243,7 @@ def sk_fuse_select_sums_launch(
 ) -> Launch:
     """Returns the launch of partial, dout, xs, means, variances, gammas and betas."""
     return streaming_launch(
-        _sk_fuse_select_sums_kernel, pointers, stage=SUMS, config=config, EPS=eps
+        _sk_fuse_select_sums_kernel, pointers, kernel=SUMS, config=config, EPS=eps
     )
 
 
@@ -255,4 +251,4 @@ def sk_fuse_select_dx_launch(
     *pointers: Pointer, eps: float, config: LaunchConfig | None = None
 ) -> Launch:
     """Returns the launch of dout, dxs, xs, the norms' four, logits, share and drift."""
-    return streaming_launch(_sk_fuse_select_dx_kernel, pointers, stage=DX, config=config, EPS=eps)
+    return streaming_launch(_sk_fuse_select_dx_kernel, pointers, kernel=DX, config=config, EPS=eps)

@@ -4,14 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.arguments import accumulator, configuration, streaming_launch
-from sknet_kernels.config import (
-    FINISH_CHANNELS,
-    FINISH_PARTS,
-    MOMENTS,
-    LaunchConfig,
-    cdiv,
-)
+from sknet_kernels.arguments import accumulator, configuration, small_launch, streaming_launch
+from sknet_kernels.config import MOMENTS, LaunchConfig
 from sknet_kernels.jit import (
     count_batch,
     known_strides,
@@ -26,6 +20,18 @@ from sknet_kernels.jit import (
 )
 from sknet_kernels.launch import Launch, Pointer, launch
 from sknet_kernels.norms import Running
+from sknet_kernels.small import MOMENTS_FINISH, SmallConfig, SmallProblem
+
+# Rows of the parts: how many values, their mean, the sum of their squared deviations from it.
+COUNT = tl.constexpr(0)
+MEAN = tl.constexpr(1)
+M2 = tl.constexpr(2)
+NUM_ROWS = tl.constexpr(3)
+
+# Sums that are kept of a branch.
+DEVIATION = tl.constexpr(0)
+SQUARE = tl.constexpr(1)
+NUM_SUMS = tl.constexpr(2)
 
 
 @triton.jit
@@ -83,7 +89,7 @@ def _sk_moments_kernel(
     for i in tl.static_range(NUM_BRANCHES):
         # Each is [BLOCK_C, 1].
         shifts = shifts + (load_tile(x_ptrs[i], strides, i, corner, exists, 1, "rows", ACC),)
-    sums = zero_sums(2 * NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+    sums = zero_sums(NUM_SUMS * NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
     for _ in tl.range(first, last, num_stages=NUM_STAGES):
         corner = (pid_b, pid_c * BLOCK_C, place * BLOCK_S)
         # Tiles are [BLOCK_C, BLOCK_S].
@@ -93,8 +99,8 @@ def _sk_moments_kernel(
             x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
             deviation = tl.where(mask, x - shifts[i], 0.0)
             grown = grown + (
-                plus(sums[2 * i], deviation),
-                plus(sums[2 * i + 1], deviation * deviation),
+                plus(sums[NUM_SUMS * i + DEVIATION], deviation),
+                plus(sums[NUM_SUMS * i + SQUARE], deviation * deviation),
             )
         sums = grown
         ends_image = place + 1 == tiles_per_image
@@ -106,14 +112,14 @@ def _sk_moments_kernel(
     before = _positions_before(tl.minimum(first, last), tiles_per_image, lead, S, BLOCK_S)
     n = (_positions_before(last, tiles_per_image, lead, S, BLOCK_S) - before).to(ACC)
     for i in tl.static_range(NUM_BRANCHES):
-        mean = tl.sum(sums[2 * i], axis=1) / tl.maximum(n, 1.0)
-        m2 = tl.sum(sums[2 * i + 1], axis=1) - mean * mean * n
-        row = part.to(tl.int64) * 3 * NUM_BRANCHES + i
+        mean = tl.sum(sums[NUM_SUMS * i + DEVIATION], axis=1) / tl.maximum(n, 1.0)
+        m2 = tl.sum(sums[NUM_SUMS * i + SQUARE], axis=1) - mean * mean * n
+        row = part.to(tl.int64) * NUM_ROWS * NUM_BRANCHES + i
         ptrs = partial_ptr + row * C + offs_c
         step = tl.cast(C, tl.int64) * NUM_BRANCHES
-        tl.store(ptrs, n, mask=mask_c)
-        tl.store(ptrs + step, tl.reshape(shifts[i], [BLOCK_C]) + mean, mask=mask_c)
-        tl.store(ptrs + 2 * step, tl.maximum(m2, 0.0), mask=mask_c)
+        tl.store(ptrs + COUNT * step, n, mask=mask_c)
+        tl.store(ptrs + MEAN * step, tl.reshape(shifts[i], [BLOCK_C]) + mean, mask=mask_c)
+        tl.store(ptrs + M2 * step, tl.maximum(m2, 0.0), mask=mask_c)
 
 
 @triton.jit(do_not_specialize=["C", "splits", "keep", "momentum"])
@@ -147,15 +153,15 @@ def _sk_moments_finish_kernel(
     offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     step = tl.cast(C, tl.int64) * NUM_BRANCHES
     mask_c = offs_c < step
-    pivot = tl.load(partial_ptr + step + offs_c, mask=mask_c, other=0.0)  # [BLOCK_C]
+    pivot = tl.load(partial_ptr + MEAN * step + offs_c, mask=mask_c, other=0.0)  # [BLOCK_C]
     sizes, apart = tl.zeros([BLOCK_P, BLOCK_C], ACC), tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for first in range(0, splits, BLOCK_P):
         parts = first + tl.arange(0, BLOCK_P).to(tl.int64)
-        ptrs = partial_ptr + (parts * 3)[:, None] * step + offs_c[None, :]
+        ptrs = partial_ptr + (parts * NUM_ROWS)[:, None] * step + offs_c[None, :]
         mask = (parts < splits)[:, None] & mask_c[None, :]
         # Tiles are [BLOCK_P, BLOCK_C].
-        n = tl.load(ptrs, mask=mask, other=0.0)
-        mean = tl.load(ptrs + step, mask=mask, other=0.0)
+        n = tl.load(ptrs + COUNT * step, mask=mask, other=0.0)
+        mean = tl.load(ptrs + MEAN * step, mask=mask, other=0.0)
         sizes += n
         apart += tl.where(mask, n * (mean - pivot[None, :]), 0.0)
     n = tl.sum(sizes, axis=0)
@@ -163,11 +169,12 @@ def _sk_moments_finish_kernel(
     m2 = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for first in range(0, splits, BLOCK_P):
         parts = first + tl.arange(0, BLOCK_P).to(tl.int64)
-        ptrs = partial_ptr + (parts * 3)[:, None] * step + offs_c[None, :]
+        ptrs = partial_ptr + (parts * NUM_ROWS)[:, None] * step + offs_c[None, :]
         mask = (parts < splits)[:, None] & mask_c[None, :]
-        distance = tl.load(ptrs + step, mask=mask, other=0.0) - mean[None, :]
-        grown = tl.load(ptrs, mask=mask, other=0.0) * distance * distance
-        m2 += tl.where(mask, tl.load(ptrs + 2 * step, mask=mask, other=0.0) + grown, 0.0)
+        # Tiles are [BLOCK_P, BLOCK_C].
+        distance = tl.load(ptrs + MEAN * step, mask=mask, other=0.0) - mean[None, :]
+        grown = tl.load(ptrs + COUNT * step, mask=mask, other=0.0) * distance * distance
+        m2 += tl.where(mask, tl.load(ptrs + M2 * step, mask=mask, other=0.0) + grown, 0.0)
     total = tl.sum(m2, axis=0)
     unbiased = total / tl.maximum(n - 1.0, 1.0)
     tl.store(applied_ptr + offs_c, mean, mask=mask_c)
@@ -185,13 +192,17 @@ def _sk_moments_finish_kernel(
 
 
 def sk_moments(
-    xs: tuple[Tensor, ...], running: Running | None = None, *, config: LaunchConfig | None = None
+    xs: tuple[Tensor, ...],
+    running: Running | None = None,
+    *,
+    finish: SmallConfig | None = None,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launches moments: M tensors [B, C, *spatial] -> statistics, two of [2, M, C].
 
     Both begin with the mean. The first are to be applied, with the biased variance; the second are
-    what a running average keeps, with the unbiased one. With ``running`` they are not returned: it
-    is moved towards them.
+    what a running average keeps, with the unbiased one. With ``running`` the second are not
+    returned: it is moved towards them. ``finish`` is how parts are joined.
     """
     x = xs[0]
     M, C = len(xs), x.shape[1]
@@ -202,13 +213,14 @@ def sk_moments(
     kept = x.new_empty((2, M, C), dtype=acc) if running is None else None
     launch(sk_moments_launch, partial, xs, config=config)
     *pointers, momentum = running or (None, None, None, 0.0)
-    launch(sk_moments_finish_launch, applied, kept, *pointers, partial, momentum=momentum)
+    small = (applied, kept, *pointers, partial)
+    launch(sk_moments_finish_launch, *small, momentum=momentum, config=finish)
     return applied, kept
 
 
 def sk_moments_launch(*pointers: Pointer, config: LaunchConfig | None = None) -> Launch:
     """Returns the launch of partial and xs."""
-    return streaming_launch(_sk_moments_kernel, pointers, stage=MOMENTS, config=config)
+    return streaming_launch(_sk_moments_kernel, pointers, kernel=MOMENTS, config=config)
 
 
 def sk_moments_finish_launch(
@@ -220,31 +232,16 @@ def sk_moments_finish_launch(
     partial: Tensor,
     *,
     momentum: float,
+    config: SmallConfig | None = None,
 ) -> Launch:
-    """Returns the launch that fills statistics [2, M, C] from ``partial`` [SPLITS, 3, M, C]."""
-    _, M, C = applied.shape
-    return Launch(
-        kernel=_sk_moments_finish_kernel,
-        programs=cdiv(M * C, FINISH_CHANNELS),
-        pointers={
-            "applied_ptr": applied,
-            "kept_ptr": kept,
-            "running_mean_ptrs": running_mean,
-            "running_var_ptrs": running_var,
-            "tracked_ptrs": tracked,
-            "partial_ptr": partial,
-        },
-        scalars={
-            "C": C,
-            "splits": partial.shape[0],
-            "keep": 1 - momentum,
-            "momentum": momentum,
-        },
-        constants={
-            "NUM_BRANCHES": M,
-            "ACC": accumulator(applied.dtype)[1],
-            "BLOCK_P": FINISH_PARTS,
-            "BLOCK_C": FINISH_CHANNELS,
-        },
-        num_warps=8,
+    """Returns the launch that fills statistics [2, M, C] from ``partial`` [splits, 3, M, C]."""
+    splits, _, M, C = partial.shape
+    return small_launch(
+        _sk_moments_finish_kernel,
+        (applied, kept, running_mean, running_var, tracked, partial),
+        kernel=MOMENTS_FINISH,
+        problem=SmallProblem(1, C, M, parts=splits, itemsize=partial.itemsize),
+        config=config,
+        scalars={"keep": 1 - momentum, "momentum": momentum},
+        ACC=accumulator(partial.dtype)[1],
     )

@@ -5,8 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.arguments import accumulator, configuration, norm_pointers, streaming_launch
-from sknet_kernels.config import COMBINE_CHANNELS, SELECT, SELECT_BWD, LaunchConfig, cdiv
+from sknet_kernels.arguments import (
+    accumulator,
+    configuration,
+    norm_pointers,
+    small_launch,
+    streaming_launch,
+)
+from sknet_kernels.config import SELECT, SELECT_BWD, LaunchConfig
 from sknet_kernels.jit import (
     branch_weights_bwd,
     image_weights,
@@ -25,6 +31,7 @@ from sknet_kernels.jit import (
 )
 from sknet_kernels.launch import Launch, Pointer, launch
 from sknet_kernels.norms import Norms
+from sknet_kernels.small import SELECT_BWD_COMBINE, SmallConfig, SmallProblem
 
 
 @triton.jit(do_not_specialize=["C", "S", "tiles", "splits"])
@@ -217,16 +224,27 @@ def sk_select_bwd(
     logits: Tensor,
     *,
     activation: str = "softmax",
+    combine: SmallConfig | None = None,
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Launches select's backward: fills ``dxs`` [B, C, *spatial], returns dlogits [B, M, C]."""
+    """Launches select's backward: fills ``dxs`` [B, C, *spatial], returns dlogits [B, M, C].
+
+    ``combine`` is how partial sums are joined.
+    """
     config = configuration(SELECT_BWD, xs, config)
     partial = dout.new_empty((config.splits, *logits.shape), dtype=accumulator(dout.dtype)[0])
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     launch(
         sk_select_bwd_launch, dout, dxs, partial, xs, logits, activation=activation, config=config
     )
-    launch(sk_select_bwd_combine_launch, dlogits, partial, logits, activation=activation)
+    launch(
+        sk_select_bwd_combine_launch,
+        dlogits,
+        partial,
+        logits,
+        activation=activation,
+        config=combine,
+    )
     return dlogits
 
 
@@ -237,7 +255,7 @@ def sk_select_fwd_launch(
     return streaming_launch(
         _sk_select_fwd_kernel,
         pointers,
-        stage=SELECT,
+        kernel=SELECT,
         config=config,
         ACTIVATION=activation,
         EPS=eps,
@@ -249,25 +267,27 @@ def sk_select_bwd_launch(
 ) -> Launch:
     """Returns the launch of dout, dxs, partial, xs and logits."""
     return streaming_launch(
-        _sk_select_bwd_kernel, pointers, stage=SELECT_BWD, config=config, ACTIVATION=activation
+        _sk_select_bwd_kernel, pointers, kernel=SELECT_BWD, config=config, ACTIVATION=activation
     )
 
 
 def sk_select_bwd_combine_launch(
-    dlogits: Tensor, partial: Tensor, logits: Tensor, *, activation: str
+    dlogits: Tensor,
+    partial: Tensor,
+    logits: Tensor,
+    *,
+    activation: str,
+    config: SmallConfig | None = None,
 ) -> Launch:
-    """Returns the launch that fills ``dlogits`` [B, M, C] from ``partial`` [SPLITS, B, M, C]."""
-    B, M, C = logits.shape
-    return Launch(
-        kernel=_sk_select_bwd_combine_kernel,
-        programs=B * cdiv(C, COMBINE_CHANNELS),
-        pointers={"dlogits_ptr": dlogits, "partial_ptr": partial, "logits_ptr": logits},
-        scalars={"logits_strides": logits.stride(), "B": B, "C": C, "splits": partial.shape[0]},
-        constants={
-            "NUM_BRANCHES": M,
-            "ACTIVATION": activation,
-            "ACC": accumulator(partial.dtype)[1],
-            "BLOCK_C": COMBINE_CHANNELS,
-        },
-        num_warps=1,
+    """Returns the launch that fills ``dlogits`` [B, M, C] from ``partial`` [splits, B, M, C]."""
+    splits, B, M, C = partial.shape
+    return small_launch(
+        _sk_select_bwd_combine_kernel,
+        (dlogits, partial, logits),
+        kernel=SELECT_BWD_COMBINE,
+        problem=SmallProblem(B, C, M, parts=splits, itemsize=partial.itemsize),
+        config=config,
+        scalars={"logits_strides": logits.stride()},
+        ACTIVATION=activation,
+        ACC=accumulator(partial.dtype)[1],
     )

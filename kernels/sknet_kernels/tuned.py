@@ -1,7 +1,8 @@
 """Launch configurations that were timed on a device, in the place of the heuristics there.
 
 A device's table is ``tuned/<its name>.csv`` in this package: a row a kernel and problem, named by
-the fields of `Problem` and `LaunchConfig`; other columns say where the row is from. ``python -m
+the fields of `Problem` and `LaunchConfig`, or of `SmallProblem` and `SmallConfig`, and empty in the
+others' columns; what else stands in a row says where it is from. ``python -m
 perf tune`` writes it. It is read once, when the device is first asked for; results are the same bit
 by bit for as long as the table is.
 """
@@ -12,26 +13,35 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, Stage
+from sknet_kernels.config import STREAMING_KERNELS, DeviceFacts, Kernel, LaunchConfig, Problem
+from sknet_kernels.small import SMALL_KERNELS, SmallConfig, SmallProblem
 
 FOLDER = Path(__file__).with_name("tuned")
 
+_P = TypeVar("_P")
+_C = TypeVar("_C")
+
+# By what a row is read into, its problem and its configuration.
+_RECORDS = {
+    **{kernel.name: (Problem, LaunchConfig) for kernel in STREAMING_KERNELS},
+    **{kernel.name: (SmallProblem, SmallConfig) for kernel in SMALL_KERNELS},
+}
 _KINDS: dict[Any, Callable[[str], Any]] = {
     int: int,
     bool: {"True": True, "False": False}.__getitem__,
 }
 
 
-def choice(stage: Stage, problem: Problem, device: DeviceFacts) -> LaunchConfig:
+def choice(kernel: Kernel[_P, _C], problem: _P, device: DeviceFacts) -> _C:
     """Returns what ``device``'s table has, or where it has nothing what the heuristics suggest.
 
     Raises:
         ValueError: the table is damaged.
     """
-    found = table(device.name).get((stage.name, problem))
-    return found or LaunchConfig.from_heuristic(stage, problem, device)
+    found: _C | None = table(device.name).get((kernel.name, problem))
+    return found or kernel.heuristic(problem, device)
 
 
 def table_path(name: str) -> Path:
@@ -41,26 +51,34 @@ def table_path(name: str) -> Path:
 
 
 @functools.cache
-def table(name: str) -> Mapping[tuple[str, Problem], LaunchConfig]:
+def table(name: str) -> Mapping[tuple[str, Any], Any]:
     """Returns the table of the device called ``name``, without rows where there is none.
 
     Raises:
         ValueError: it is damaged.
     """
     path = table_path(name)
-    if not name or not path.is_file():
-        return {}
+    return read(path) if name and path.is_file() else {}
+
+
+def read(path: Path) -> Mapping[tuple[str, Any], Any]:
+    """Returns the configurations in ``path``, by kernel and problem.
+
+    Raises:
+        ValueError: a row is damaged.
+    """
     text = path.read_text(encoding="utf-8")
     # A line that is still being written has no end.
     lines = text[: text.rfind("\n") + 1].splitlines()
     rows = {}
     for number, row in enumerate(csv.DictReader(lines), start=2):
         try:
-            rows[row["stage"], _record(Problem, row)] = _record(LaunchConfig, row)
+            problem, config = _RECORDS[row["kernel"]]
+            rows[row["kernel"], _record(problem, row)] = _record(config, row)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}:{number}: expected a problem and its launch, got {row}"
-            ) from (error)
+            ) from error
     return rows
 
 

@@ -12,6 +12,7 @@ import torch
 from perf.commands.options import add_table, needs_compiler, table_file, whole_number
 from perf.rows import UsageError
 from perf.rows.schema import SIZES
+from sknet_kernels.config import MAX_BRANCHES
 
 # Of one branch: the interpreter takes a minute for as many.
 MOST_ELEMENTS = 2**24
@@ -122,6 +123,14 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only the launches that a change of tiles or compilers breaks first, as the tests do",
     )
+    parser.add_argument(
+        "--branches",
+        nargs="+",
+        type=whole_number(1, MAX_BRANCHES),
+        default=(),
+        metavar="M",
+        help="compile for so many branches of one shape (default: SKNet's stages, M = 2, 3 and 8)",
+    )
     add_table(parser)
 
 
@@ -141,7 +150,7 @@ def kernels(args: argparse.Namespace) -> int:
     from perf.static.model import COPY_TB_S
 
     with table_file(args.out) as write:
-        table = kernel_table(args.target, args.at_risk)
+        table = kernel_table(args.target, args.branches, args.at_risk)
         print(table[_WHAT + _RESOURCES].drop_duplicates().to_string(index=False))
         if "tb_s" in table:
             modelled = table[table.tb_s.notna()]

@@ -24,17 +24,17 @@ from perf.rows.store import open_store
 from perf.sweep.contest import BudgetSpentError, Conditions
 from perf.sweep.ranks import this_rank
 from perf.sweep.sweep import deadline
-from sknet_kernels.config import MAX_BRANCHES, STAGES
+from sknet_kernels.config import MAX_BRANCHES, STREAMING_KERNELS
+from sknet_kernels.small import SMALL_KERNELS
 from sknet_kernels.tuned import table_path
 
 if TYPE_CHECKING:  # they import triton, which only the work itself needs
     from perf.static.trials import Subject
 
-_KERNELS = {stage.name: stage for stage in STAGES}
+_KERNELS = {kernel.name: kernel for kernel in (*STREAMING_KERNELS, *SMALL_KERNELS)}
 _LARGEST = 10_000
 # Of each candidate, on a GPU.
 _SECONDS, _ROUNDS = 0.05, 2
-_SHOWN = [*TUNED.key, "block_c", "block_s", "splits", "num_warps", "num_stages", "access"]
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 
 def tune(args: argparse.Namespace) -> int:
-    """Time the launch configurations of every streaming kernel and write this GPU's table.
+    """Time the launch configurations of every kernel and write this GPU's table.
 
     Each candidate's results are compared with float64 and with the heuristics' before it is timed.
     The table is appended to row by row, and lies where the kernels read it; --out puts it
@@ -83,7 +83,8 @@ def tune(args: argparse.Namespace) -> int:
     was lost, or where the heuristics' own results were wrong.
 
     Without a GPU nothing is timed or written: candidates are listed in the order of
-    perf/static/model.py for an H100, which is modelled, not measured.
+    perf/static/model.py for an H100, which is modelled, not measured: streaming kernels by the
+    bandwidth that they can ask for, small ones by what the busiest multiprocessor reads.
     """
     device = chosen_device(args.device, this_rank())
     if device.type == "cpu":
@@ -108,7 +109,7 @@ def tune(args: argparse.Namespace) -> int:
 def _listed(chosen: Sequence["Subject"], budget: float | None) -> int:
     from perf.static.trials import modelled
 
-    print("modelled, not measured: TB/s that an H100 could ask for")
+    print("modelled, not measured: TB/s that an H100 could ask for, or KiB that it reads")
     try:
         with deadline(budget):
             for subject in chosen:
@@ -127,10 +128,14 @@ def _timed(chosen: Sequence["Subject"], conditions: Conditions, args: argparse.N
         path.parent.mkdir(exist_ok=True)
     with open_store(path, resume=args.resume, columns=TUNED) as store:
         ending = tuning.tune(chosen, store, conditions, budget=args.budget)
-        rest = tuning.unfinished(chosen, store)
+        rest = tuning.unfinished(chosen, store, conditions.device)
     table = TUNED.read(path)
     gain = table.heuristic_ms / table.ms
-    print(table[[*_SHOWN, "heuristic_ms", "ms"]].assign(gain=gain.round(3)).to_string(index=False))
+    shown = table[[*TUNED.names[: TUNED.names.index("timed")]]].assign(gain=gain.round(3))
+    for streaming in (True, False):
+        part = shown[shown.S.notna() == streaming].dropna(axis="columns", how="all")
+        if len(part):
+            print(part.to_string(index=False))
     better = int((gain > 1).sum())
     total = table.heuristic_ms.sum() / table.ms.sum() if len(table) else 1.0
     print(

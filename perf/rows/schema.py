@@ -4,15 +4,16 @@ First the report of a sweep, a row for each case and provider; then the other ta
 launches counted, the host's time, launches that were timed.
 """
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
 from perf.rows.env import Environment
 from perf.rows.typed_csv import Column, Schema, columns_of
-from sknet_kernels.config import LaunchConfig, Problem, Stage
+from sknet_kernels.config import LaunchConfig, Problem
+from sknet_kernels.small import SmallConfig, SmallProblem
 
 Level = Literal["pass", "op", "layer", "family", "model", "workload"]
 Mode = Literal["infer", "train", "bwd"]
@@ -309,27 +310,38 @@ class Timing:
     refused: int
 
 
+# Of streaming and of small kernels: what one of them has and the other has not is empty there.
+_PROBLEM = {column.name: column for part in (Problem, SmallProblem) for column in columns_of(part)}
+_CONFIG = {
+    column.name: column for part in (LaunchConfig, SmallConfig) for column in columns_of(part)
+}
 # The table of a device, as `sknet_kernels.tuned` reads it.
 TUNED = Schema(
     columns=(
-        Column("stage", str),
-        *columns_of(Problem),
-        *columns_of(LaunchConfig),
+        Column("kernel", str),
+        *(replace(column, optional=True) for column in (_PROBLEM | _CONFIG).values()),
         *columns_of(Timing),
         *columns_of(Environment),
     ),
-    key=("stage", *(field.name for field in fields(Problem))),
+    key=("kernel", *_PROBLEM),
 )
 
 
-def tuned_key(stage: Stage, problem: Problem) -> tuple[str, ...]:
-    """Returns what identifies a row of it: its key columns as the CSV spells them."""
-    return (stage.name, *map(str, astuple(problem)))
+def tuned_key(kernel: str, problem: Problem | SmallProblem) -> tuple[str, ...]:
+    """Returns what identifies a row of it: its key columns as the CSV is read."""
+    sizes = asdict(problem)
+    return (kernel, *(str(sizes.get(name)) for name in _PROBLEM))
 
 
 def tuned_line(
-    stage: Stage, problem: Problem, config: LaunchConfig, timing: Timing, env: Environment
+    kernel: str,
+    problem: Problem | SmallProblem,
+    config: LaunchConfig | SmallConfig,
+    timing: Timing,
+    env: Environment,
 ) -> str:
     """Returns one line of that table."""
-    parts = (problem, config, timing, env)
-    return TUNED.line([stage.name, *(value for part in parts for value in astuple(part))])
+    values: dict[str, Any] = {"kernel": kernel}
+    for part in (problem, config, timing, env):
+        values |= asdict(part)
+    return TUNED.line([values.get(name) for name in TUNED.names])

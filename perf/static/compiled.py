@@ -15,7 +15,7 @@ from perf.static.specialisations import (
     Setting,
     kernel_name,
     settings,
-    streaming_stage,
+    streaming_kernel,
 )
 from sknet_kernels.launch import Launch
 
@@ -23,15 +23,18 @@ from sknet_kernels.launch import Launch
 MODELLED = "sm_90"
 
 
-def kernel_table(targets: Sequence[str], at_risk: bool = False) -> pd.DataFrame:
+def kernel_table(
+    targets: Sequence[str], branches: Sequence[int] = (), at_risk: bool = False
+) -> pd.DataFrame:
     """Compiles the launches of every setting for ``targets``: a row each.
 
-    Of the target that is modelled these are all, of others those whose kernels tell more; with
-    ``at_risk`` only those of `Setting.at_risk`.
+    With ``branches`` the settings are those of so many branches. Of the target that is modelled
+    the launches are all, of others those whose kernels tell more; with ``at_risk`` only those of
+    `Setting.at_risk`.
     """
     # By layouts first: those of one target share kernels, which the second finds in Triton's cache.
     shares = [
-        (target, layout, at_risk)
+        (target, layout, tuple(branches), at_risk)
         for layout in LAYOUTS
         for target in TARGETS
         if target.name in targets
@@ -43,8 +46,8 @@ def kernel_table(targets: Sequence[str], at_risk: bool = False) -> pd.DataFrame:
     return table.sort_values("target", key=lambda names: names.map(order), kind="stable")
 
 
-def _rows(share: tuple[Target, str, bool]) -> list[dict[str, Any]]:
-    target, layout, at_risk = share
+def _rows(share: tuple[Target, str, tuple[int, ...], bool]) -> list[dict[str, Any]]:
+    target, layout, branches, at_risk = share
     modelled = target.name == MODELLED
 
     def choice(setting: Setting) -> list[Launch]:
@@ -54,14 +57,14 @@ def _rows(share: tuple[Target, str, bool]) -> list[dict[str, Any]]:
 
     return [
         _row(setting, launch, target)
-        for setting in settings()
+        for setting in settings(branches)
         if setting.layout == layout
         for launch in choice(setting)
     ]
 
 
 def _row(setting: Setting, launch: Launch, target: Target) -> dict[str, Any]:
-    compiled, stage = compile_launch(launch, target), streaming_stage(launch)
+    compiled, kernel = compile_launch(launch, target), streaming_kernel(launch)
     B, C, S = setting.shape
     constants = launch.constants
     row = {
@@ -82,12 +85,12 @@ def _row(setting: Setting, launch: Launch, target: Target) -> dict[str, Any]:
         "access": constants.get("ALIGN"),
         "reading": constants.get("LAYOUT"),
         "fast": setting.is_fast,
-        "streaming": stage is not None,
-        "writes": stage is not None and any(stage.writes),
+        "streaming": kernel is not None,
+        "writes": kernel is not None and any(kernel.writes),
         **asdict(compiled.resources),
     }
-    if stage is None or target.name != MODELLED:
+    if kernel is None or target.name != MODELLED:
         return row
     used = compiled.resources
-    modelled = ceiling(setting, stage, launch, compiled.sass, used.registers, used.shared_bytes)
+    modelled = ceiling(setting, kernel, launch, compiled.sass, used.registers, used.shared_bytes)
     return {**row, **asdict(modelled)}

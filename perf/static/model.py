@@ -21,8 +21,9 @@ import re
 from dataclasses import dataclass
 
 from perf.static.specialisations import Setting
-from sknet_kernels.config import Stage, cdiv
+from sknet_kernels.config import DeviceFacts, StreamingKernel, cdiv
 from sknet_kernels.launch import Launch
+from sknet_kernels.small import SmallConfig, SmallKernel, SmallProblem
 
 COPY_TB_S = {"H100": 3.0, "H200": 4.3}
 
@@ -64,13 +65,18 @@ class Ceiling:
 
 
 def ceiling(
-    setting: Setting, stage: Stage, launch: Launch, sass: str, registers: int, shared: int
+    setting: Setting,
+    kernel: StreamingKernel,
+    launch: Launch,
+    sass: str,
+    registers: int,
+    shared: int,
 ) -> Ceiling:
     """Returns the modelled ceiling of a launch, compiled to ``sass``, for an H100.
 
     Args:
         setting: what the launch reads.
-        stage: what the kernel does.
+        kernel: what the kernel does.
         launch: tiles and programs.
         sass: the listing of cuobjdump.
         registers: of a thread.
@@ -86,10 +92,10 @@ def ceiling(
         overlapping = max(1, min(launch.constants["NUM_STAGES"] - 1, turns))
         cycles = max(cycles, _LOAD_CYCLES // overlapping)
     issued = len(body) * launch.num_warps * a_multiprocessor / _SCHEDULERS
-    tile = _tile_bytes(setting, stage, launch)
-    reads, beside = stage.reads
+    tile = _tile_bytes(setting, kernel, launch)
+    reads, beside = kernel.reads
     flight = a_multiprocessor * (reads * setting.M + beside) * tile / groups
-    rate = a_multiprocessor * stage.passes(setting.M) * tile / max(cycles, issued, 1)
+    rate = a_multiprocessor * kernel.passes(setting.M) * tile / max(cycles, issued, 1)
     return Ceiling(
         programs=launch.programs,
         resident=resident,
@@ -101,10 +107,50 @@ def ceiling(
     )
 
 
-def _tile_bytes(setting: Setting, stage: Stage, launch: Launch) -> float:
+@dataclass(frozen=True)
+class Reading:
+    """What the model makes of one launch of a small kernel.
+
+    Attributes:
+        programs: of the launch.
+        resident: programs that a multiprocessor holds at once.
+        waves: how many times the machine is filled.
+        read_kb: KiB that the multiprocessor with the most programs reads.
+    """
+
+    programs: int
+    resident: int
+    waves: float
+    read_kb: float
+
+
+def reading(
+    kernel: SmallKernel, problem: SmallProblem, config: SmallConfig, registers: int, shared: int
+) -> Reading:
+    """Returns what a launch of a small kernel reads on an H100, as `SmallKernel` counts it.
+
+    Args:
+        kernel: which.
+        problem: sizes.
+        config: tile sizes.
+        registers: of a thread.
+        shared: bytes of shared memory of a program.
+    """
+    device = DeviceFacts(_MULTIPROCESSORS, _LANES)
+    programs = kernel.programs(problem, config)
+    resident = _resident(registers, shared, config.num_warps)
+    return Reading(
+        programs=programs,
+        resident=resident,
+        waves=programs / _MULTIPROCESSORS / max(resident, 1),
+        read_kb=kernel.busiest(problem, config, device) * problem.itemsize / 1024,
+    )
+
+
+def _tile_bytes(setting: Setting, kernel: StreamingKernel, launch: Launch) -> float:
     """Bytes of a branch in a tile, on average over the tiles that programs walk."""
     B, C, S = setting.shape
-    images = 1 if stage.joins_images else B
+    images = 1 if kernel.joins_images else B
     tiles = int(launch.scalars["tiles"]) * int(launch.scalars["splits"]) * images
     rows = cdiv(C, int(launch.constants["BLOCK_C"]))
     return B * C * S * setting.dtype.itemsize / max(1, tiles * rows)

@@ -1,6 +1,7 @@
 """The launches to compile ahead of time: every kernel, as a call with real shapes makes it."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sknet_kernels import arguments
 from sknet_kernels import launch as launching
-from sknet_kernels.config import MAX_BRANCHES, STAGES, DeviceFacts, Stage
+from sknet_kernels.config import MAX_BRANCHES, STREAMING_KERNELS, DeviceFacts, StreamingKernel
 from sknet_kernels.launch import Launch
 from sknet_kernels.norms import Norms, Running
 from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_partials
@@ -118,8 +119,12 @@ RISKY = (
 )
 
 
-def settings() -> Iterator[Setting]:
-    """Yields what to compile for."""
+def settings(branches: Sequence[int] = ()) -> Iterator[Setting]:
+    """Yields what to compile for: a network's stages, or M of ``branches`` with the fast shape."""
+    if branches:
+        for layout, M in itertools.product(LAYOUTS, branches):
+            yield Setting(M, layout, torch.bfloat16, FAST_SHAPE)
+        return
     for layout in LAYOUTS:
         for C, S in NETWORK_STAGES:
             for B in BATCHES:
@@ -137,9 +142,11 @@ def kernel_name(launch: Launch) -> str:
     return name.strip("_").removesuffix("_kernel")
 
 
-def streaming_stage(launch: Launch) -> Stage | None:
+def streaming_kernel(launch: Launch) -> StreamingKernel | None:
     """Returns what a kernel that reads branches is known as, None of those that do not."""
-    return next((stage for stage in STAGES if stage.name == kernel_name(launch)), None)
+    return next(
+        (kernel for kernel in STREAMING_KERNELS if kernel.name == kernel_name(launch)), None
+    )
 
 
 def streaming_launch(setting: Setting, kernel: str) -> Launch:

@@ -1,4 +1,7 @@
-"""Tuning: the candidates of every streaming kernel, judged and then timed on the device at hand.
+"""Tuning: the candidates of every kernel, judged and then timed on the device at hand.
+
+Small kernels come last, since how many parts they join is the choice of the streaming kernels. A
+kernel that joins the parts of a pass, and a pass whose parts are joined, are timed together.
 
 A candidate is timed where each of its results is off from float64, in the 2-norm, by at most 8
 roundings of the result's dtype and sqrt(n) of float32, with n the terms of its longest sum, and
@@ -10,7 +13,11 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,13 +26,14 @@ from perf.rows import env
 from perf.rows.schema import Timing, tuned_key, tuned_line
 from perf.rows.store import Store
 from perf.static.specialisations import Setting
-from perf.static.trials import TRIALS, Inputs, Subject
+from perf.static.trials import TRIALS, AnyConfig, AnyKernel, Inputs, Subject
 from perf.sweep import contest, measure
 from perf.sweep.contest import Conditions
 from perf.sweep.streaming import LAYOUT_OF
 from perf.sweep.sweep import Ending, in_turn
 from perf.sweep.workloads import DTYPE_OF, stage_shape
-from sknet_kernels.config import DeviceFacts, LaunchConfig, Stage, candidates
+from sknet_kernels import arguments, tuned
+from sknet_kernels.config import DeviceFacts
 
 _ROUNDINGS = 8
 
@@ -35,7 +43,7 @@ class WrongError(Exception):
 
 
 def subjects(
-    kernels: Sequence[Stage],
+    kernels: Sequence[AnyKernel],
     layouts: Sequence[str],
     stages: Sequence[int],
     batches: Sequence[int],
@@ -45,7 +53,10 @@ def subjects(
     dtype: str,
     device: str | torch.device,
 ) -> list[Subject]:
-    """Returns every kernel on branches of an SKNet's stages, those that move most first."""
+    """Returns every kernel on branches of an SKNet's stages.
+
+    Those that move most come first, small kernels last.
+    """
     found = []
     for kernel, layout, stage, B in itertools.product(kernels, layouts, stages, batches):
         C, side = stage_shape(stage, resolution)
@@ -59,28 +70,49 @@ def tune(
 ) -> Ending:
     """Appends a row of every subject that ``store`` has none of, and tells why it ended.
 
-    A subject whose heuristics are wrong gets no row; stderr says so.
+    ``chosen`` has the small kernels last. A subject whose heuristics are wrong gets no row; stderr
+    says so.
     """
 
     def append(subject: Subject) -> None:
-        try:
-            config, timing = measured(subject, conditions)
-        except WrongError as error:
-            print(f"{subject.label}: {error}", file=sys.stderr)
-            return
+        with in_force(store.path):
+            problem = subject.problem(DeviceFacts.of(conditions.device))
+            key = tuned_key(subject.kernel.name, problem)
+            if key in store.keys:
+                return
+            try:
+                config, timing = measured(subject, conditions)
+            except WrongError as error:
+                print(f"{subject.label}: {error}", file=sys.stderr)
+                return
         now = env.snapshot(conditions.device, conditions.seed, ranks=1)
-        line = tuned_line(subject.stage, subject.problem, config, timing, now)
-        store.append_lines({tuned_key(subject.stage, subject.problem): line})
+        line = tuned_line(subject.kernel.name, problem, config, timing, now)
+        store.append_lines({key: line})
 
-    return in_turn(unfinished(chosen, store), append, conditions.device, budget)
+    return in_turn(chosen, append, conditions.device, budget)
 
 
-def unfinished(chosen: Sequence[Subject], store: Store) -> list[Subject]:
+@contextmanager
+def in_force(path: Path) -> Iterator[None]:
+    """Lets launchers read the table at ``path``, as far as it is written, whatever the device."""
+    rows = tuned.read(path)
+    arguments._configuration.cache_clear()
+    try:
+        with mock.patch.object(tuned, "table", return_value=rows):
+            yield
+    finally:
+        arguments._configuration.cache_clear()
+
+
+def unfinished(chosen: Sequence[Subject], store: Store, device: torch.device) -> list[Subject]:
     """Returns the subjects that have no row."""
-    return [s for s in chosen if tuned_key(s.stage, s.problem) not in store.keys]
+    facts = DeviceFacts.of(device)
+    with in_force(store.path):
+        keys = [tuned_key(s.kernel.name, s.problem(facts)) for s in chosen]
+    return [s for s, key in zip(chosen, keys, strict=True) if key not in store.keys]
 
 
-def measured(subject: Subject, conditions: Conditions) -> tuple[LaunchConfig, Timing]:
+def measured(subject: Subject, conditions: Conditions) -> tuple[AnyConfig, Timing]:
     """Judges and times the candidates of ``subject``; returns the best and what it was chosen by.
 
     Raises:
@@ -89,14 +121,14 @@ def measured(subject: Subject, conditions: Conditions) -> tuple[LaunchConfig, Ti
     """
     torch.manual_seed(conditions.seed)
     facts = DeviceFacts.of(conditions.device)
-    configs = candidates(subject.stage, subject.problem, facts)
+    problem: Any = subject.problem(facts)
+    configs = subject.kernel.candidates(problem, facts)
     given = Inputs.drawn(subject.setting)
     right = judged(subject, configs, given, conditions.device)
-    times: dict[LaunchConfig, list[float]] = {config: [] for config in right}
-    run = TRIALS[subject.stage].run
+    times: dict[AnyConfig, list[float]] = {config: [] for config in right}
     for i in range(conditions.rounds):
         for config in right[:: 1 if i % 2 == 0 else -1]:
-            call = functools.partial(run, given, config)
+            call = functools.partial(subject.run, given, config)
             seconds = conditions.seconds / conditions.rounds
             times[config] += measure.sample(call, conditions.device, seconds)
     best, heuristic_ms, ms = fastest(times)
@@ -104,22 +136,21 @@ def measured(subject: Subject, conditions: Conditions) -> tuple[LaunchConfig, Ti
 
 
 def judged(
-    subject: Subject, configs: Sequence[LaunchConfig], given: Inputs, device: torch.device
-) -> list[LaunchConfig]:
+    subject: Subject, configs: Sequence[AnyConfig], given: Inputs, device: torch.device
+) -> list[AnyConfig]:
     """Returns the configurations whose results are right; the first, the heuristics', must be.
 
     Raises:
         WrongError: it is not.
         DeviceLostError: the device does not answer any more.
     """
-    trial = TRIALS[subject.stage]
-    exact = trial.exact(given.double())
+    exact = TRIALS[subject.kernel].exact(given.double())
     B, _, S = subject.setting.shape
     first: tuple[Tensor, ...] | None = None
     right = []
     for config in configs:
         try:
-            results = trial.run(given, config)
+            results = subject.run(given, config)
             reason = _fault(results, exact, first or results, terms=B * S)
         except Exception as error:
             reason = contest.failure(error, device).reason
@@ -148,7 +179,7 @@ def _fault(
     return ""
 
 
-def fastest(times: Mapping[LaunchConfig, list[float]]) -> tuple[LaunchConfig, float, float]:
+def fastest(times: Mapping[AnyConfig, list[float]]) -> tuple[AnyConfig, float, float]:
     """Returns the configuration to take, the heuristics' median, which come first, and its own."""
     taken = {config: measure.quantiles(ms) for config, ms in times.items()}
     heuristic, (low, heuristic_ms, _) = next(iter(taken.items()))
