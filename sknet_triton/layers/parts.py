@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sknet_kernels.norms import Norms, Running
 from sknet_triton import fused, reference
@@ -66,9 +65,14 @@ def any_hook(modules: Iterable[nn.Module], *, everywhere: bool = True) -> bool:
     It does with a hook of any kind, of which those on all modules count ``everywhere``, and where
     its own ``forward`` was replaced, as wrappers that keep a module's type do.
     """
-    if everywhere and any(getattr(module_globals, f"_global{name}", None) for name in HOOKS):
-        return True
     # Spelt out, since this is asked at every call of a layer.
+    if everywhere and (
+        module_globals._global_forward_hooks
+        or module_globals._global_forward_pre_hooks
+        or module_globals._global_backward_hooks
+        or module_globals._global_backward_pre_hooks
+    ):
+        return True
     for module in modules:
         if (
             module._forward_hooks
@@ -175,13 +179,28 @@ def _composed(parts: Parts, maps: Sequence[Tensor]) -> Tensor:
     B, C = maps[0].shape[:2]
     us = [_activated(block.norm, x) for block, x in zip(parts.branches, maps, strict=True)]
     hidden = _product(parts.fc1.conv, reference.sk_fuse(us))
-    z = _activated(parts.fc1.norm, hidden[:, :, None, None]).flatten(1)
+    z = _activated(parts.fc1.norm, hidden)
     return reference.sk_select(us, _product(parts.fc2, z).view(B, len(us), C))
 
 
-def _activated(bn: nn.Module, x: Tensor) -> Tensor:
-    # The norm alone: what the modules' classes call beside it, such as timm's own ReLU, is here.
-    return torch.relu_(_BatchNorm.forward(bn, x))  # type: ignore[arg-type]  # one of NORMS
+def _activated(bn: Any, x: Tensor) -> Tensor:
+    # As ``_BatchNorm.forward``, whose attributes take longer than the operator at small sizes.
+    keeps, factor = _keeps(bn), bn.momentum or 0.0
+    if keeps and (tracked := _buffer(bn, "num_batches_tracked")) is not None:
+        tracked.add_(1)
+        factor = 1 / float(tracked) if bn.momentum is None else factor
+    known = keeps or not bn.training
+    y = F.batch_norm(
+        x,
+        _buffer(bn, "running_mean") if known else None,
+        _buffer(bn, "running_var") if known else None,
+        _parameter(bn, "weight"),
+        _parameter(bn, "bias"),
+        _takes_batch(bn),
+        factor,
+        bn.eps,
+    )
+    return torch.relu_(y)
 
 
 def _product(conv: nn.Module, x: Tensor) -> Tensor:
