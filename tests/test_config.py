@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perf.static.specialisations import NETWORK_STAGES
+from perf.static.specialisations import NETWORK_STAGES, Setting
 from sknet_kernels.arguments import problem_of
 from sknet_kernels.config import (
     FUSE,
@@ -20,7 +20,6 @@ from sknet_kernels.config import (
     Problem,
     StreamingKernel,
     cdiv,
-    most_registers,
     next_power_of_two,
 )
 from sknet_kernels.small import (
@@ -135,11 +134,12 @@ def test_partial_sums_fit_into_the_second_level_cache(kernel: StreamingKernel) -
         assert config.splits == 1 or config.splits * kernel.partial_bytes(problem) <= 8 << 20
 
 
-def test_all_registers_are_asked_for_where_no_third_program_fits() -> None:
-    assert 3 * 4 * 32 * 168 <= 65_536 < 3 * 4 * 32 * (168 + 8)
-    assert most_registers(H200) == most_registers(H200, expected=169) == 255
-    assert most_registers(H200, expected=168) is None
-    assert most_registers(MI300) is most_registers(MI300, expected=300) is None  # no such option
+def test_a_thread_may_take_all_registers_where_there_is_such_an_option() -> None:
+    for M in (1, 2, MAX_BRANCHES):
+        asked = Setting(M, "contiguous", torch.bfloat16, (2, 16, 64)).training(H200)
+        assert {launch.options["maxnreg"] for launch in asked} == {255}
+        for launch in Setting(M, "contiguous", torch.bfloat16, (2, 16, 64)).training(MI300):
+            assert "maxnreg" not in launch.options
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def streaming_launch(
         scalars={name: values[name] for name in rest if name in values},
         constants={name: known[name] for name in rest if name in known},
         num_warps=config.num_warps,
-        maxnreg=most_registers(DeviceFacts.of(xs[0].device), kernel.registers(problem, access)),
+        maxnreg=most_registers(DeviceFacts.of(xs[0].device)),
     )
 
 

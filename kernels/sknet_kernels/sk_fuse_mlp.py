@@ -77,6 +77,13 @@ def _joined(ptr, rows, offs, masks, step, splits, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def _store_each(ptr, rows, offs, vectors, masks, is_first):
+    """Stores each of ``vectors`` at its row, where its mask and ``is_first`` are set."""
+    for j in tl.static_range(len(rows)):
+        tl.store(ptr + (rows[j] + offs), vectors[j], mask=masks[j] & is_first)
+
+
+@triton.jit
 def _store(ptr, offs, values, mask):
     """Stores ``values`` in the dtype of the memory, unless there is none."""
     if ptr is not None:
@@ -324,26 +331,23 @@ def _sk_hidden_bwd_kernel(
         for j in tl.static_range(2 * VECTORS):
             masks = masks + (mask_c & (first_b + j % VECTORS // NUM_BRANCHES < B),)
         part_step = NUM_SUMS * step
+        # These first, since they are only written: no register holds them while others are joined.
         if sums_ptr is not None:
             keep_start = image + KEEP * step
-            p2_p4 = _joined(
+            keep_sums = _joined(
                 partial_ptr + keep_start, rows, offs_c, masks, part_step, splits, BLOCK_P
             )
-            for j in tl.static_range(2 * VECTORS):
-                tl.store(
-                    sums_ptr + keep_start + (rows[j] + offs_c), p2_p4[j], mask=masks[j] & is_first
-                )
-        p1_p3 = _joined(partial_ptr + image, rows, offs_c, masks, part_step, splits, BLOCK_P)
+            _store_each(sums_ptr + keep_start, rows, offs_c, keep_sums, masks, is_first)
+        dout_sums = _joined(partial_ptr + image, rows, offs_c, masks, part_step, splits, BLOCK_P)
         if sums_ptr is not None:
-            for j in tl.static_range(2 * VECTORS):
-                tl.store(sums_ptr + image + (rows[j] + offs_c), p1_p3[j], mask=masks[j] & is_first)
+            _store_each(sums_ptr + image, rows, offs_c, dout_sums, masks, is_first)
         gammas = channel_vectors(gamma_ptrs, offs_c, mask_c, ACC, 1.0)
         betas = channel_vectors(beta_ptrs, offs_c, mask_c, ACC, 0.0)
         dlogits = ()
         for b in tl.static_range(BLOCK_B):
             dattn = ()
             for i in tl.static_range(NUM_BRANCHES):
-                p1, p3 = p1_p3[b * NUM_BRANCHES + i], p1_p3[VECTORS + b * NUM_BRANCHES + i]
+                p1, p3 = dout_sums[b * NUM_BRANCHES + i], dout_sums[VECTORS + b * NUM_BRANCHES + i]
                 dattn = dattn + (gammas[i] * p3 + betas[i] * p1,)
             image_ptr = logits_ptr + (first_b + b) * NUM_BRANCHES * C
             attn = branch_weights(
