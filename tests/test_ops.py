@@ -5,6 +5,7 @@ with sizes that are not constants.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -92,22 +93,33 @@ def place(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def check(operator: Any, args: tuple[Any, ...], traced: bool) -> None:
+    """`opcheck`, which takes ten times as long where it traces with sizes that are not constants.
+
+    What it traces has no kernel in it: it is the same with kernels and without.
+    """
+    opcheck(operator, args, test_utils=(*CHECKS, "test_aot_dispatch_dynamic") if traced else CHECKS)
+
+
 @pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
-def test_the_stages(case: Case, grad: bool, place: torch.device) -> None:
+def test_the_stages(case: Case, grad: bool, kernels: bool, place: torch.device) -> None:
     xs, logits = tensors(case, place, grad)
-    opcheck(ops.sk_fuse, (xs, "mean"))
-    opcheck(ops.sk_select, (xs, logits, "softmax"))
+    check(ops.sk_fuse, (xs, "mean"), kernels)
+    check(ops.sk_select, (xs, logits, "softmax"), kernels)
 
 
 @pytest.mark.slow
 @KERNELS
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
-def test_the_backward_of_select(case: Case, place: torch.device) -> None:
+def test_the_backward_of_select(case: Case, kernels: bool, place: torch.device) -> None:
     xs, logits = tensors(case, place, grad=False)
-    opcheck(ops.sk_select_bwd, (case.tensor(place), xs, logits, "softmax"))
+    check(ops.sk_select_bwd, (case.tensor(place), xs, logits, "softmax"), kernels)
 
 
 @pytest.mark.slow
@@ -134,12 +146,13 @@ def test_gradients_that_only_some_ask_for(needed: str, place: torch.device) -> N
 
 @dataclass(frozen=True)
 class FuseSelectCase:
-    """Arguments of `functional.sk_fuse_select`."""
+    """Arguments of `functional.sk_fuse_select`, and whether its operators are traced, too."""
 
     case: Case
     training: bool = True
     biases: bool = True
     affine: bool = True
+    traced: bool = True
 
     def __str__(self) -> str:
         mode = "train" if self.training else "eval"
@@ -169,13 +182,13 @@ class FuseSelectCase:
 FUSE_SELECT_CASES = [
     FuseSelectCase(Case((2, 3, 4, 5))),
     FuseSelectCase(Case((2, 3, 4, 5)), training=False, biases=False),
-    FuseSelectCase(Case((2, 3, 4, 5)), biases=False, affine=False),
+    FuseSelectCase(Case((2, 3, 4, 5)), biases=False, affine=False, traced=False),
     FuseSelectCase(Case((2, 3, 4, 5), 3, "channels_last", torch.bfloat16)),
-    FuseSelectCase(Case((2, 3, 4, 5), 3, "channels_last", torch.float16), training=False),
-    FuseSelectCase(Case((2, 3, 4, 5), 1, "sliced")),
+    FuseSelectCase(Case((2, 3, 4, 5), 3, "channels_last", torch.float16), False, traced=False),
+    FuseSelectCase(Case((2, 3, 4, 5), 1, "sliced"), traced=False),
     FuseSelectCase(Case((2, 3, 4, 5), 2, "cropped", torch.float64)),
-    FuseSelectCase(Case((2, 3, 4, 5), 2, "transposed"), training=False),
-    FuseSelectCase(Case((3, 2, 7))),
+    FuseSelectCase(Case((2, 3, 4, 5), 2, "transposed"), training=False, traced=False),
+    FuseSelectCase(Case((3, 2, 7)), traced=False),
     FuseSelectCase(Case((2, 2, 2, 2, 3), layout="channels_last")),
 ]
 
@@ -188,7 +201,10 @@ FUSE_SELECT_CASES = [
     ids=lambda value: str(value) if isinstance(value, FuseSelectCase) else KERNEL_IDS[value],
 )
 def test_every_step_of_fuse_select(
-    fuse_select: FuseSelectCase, place: torch.device, monkeypatch: pytest.MonkeyPatch
+    fuse_select: FuseSelectCase,
+    kernels: bool,
+    place: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Without kernels the operators run in programs that were made where there were some.
     monkeypatch.setattr(fused, "way_of", lambda x: "kernels")
@@ -198,4 +214,4 @@ def test_every_step_of_fuse_select(
     steps = {"sk_hidden", "sk_logits", "sk_out", "sk_hidden_bwd", "sk_channels_bwd", "sk_dx"}
     assert set(recorded.calls) == steps | ({"sk_moments"} if fuse_select.training else set())
     for operator, args in recorded.calls.values():
-        opcheck(operator, args)
+        check(operator, args, kernels and fuse_select.traced)
