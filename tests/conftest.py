@@ -19,6 +19,8 @@ if INTERPRETED:
     # The tensors are small: threads, also of child processes, would only wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    # Inductor would start a process that compiles for GPUs.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # A CUDA build of torch that finds a compiler would write to stderr that there is no device.
     os.environ.setdefault("CUDA_PATH", "")
     patch_the_language_once_a_launch()
