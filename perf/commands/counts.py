@@ -129,7 +129,7 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1, MAX_BRANCHES),
         default=(),
         metavar="M",
-        help="compile for so many branches of one shape (default: SKNet's stages, M = 2, 3 and 8)",
+        help="only training steps with so many branches, of one shape, for their spills",
     )
     add_table(parser)
 

@@ -28,9 +28,9 @@ def kernel_table(
 ) -> pd.DataFrame:
     """Compiles the launches of every setting for ``targets``: a row each.
 
-    With ``branches`` the settings are those of so many branches. Of the target that is modelled
-    the launches are all, of others those whose kernels tell more; with ``at_risk`` only those of
-    `Setting.at_risk`.
+    With ``branches`` these are a training step's with so many branches of one shape. Else, of the
+    target that is modelled they are all, of others those whose kernels tell more; with ``at_risk``
+    only those of `Setting.at_risk`.
     """
     # By layouts first: those of one target share kernels, which the second finds in Triton's cache.
     shares = [
@@ -51,6 +51,8 @@ def _rows(share: tuple[Target, str, tuple[int, ...], bool]) -> list[dict[str, An
     modelled = target.name == MODELLED
 
     def choice(setting: Setting) -> list[Launch]:
+        if branches:
+            return setting.training(target.facts)
         if at_risk:
             return setting.at_risk(target.facts, modelled)
         return setting.launches(target.facts) if modelled else setting.telling(target.facts)
