@@ -99,6 +99,21 @@ def test_growth_is_time_over_batch_and_over_image_size_above_a_copy(report: Path
     assert names == ["plain-eager", "ours-pytorch-eager", least]
 
 
+@pytest.mark.parametrize("workload", ["sk_fuse", "sk_select", "sk_fuse_select"])
+def test_nothing_of_growth_is_cut_off(workload: str, report: Path) -> None:
+    frame = schema.read(report)
+    frame = frame.assign(workload=workload, cpu="AMD EPYC 9654 96-Core Processor", threads=16)
+    for figure in growth_of(frame).values():
+        figure.draw_without_rendering()
+        drawn_in = figure.get_window_extent()
+        for part in (*figure.texts, *figure.legends, *figure.axes):
+            extent = part.get_window_extent()
+            assert extent.x0 >= 0
+            assert extent.x1 <= drawn_in.width
+            assert extent.y0 >= 0
+            assert extent.y1 <= drawn_in.height
+
+
 def test_growth_has_a_panel_for_each_axis_that_grows(report: Path) -> None:
     frame = schema.read(report)
     (figure,) = growth_of(frame[frame.B == 8]).values()

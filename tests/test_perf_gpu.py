@@ -3,7 +3,7 @@
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +73,25 @@ def test_switches_are_read_while_timing_and_not_assumed(monkeypatch: pytest.Monk
     monkeypatch.setattr(contest, "settings", without_cudnn)
     result = contest.measure_case(small("sk_fuse", "infer"), (PLAIN,), CONDITIONS)[PLAIN.name]
     assert (result.status, result.cudnn) == ("ok", False)
+
+
+def test_switches_are_what_pytorch_says() -> None:
+    before = env.switches()
+    torch.set_num_threads(before.timed_threads + 1)
+    torch.use_deterministic_algorithms(not before.deterministic)
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=not before.cudnn,
+            benchmark=not before.cudnn_benchmark,
+            deterministic=not before.cudnn_deterministic,
+            allow_tf32=not before.cudnn_tf32,
+        ):
+            changed = env.switches()
+    finally:
+        torch.use_deterministic_algorithms(before.deterministic)
+        torch.set_num_threads(before.timed_threads)
+    kept = [name for name, value in asdict(before).items() if value == getattr(changed, name)]
+    assert kept == ["matmul_tf32"]
 
 
 # Networks are judged on a part of the batch

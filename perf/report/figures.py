@@ -147,16 +147,16 @@ def _itemsize(frame: pd.DataFrame) -> "pd.Series[int]":
 # How time grows with batch and image size: a figure for each workload.
 
 _FIXED = [name for name in CASE_COLUMNS if name not in ("B", "resolution", "H", "W")]
-_COPY = "bytes that must move\n(at the speed of a large copy;\nless only within a cache)"
+_COPY = "bytes that must move\n(at the speed of a large copy; caches are faster)"
 _MEANING = {
     "sk_fuse": "the average over space of the sum of the branches",
     "sk_select": "the weighted sum of the branches",
     "sk_fuse_select": "everything between the convolutions and the output",
 }
 _MODES = {
-    "infer": "time of a forward pass",
-    "train": "time of a forward and a backward pass",
-    "bwd": "time of a backward pass",
+    "infer": "time of inference",
+    "train": "time of a training step, forward and backward",
+    "bwd": "time of the backward pass",
 }
 
 
@@ -183,7 +183,7 @@ def growths(measured: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
 
 def growth(rows: pd.DataFrame, sweeps: list[Sweep]) -> Figure:
     """Draws time over batch and over image size, above what a copy of the bytes would take."""
-    figure = Figure(figsize=(3.8 * len(sweeps) + 2.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * max(len(sweeps), 2), 6), layout="constrained")
     panels = figure.subplots(1, len(sweeps), sharey=True, squeeze=False)[0]
     slowest_first = rows.groupby("provider").ms_p50.median().sort_values(ascending=False).index
     for panel, sweep in zip(panels, sweeps, strict=True):
@@ -191,7 +191,7 @@ def growth(rows: pd.DataFrame, sweeps: list[Sweep]) -> Figure:
             _draw_provider(panel, provider, sweep)
         _draw_copy(panel, sweep)
         _scale(panel, sweep)
-    panels[0].set_ylabel("milliseconds (band: p20 to p80); lower is faster", fontsize=SMALL + 1)
+    panels[0].set_ylabel("milliseconds (band: p20 to p80); lower is faster", fontsize=SMALL + 2)
     handles = {
         label: handle
         for panel in panels
@@ -201,13 +201,14 @@ def growth(rows: pd.DataFrame, sweeps: list[Sweep]) -> Figure:
     figure.legend(
         [handles[label] for label in order],
         [label if label == _COPY else explained(label) for label in order],
-        loc="outside right center",
+        loc="outside lower center",
+        ncols=2,
         frameon=False,
-        fontsize=SMALL + 1,
+        fontsize=SMALL + 2,
         handlelength=3,
-        labelspacing=1,
+        labelspacing=0.8,
     )
-    figure.suptitle(_title(rows.iloc[0]), fontsize=SMALL + 2, x=0.01, ha="left")
+    figure.suptitle(_title(rows.iloc[0]), fontsize=SMALL + 3, x=0.01, ha="left")
     return figure
 
 
@@ -256,24 +257,25 @@ def _scale(panel: Axes, sweep: Sweep) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_xlabel(sweep.label, fontsize=SMALL + 1)
+    panel.set_xlabel(sweep.label, fontsize=SMALL + 2)
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_locator(NullLocator())
-    panel.tick_params(labelsize=SMALL + 1)
+    panel.tick_params(labelsize=SMALL + 2)
     panel.set_axisbelow(True)
     panel.grid(visible=True, color="0.9")
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _title(row: "pd.Series[Any]") -> str:
-    meaning = f", {_MEANING[row.workload]}" if row.workload in _MEANING else ""
-    stage = f", stage {row.stage}" if row.stage else ""
+    meaning = f": {_MEANING[row.workload]}" if row.workload in _MEANING else ""
+    channels = f" of {row.C} channels (stage {row.stage})" if row.stage else ""
     threads = "1 thread" if row.threads == 1 else f"{row.threads} threads"
     return (
-        f"{row.workload}{meaning}: {_MODES[row['mode']]}\n"
-        f"{row['dtype']}, {row.layout}, M = {row.M}{stage}, "
+        f"{row.workload}{meaning}\n"
+        f"{_MODES[row['mode']]}, over batch and image size\n"
+        f"M = {row.M} branches{channels}, {row['dtype']}, {row.layout}\n"
         f"on {row.gpu or f'{threads} of {row.cpu}'}, torch {row.torch}"
     )
 
