@@ -91,11 +91,13 @@ class Setting:
         """Returns of the launches those that a change of tiles or compilers breaks first.
 
         These are all of the fast shape with two branches, and a training step's of it with the
-        most; where ``modelled``, also in other dtypes and numbers of branches, and of `RISKY`.
+        most; where ``modelled``, also in float32, with other numbers of branches, and of `RISKY`.
+        float16 is bfloat16 but for a conversion.
         """
         if self.shape == FAST_SHAPE and self.is_usual:
             return self.launches(facts)
-        told = self.shape == FAST_SHAPE and (modelled or self.M == MAX_BRANCHES)
+        tells = modelled and self.dtype != torch.float16
+        told = self.shape == FAST_SHAPE and (tells or self.M == MAX_BRANCHES)
         return self.training(facts) if told or (modelled and self in RISKY) else []
 
     def launches(self, facts: DeviceFacts) -> list[Launch]:
@@ -129,7 +131,7 @@ def settings(branches: Sequence[int] = ()) -> Iterator[Setting]:
         for C, S in NETWORK_STAGES:
             for B in BATCHES:
                 yield Setting(2, layout, torch.bfloat16, (B, C, S))
-            for M, dtype in ((3, torch.bfloat16), (2, torch.float32)):
+            for M, dtype in ((3, torch.bfloat16), (2, torch.float32), (2, torch.float16)):
                 yield Setting(M, layout, dtype, (BATCHES[-1], C, S))
         # As many branches as the kernels take, and sizes of one.
         yield Setting(MAX_BRANCHES, layout, torch.bfloat16, FAST_SHAPE)
