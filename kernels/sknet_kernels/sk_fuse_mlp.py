@@ -763,7 +763,7 @@ def sk_hidden_launch(
         kernel=HIDDEN,
         problem=SmallProblem(B, C, 1, hidden.shape[1], splits, hidden.itemsize),
         config=config,
-        scalars={"weight_strides": fc1_weight.stride(), "S": S},
+        scalars={"weight_strides": fc1_weight.stride()[:2], "S": S},
     )
 
 
@@ -790,7 +790,7 @@ def sk_logits_launch(
         problem=SmallProblem(B, C, M, hidden.shape[1], itemsize=hidden.itemsize),
         config=config,
         scalars={
-            "weight_strides": fc2_weight.stride(),
+            "weight_strides": fc2_weight.stride()[:2],
             "keep": 1 - momentum,
             "momentum": momentum,
         },
@@ -818,7 +818,7 @@ def sk_hidden_bwd_launch(
         kernel=HIDDEN_BWD,
         problem=SmallProblem(B, C, M, dz.shape[1], splits, dz.itemsize),
         config=config,
-        scalars={"weight_strides": fc2_weight.stride()},
+        scalars={"weight_strides": fc2_weight.stride()[:2]},
     )
 
 
@@ -847,7 +847,7 @@ def sk_channels_bwd_launch(
         kernel=CHANNELS_BWD,
         problem=SmallProblem(B, C, M, d, itemsize=hidden.itemsize),
         config=config,
-        scalars={"weight_strides": fc1_weight.stride(), "S": S},
+        scalars={"weight_strides": fc1_weight.stride()[:2], "S": S},
         EPS=eps,
         BATCH_STATS=batch_stats,
         WHOLE_D=max(16, next_power_of_two(d)),
