@@ -302,16 +302,20 @@ def test_a_repository_is_asked_for_its_two_files(
     asked = []
 
     def download(repo: str, file: str, **options: Any) -> str:
-        asked.append((repo, file, options["revision"], options["local_files_only"]))
+        asked.append((repo, file, options))
         return str(tmp_path / file)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    loaded = SKNetHub.from_pretrained("someone/sknet", revision="v1", local_files_only=True)
-    assert_same_state(loaded, model)
-    assert asked == [
-        ("someone/sknet", "config.json", "v1", True),
-        ("someone/sknet", "model.safetensors", "v1", True),
-    ]
+    options: dict[str, Any] = {"force_download": True, "token": "t", "cache_dir": tmp_path}
+    options |= {"local_files_only": True, "revision": "v1"}
+    assert_same_state(SKNetHub.from_pretrained("someone/sknet", **options), model)
+    assert asked == [("someone/sknet", f, options) for f in ("config.json", "model.safetensors")]
+
+
+def test_a_network_goes_where_it_is_told(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    loaded = SKNetHub.from_pretrained(tmp_path, map_location="meta")
+    assert {tensor.device.type for tensor in loaded.state_dict().values()} == {"meta"}
 
 
 def test_pushing_uploads_what_saving_writes(

@@ -1,5 +1,6 @@
 """What the harness does on a GPU, with CUDA's answers put in by stubs."""
 
+import itertools
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -298,6 +299,17 @@ def test_both_times_are_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "interleaved", made_up)
     result = contest.measure_case(small("sk_fuse", "infer"), (PLAIN,), CONDITIONS)[PLAIN.name]
     assert (result.ms_p50, result.call_ms_p50, result.n) == (2.0, 4.0, 3)
+
+
+def test_only_a_first_call_that_compiles_has_its_time_in_the_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = itertools.count(step=2.5)
+    monkeypatch.setattr(contest, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    both = PLAIN, replace(PLAIN, wrap="compile")
+    results = contest.measure_case(small("sk_fuse", "infer"), both, CONDITIONS)
+    assert [results[provider.name].compile_s for provider in both] == [None, 2.5]
 
 
 @pytest.mark.parametrize(("batch", "ms"), [(8, 4.0), (16, 2.0)])
