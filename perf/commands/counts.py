@@ -98,12 +98,11 @@ def host(args: argparse.Namespace) -> int:
     """
     needs_compiler("nothing is launched")
     from perf.static import null_driver
-    from perf.static.host import host
 
     with table_file(args.out) as write:
         null_driver.install()
         torch.set_num_threads(1)
-        table = pd.DataFrame([asdict(row) for row in host(args.rounds)])
+        table = pd.DataFrame([asdict(row) for row in null_driver.host(args.rounds)])
         print(table.to_string(index=False, float_format="{:.2f}".format))
         write(table)
     return 0

@@ -11,20 +11,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch._inductor import config
-from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from torch.profiler import ProfilerActivity, profile
 
 import sknet_triton as skt
 from perf.peers.baseline import LAYOUTS, Side, both_sides
 from perf.rows.schema import Launches
 from perf.static import null_driver
-from perf.static.plans import planning
+from perf.static.plans import counted_plans
 
 # Operators that are neither views nor composed of others, and launch nothing.
 _ALLOCATIONS = ("empty", "new_empty", "_unsafe_view", "resize_", "set_")
@@ -111,26 +108,10 @@ def _driven(kernels: list[null_driver.NullLaunch], side: Side, run: Run) -> int:
 
 
 def _planned(side: Side, run: Run) -> int:
-    torch.compiler.reset()
-    with planning(), _counted_plan() as kernels:
+    with counted_plans() as plans:
         compiled: Any = torch.compile(side.module, fullgraph=True)
         run(replace(side, module=compiled))
-    return len(kernels)
-
-
-@contextmanager
-def _counted_plan() -> Iterator[list[str]]:
-    """Lists the kernels of every plan that Inductor makes inside, by their names."""
-    kernels: list[str] = []
-
-    def note(nodes: list[BaseSchedulerNode]) -> list[BaseSchedulerNode]:
-        kernels.extend(
-            node.get_name() for node in nodes if not isinstance(node, NopKernelSchedulerNode)
-        )
-        return nodes
-
-    with config.patch(_post_fusion_custom_pass=note):
-        yield kernels
+    return len(plans.kernels)
 
 
 def _launching(event: Any) -> int:

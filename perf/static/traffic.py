@@ -4,15 +4,12 @@ Eager is counted operator by operator, torch.compile by Inductor's own count of 
 the Triton kernels by Triton's interpreter. One pass is B * C * H * W elements.
 """
 
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import compile_fx, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +17,7 @@ import sknet_triton as skt
 from perf.peers.baseline import LAYOUTS, SKFuseSelect
 from perf.rows.schema import Traffic
 from perf.static.bytes import MEBI, counted_bytes, saved
-from perf.static.plans import planning
+from perf.static.plans import counted_plans, planning
 
 
 class _Operands(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -101,26 +98,9 @@ def _eager_bytes(module: nn.Module, run: Run) -> int:
 
 
 def _compiled_bytes(module: nn.Module, run: Run) -> int:
-    torch.compiler.reset()
-    metrics.reset()
-    with planning(), _metrics_counted():
+    with counted_plans() as plans:
         run(torch.compile(module, fullgraph=True))
-    moved: int = metrics.num_bytes_accessed
-    return moved
-
-
-@contextmanager
-def _metrics_counted() -> Iterator[None]:
-    """Makes Inductor count its bytes, as it does where it would log them."""
-    log = compile_fx.inductor_metrics_log
-    level, propagate = log.level, log.propagate
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        log.propagate = propagate
+    return plans.bytes_moved
 
 
 def _kernel_bytes(module: nn.Module, run: Run) -> int:
