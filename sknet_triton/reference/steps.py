@@ -11,6 +11,7 @@ Small tensors are kept in the accumulation dtype. fc1_weight is [d, C] and fc2_w
 with two more axes of size 1 as a convolution has it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sknet_kernels.layout import positions
 from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
 from sknet_triton.reference import passes
 from sknet_triton.reference.common import accumulation_dtype, cast, sum_over
@@ -62,7 +62,7 @@ class Steps:
 def moments(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns mean and biased variance [2, M, C], then mean and unbiased variance [2, M, C]."""
     mean, var = passes.moments(branches)
-    size = branches[0].shape[0] * positions(branches[0])
+    size = branches[0].shape[0] * math.prod(branches[0].shape[2:])
     return torch.stack([mean, var]), torch.stack([mean, var * (size / (size - 1))])
 
 
