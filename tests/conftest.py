@@ -27,7 +27,8 @@ if INTERPRETED:
 # A file stays in one worker: what begins late and takes long would leave the others idle.
 LONGEST = (
     *("test_aot", "test_compile", "test_properties", "test_export", "test_training"),
-    *("test_distributed", "test_ops", "test_sk_fuse_select", "test_module_contract"),
+    *("test_ops", "test_distributed", "test_module_contract", "test_promises"),
+    *("test_perf_campaign", "test_perf_kill", "test_sk_fuse_select", "test_sync_batchnorm"),
 )
 # What is compared with float64 is computed in the dtype that it claims, and repeatably.
 torch.backends.cudnn.allow_tf32 = False

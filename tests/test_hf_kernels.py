@@ -38,6 +38,7 @@ sys.path[:0] = {path}
 import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)
+torch._C._set_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
 {source}
 {name}(*{arguments})
 print("done")

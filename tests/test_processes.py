@@ -20,6 +20,7 @@ from sknet_triton import backend as backend_module
 from sknet_triton.backend import ENVIRONMENT_VARIABLE, Backend, current_backend
 from tests.helpers import assert_same
 from tests.plain_sknet import scramble
+from tests.processes import fill_fresh_memory_with_nan
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +112,7 @@ def test_the_workers_of_a_data_loader_compute_what_their_parent_does(
 
 def child(_: int, sk: SKConv, folder: str, train: bool) -> None:
     torch.set_num_threads(1)
+    fill_fresh_memory_with_nan()
     seen: dict[str, Any] = {
         "kernels before": "sknet_kernels.sk_fuse" in sys.modules,
         "backend": current_backend(),
