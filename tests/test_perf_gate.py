@@ -365,6 +365,10 @@ def test_a_copy_reads_and_writes_every_byte(monkeypatch: pytest.MonkeyPatch) -> 
     assert gbps == pytest.approx((size + size) / 4e-3 / 1e9)
 
 
+def test_quantiles_leave_a_fifth_of_the_times_on_either_side() -> None:
+    assert measure.quantiles([8.0, 0.0, 2.0, 4.0, 10.0, 6.0]) == pytest.approx((2.0, 5.0, 8.0))
+
+
 def test_figures_follow_from_the_median_time() -> None:
     op, layer = small("sk_select", "infer"), small("sk_conv", "infer")
     of_op, of_layer = (
