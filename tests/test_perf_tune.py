@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,24 @@ def test_the_choice_is_faster_beyond_the_noise() -> None:
     assert chosen == second
     assert ms == pytest.approx([1.0, 0.9])
     assert tuning.fastest({first: steady}) == (first, 1.0, 1.0)
+
+
+def test_every_other_round_runs_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[object] = []
+
+    def sample(run: Any, *_: object) -> list[float]:
+        order.append(run.args[1] if isinstance(run, functools.partial) else run())
+        return [1.0]
+
+    two = [LaunchConfig(8, 8), LaunchConfig(8, 16)]
+    monkeypatch.setattr(measure, "sample", sample)
+    monkeypatch.setattr(tuning, "judged", lambda *_: two)
+    tuning.measured(small(FUSE)[0], dataclasses.replace(CONDITIONS, rounds=3))
+    assert order == [*two, *two[::-1], *two]
+    order.clear()
+    runs = {"a": lambda: "a", "b": lambda: "b"}
+    measure.interleaved(runs, lambda name: nullcontext(), CPU, 0.1, 3)
+    assert order == [*"abbaab"]
 
 
 @pytest.mark.interpreter
