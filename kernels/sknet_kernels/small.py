@@ -168,6 +168,7 @@ class _Logits(SmallKernel):
     """Programs read all images' hidden layer, for its statistics, and a tile of fc2's product."""
 
     def heuristic(self, problem: SmallProblem, device: DeviceFacts) -> SmallConfig:
+        # Of 64 images' statistics a thread holds 16 elements, and waits for them together.
         block_d = min(64, max(16, next_power_of_two(problem.d)))
         configs = [
             SmallConfig(block_b, 1, block_d, block_n, block_r=64, num_warps=num_warps)
@@ -190,6 +191,8 @@ class _ChannelsBwd(SmallKernel):
 
     def heuristic(self, problem: SmallProblem, device: DeviceFacts) -> SmallConfig:
         whole_d = max(16, next_power_of_two(problem.d))
+        # With 8 branches 64 images keep 724 bytes on the stack on gfx942, and 16 channels take 222
+        # registers on sm_90, where 8 take 163. 4,096 elements of the hidden layer are 16 a thread.
         most = 64 if problem.num_branches <= 4 else 32
         return SmallConfig(
             block_b=max(16, min(most, 4096 // whole_d)),
