@@ -1,16 +1,17 @@
 """SKConv and SKUnit against the paper's equations, written out in `tests.plain_sknet`."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sknet_triton import BranchSpec, SKConv, SKUnit
-from tests.helpers import EXACT
+from tests.helpers import EXACT, assert_same, outcome
 from tests.plain_sknet import (
     Branches,
     PlainConfig,
@@ -93,36 +94,19 @@ def build(case: Case) -> SKConv:
     return module
 
 
-def results(
-    module: nn.Module, x: Tensor, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Returns the output, dx and every parameter's gradient for the loss sum(out * weight)."""
-    x = x.detach().requires_grad_()
-    out = module(x)
-    torch.autograd.backward(out.sum() if weight is None else (out * weight).sum())
-    assert x.grad is not None
-    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return out.detach(), x.grad, grads
-
-
 def assert_equal_to_equations(module: nn.Module, plain: Plain, x: Tensor, bound: float) -> None:
     p = leaves(module)
     wide = x.detach().double().requires_grad_()
     expected = plain(wide, p)
-    weight = torch.randn_like(expected)
-    torch.autograd.backward((expected * weight).sum())
-    out, dx, grads = results(module, x, weight.to(x.dtype))
-    assert out.shape == expected.shape
-    assert out.dtype == dx.dtype == x.dtype
-    assert largest_error(out, expected.detach()) < bound
-    assert wide.grad is not None
-    assert largest_error(dx, wide.grad) < bound, "dx"
-    named = {name for name, _ in module.named_parameters()}
-    assert set(grads) == named, "a parameter got no gradient"
-    for name in named:
-        reference = p[name].grad
-        assert reference is not None, f"the equations do not use {name}"
-        assert largest_error(grads[name], reference) < bound, name
+    dout = torch.randn_like(expected)
+    torch.autograd.backward(expected, dout)
+    seen = outcome(module, module, x, dout.to(x.dtype))
+    assert seen["out"].dtype == seen["dx"].dtype == x.dtype
+    # Statistics are those of other tests; every parameter has its gradient in both.
+    exact = {"out": expected.detach(), "dx": cast(Tensor, wide.grad)}
+    exact |= {f"grad {name}": cast(Tensor, p[name].grad) for name, _ in module.named_parameters()}
+    buffers = {name for name, _ in module.named_buffers()}
+    assert_same({name: t for name, t in seen.items() if name not in buffers}, exact, bound)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -204,9 +188,6 @@ def test_positional_arguments_keep_their_order() -> None:
     assert module.fc2.in_channels == 16
 
 
-# The selection, on values that name the branch
-
-
 # Memory formats
 
 Maker = Callable[[], nn.Module]
@@ -232,37 +213,31 @@ def test_channels_last_goes_in_and_comes_out_and_changes_no_value(
     name: str, converted: bool, loss: str
 ) -> None:
     module = scramble(LAYERS[name]()).double()
+    twin = copy.deepcopy(module)
     x = torch.randn(4, in_channels_of(module), 8, 6, dtype=torch.float64)
-    # "sum" hands the backward a gradient of stride 0.
-    weight = torch.randn_like(module(x)) if loss == "weighted" else None
-    expected = results(module, x, weight)
-    assert expected[0].is_contiguous()
-    module.zero_grad()
+    # The backward of a sum is handed a gradient of stride 0.
+    ones = torch.ones((), dtype=x.dtype)
+    dout = ones.expand_as(copy.deepcopy(module)(x)) if loss == "sum" else None
+    expected = outcome(twin, twin, x, dout)
+    assert expected["out"].is_contiguous()
     if converted:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    last = x.contiguous(memory_format=torch.channels_last)
-    out, dx, grads = results(module, last, weight)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    assert dx.is_contiguous(memory_format=torch.channels_last)
-    assert not out.is_contiguous()
-    assert not dx.is_contiguous()
-    assert largest_error(out, expected[0]) < EXACT
-    assert largest_error(dx, expected[1]) < EXACT
-    for key, grad in grads.items():
-        assert largest_error(grad, expected[2][key]) < EXACT, key
+    seen = outcome(module, module, x.contiguous(memory_format=torch.channels_last), dout)
+    for tensor in (seen["out"], seen["dx"]):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert not tensor.is_contiguous()
+    assert_same(seen, expected)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_any_other_strides_are_right(name: str) -> None:
     module = scramble(LAYERS[name]()).double()
+    twin = copy.deepcopy(module)
     x = torch.randn(4, in_channels_of(module), 8, 6, dtype=torch.float64)
-    expected, expected_dx, _ = results(module, x)
     permuted = x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)  # W outermost
     assert not permuted.is_contiguous()
     assert not permuted.is_contiguous(memory_format=torch.channels_last)
-    out, dx, _ = results(module, permuted)
-    assert largest_error(out, expected) < EXACT
-    assert largest_error(dx, expected_dx) < EXACT
+    assert_same(outcome(module, module, permuted), outcome(twin, twin, x))
 
 
 # Autocast
