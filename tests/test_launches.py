@@ -70,7 +70,7 @@ def test_every_provider_is_counted_in_training_and_inference() -> None:
     rows = {provider: Launches(**found) for (_, _, provider), found in counted}
     assert {name: row.launches_counted for name, row in rows.items()} == {
         "plain-eager": "operators",
-        "plain-compile": "CPU plan",
+        "plain-compile": "Triton plan",
         "ours-pytorch-compile": "CPU plan",
         "ours-triton-eager": "driver",
     }

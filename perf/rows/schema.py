@@ -246,7 +246,8 @@ class Launches:
         launches_training: forward, backward and running statistics.
         launches_inference: forward in evaluation mode.
         launches_counted: what was counted: ``operators`` of eager PyTorch, the kernels of
-            Inductor's ``CPU plan``, or launches and operators that reach a ``driver``.
+            Inductor's ``Triton plan`` or ``CPU plan``, or launches and operators that reach a
+            ``driver``.
     """
 
     launches_training: int | None = None

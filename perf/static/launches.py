@@ -1,7 +1,8 @@
 """Launches between SKConv's convolutions and V, running statistics included; nothing is timed.
 
 Eager PyTorch launches once for each operator that a backend carries out (a lower bound: some are
-several kernels), torch.compile once for each kernel of its plan, here the one for a CPU, and Triton
+several kernels), torch.compile once for each kernel of its plan: of plain modules the one in
+Triton, as for a GPU, of our formulas, which are for CPUs, the one for a CPU. Triton's launches are
 what a driver without a device is asked for, beside PyTorch's operators.
 """
 
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -59,10 +60,12 @@ def launches(
                 for _ in range(M)
             ]
             ours, plain = both_sides(maps)
+            in_triton = functools.partial(_planned, "triton")
+            for_a_cpu = functools.partial(_planned, "cpp")
             for provider in (
                 _Provider("plain-eager", "operators", plain, "reference", _operators),
-                _Provider("plain-compile", "CPU plan", plain, "reference", _planned),
-                _Provider("ours-pytorch-compile", "CPU plan", ours, "reference", _planned),
+                _Provider("plain-compile", "Triton plan", plain, "reference", in_triton),
+                _Provider("ours-pytorch-compile", "CPU plan", ours, "reference", for_a_cpu),
                 _Provider(
                     "ours-triton-eager",
                     "driver",
@@ -107,8 +110,8 @@ def _driven(kernels: list[null_driver.NullLaunch], side: Side, run: Run) -> int:
     return operators + len(kernels) - before
 
 
-def _planned(side: Side, run: Run) -> int:
-    with counted_plans() as plans:
+def _planned(language: Literal["cpp", "triton"], side: Side, run: Run) -> int:
+    with counted_plans(language) as plans:
         compiled: Any = torch.compile(side.module, fullgraph=True)
         run(replace(side, module=compiled))
     return len(plans.kernels)

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -25,18 +26,24 @@ class Plans:
 
 @contextmanager
 def planning() -> Iterator[None]:
-    """Makes Inductor plan for a CPU, and not take a plan from its cache.
+    """Makes Inductor plan, and not take a plan from its cache.
 
     What it compiles in here leaves its results as they were allocated.
     """
     pick_vec_isa()  # which compiles, once for all that a cache keeps
-    with fresh_cache(), mock.patch.object(AsyncCompile, "cpp_pybinding", _nothing_built):
+    cpp = mock.patch.object(AsyncCompile, "cpp_pybinding", _nothing_built)
+    triton = mock.patch.object(AsyncCompile, "triton", _no_kernel)
+    with fresh_cache(), cpp, triton:
         yield
 
 
 @contextmanager
-def counted_plans() -> Iterator[Plans]:
-    """Counts the plans that are made inside, from the first call on; the bytes at the end."""
+def counted_plans(language: Literal["cpp", "triton"] = "cpp") -> Iterator[Plans]:
+    """Counts the plans that are made inside, from the first call on; the bytes at the end.
+
+    In "triton" a CPU's tensors are planned as a GPU's, for which `null_driver` stands; no reduction
+    is split, as on a GPU those are that leave few results.
+    """
     plans = Plans()
 
     def note(nodes: list[BaseSchedulerNode]) -> list[BaseSchedulerNode]:
@@ -46,7 +53,8 @@ def counted_plans() -> Iterator[Plans]:
 
     torch.compiler.reset()
     metrics.reset()
-    with planning(), config.patch(_post_fusion_custom_pass=note), _metrics_counted():
+    options = {"cpu_backend": language, "_post_fusion_custom_pass": note}
+    with planning(), config.patch(options), _metrics_counted():
         yield plans
     plans.bytes_moved = metrics.num_bytes_accessed
 
@@ -63,6 +71,10 @@ def _metrics_counted() -> Iterator[None]:
     finally:
         log.setLevel(level)
         log.propagate = propagate
+
+
+def _no_kernel(*_: Any, **options: Any) -> SimpleNamespace:
+    return SimpleNamespace(run=lambda *pointers, **options: None)
 
 
 def _nothing_built(*_: Any) -> Callable[..., None]:
