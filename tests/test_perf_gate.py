@@ -12,6 +12,7 @@ from perf.peers import baseline
 from perf.rows import env
 from perf.rows.schema import Case
 from perf.sweep import contest, gate, measure, workloads
+from perf.sweep.calls import Evaluation
 from perf.sweep.providers import PROVIDERS
 from perf.sweep.workloads import make_case
 from sknet_triton import SKConv, SKUnit, sknet26
@@ -134,6 +135,47 @@ def test_a_bias_before_a_batch_norm_does_not_widen_the_bounds() -> None:
     assert result.status == "ok"
     assert result.grad_err_bound is not None
     assert result.grad_err_bound < 0.2
+
+
+class _Magnified(nn.Module):
+    """Averages that hardly differ from image to image, normalised over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalised(x.mean(dim=(2, 3)))
+
+    @staticmethod
+    def normalised(averages: Tensor) -> Tensor:
+        return (averages - averages.mean(0)) / averages.std(0)
+
+
+def test_what_magnifies_an_average_magnifies_what_a_sum_may_be_off() -> None:
+    case = small("sk_conv", "infer")
+    generator = torch.Generator().manual_seed(0)
+    x = 1 + 0.01 * torch.randn(4, 16, 1, 1, generator=generator)
+    x = x + 0.1 * torch.randn(4, 16, 64, 64, generator=generator)
+    oracle = gate.consult(lambda case: _Magnified(), case, (x,), seed=0)
+    total = torch.zeros(4, 16)
+    for position in x.flatten(2).unbind(2):  # one after the other, as torch.compile may
+        total += position
+    out = _Magnified.normalised(total / 64**2)
+    verdict = oracle.judge(Evaluation(out, {}))
+    assert verdict.out_err > oracle.floor + 2 * oracle.plain_out_err
+    assert verdict.passed
+    forgotten = _Magnified.normalised(x.flatten(2)[..., 1:].mean(2))
+    assert not oracle.judge(Evaluation(forgotten, {})).passed
+
+
+@pytest.mark.parametrize("workload", ["sk_fuse", "sk_select", "sknet26"])
+def test_what_hardly_magnifies_hardly_widens_the_bound(workload: str) -> None:
+    case = small(workload, "infer")
+    inputs = workloads.inputs(case, 0, CPU)
+
+    def plain(case: Case) -> nn.Module:
+        module = workloads.parameters(case, "plain", 0)
+        return workloads.place_module(module, case, CPU)
+
+    oracle = gate.consult(plain, case, inputs, seed=0)
+    assert oracle.magnified < 0.3 * oracle.floor
 
 
 def test_failing_provider_is_a_row_with_one_line_of_reason(
