@@ -215,6 +215,40 @@ def test_a_graph_replays_on_the_tensors_that_it_captured(mode: str, dtype: str) 
     assert mode == "infer" or len(graphed.grads) > 1
 
 
+@pytest.mark.parametrize(("dtype", "out"), [("autocast", torch.bfloat16), ("fp32", torch.float32)])
+def test_autocast_is_on_where_the_case_says_so(dtype: str, out: torch.dtype) -> None:
+    case = small("sk_conv", "infer", dtype=dtype)
+    with settings(case):
+        assert call_of(case).forward().dtype == out
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("plain-cudagraph", Captured),
+        ("ours-triton-cudagraph", Captured),
+        ("plain-reduce-overhead", Recorded),
+        ("plain-max-autotune", Recorded),
+        ("plain-max-autotune-no-cudagraphs", Call),
+        ("plain-compile", Call),
+    ],
+)
+def test_what_a_provider_repeats(name: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda x: None)
+    case = small("sk_fuse", "infer")
+    with settings(case):
+        assert type(PROVIDERS[name].prepared(call_of(case))) is kind
+
+
+def test_a_graph_has_no_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "peak_memory_mb", lambda run, device: 3.0)
+    case = small("sk_fuse", "infer")
+    for graphed, peak in ((False, 3.0), (True, None)):
+        monkeypatch.setattr(Provider, "graphed", graphed)
+        assert contest.measure_case(case, (PLAIN,), CONDITIONS)[PLAIN.name].peak_mb == peak
+
+
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_a_compiled_graph_is_told_that_inputs_stay(
     monkeypatch: pytest.MonkeyPatch, mode: str
