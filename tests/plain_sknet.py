@@ -204,3 +204,11 @@ def largest_error(actual: Tensor, expected: Tensor) -> float:
     """Returns the largest difference in units of the largest expected value."""
     scale = expected.abs().max().item()
     return (actual.double() - expected).abs().max().item() / (scale or 1.0)
+
+
+def distance(actual: Tensor | None, expected: Tensor | None) -> float:
+    """Returns the 2-norm of the difference over that of what is expected, in float64."""
+    assert actual is not None
+    assert expected is not None
+    error = torch.linalg.vector_norm(actual.detach().double() - expected.detach())
+    return float(error / torch.linalg.vector_norm(expected.detach()))

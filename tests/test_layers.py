@@ -15,6 +15,7 @@ from tests.helpers import EXACT, assert_same, outcome
 from tests.plain_sknet import (
     Branches,
     PlainConfig,
+    distance,
     largest_error,
     leaves,
     plain_conv,
@@ -267,7 +268,7 @@ def test_autocast_computes_in_the_low_dtype_and_stays_close(name: str, dtype: to
     # The unit adds its float32 input to what came out of the convolutions.
     assert out.dtype == (torch.float32 if name == "SKUnit-identity" else dtype)
     exact = equations(x.double(), leaves(module), replace(config, training=False)).detach()
-    assert relative_norm(out, exact) < 8 * torch.finfo(dtype).eps
+    assert distance(out, exact) < 8 * torch.finfo(dtype).eps
 
     # In training the yardstick is the equations under the same autocast: both lose much where
     # a rounding turns a ReLU over and in the differences that batch norms take. That error varies
@@ -287,19 +288,12 @@ def test_autocast_computes_in_the_low_dtype_and_stays_close(name: str, dtype: to
     for t in (our_x, *named.values()):
         assert t.grad is not None
         assert t.grad.dtype == torch.float32
-    our_error = relative_norm(our_x.grad, exact_x.grad)
-    plain_error = relative_norm(plain_x.grad, exact_x.grad)
+    our_error = distance(our_x.grad, exact_x.grad)
+    plain_error = distance(plain_x.grad, exact_x.grad)
     for key, parameter in named.items():
-        our_error += relative_norm(parameter.grad, p[key].grad)
-        plain_error += relative_norm(q[key].grad, p[key].grad)
+        our_error += distance(parameter.grad, p[key].grad)
+        plain_error += distance(q[key].grad, p[key].grad)
     assert our_error < 4 * plain_error
-
-
-def relative_norm(actual: Tensor | None, expected: Tensor | None) -> float:
-    assert actual is not None
-    assert expected is not None
-    error = torch.linalg.vector_norm(actual.double() - expected)
-    return float(error / torch.linalg.vector_norm(expected))
 
 
 # State, batch norm and arguments
