@@ -63,8 +63,8 @@ COMPILATION: dict[tuple[Level, Mode], float] = {
     ("model", "infer"): 45.0,
     ("model", "train"): 90.0,
 }
-# Seconds of a kernel's candidates at one size, compilation included; as little measured. Kernels by
-# layouts, stages and batches.
+# Seconds of a streaming kernel's candidates at one size, compilation included; as little measured.
+# Kernels by layouts, stages and batches; small kernels come after them, in what time is left.
 TUNING, _TUNED = 6.0, 6 * 2 * 4 * 2
 
 
@@ -126,7 +126,7 @@ def parts(which: Callable[[str], str | None] = shutil.which) -> tuple[Part, ...]
         _swept("small", "small batches, in CUDA graphs and without", "gpu-small"),
         Part(
             "tune",
-            "launch configurations of every streaming kernel, against the heuristics'",
+            "launch configurations of every kernel, against the heuristics'",
             (*PERF, "tune"),
             START + _TUNED * TUNING,
             columns=TUNED,
