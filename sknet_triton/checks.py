@@ -1,13 +1,43 @@
-"""What the functions ask of their arguments; errors name the argument, the rule and the value."""
+"""What the functions take of a norm, and ask of all arguments.
+
+Errors name the argument, the rule and the value.
+"""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sknet_kernels.config import MAX_BRANCHES
-from sknet_triton.reference import BatchNormArgs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class BatchNormArgs:
+    """What `functional.sk_fuse_select` needs of one batch norm over n channels.
+
+    Attributes:
+        weight: [n], or None for ones.
+        bias: [n], or None for zeros.
+        running_mean: [n]; needed where ``batch_stats`` is False.
+        running_var: [n]; needed where ``batch_stats`` is False.
+        eps: added to the variance.
+        batch_stats: whether to normalise by the statistics of the batch, as in training.
+        process_group: whose joint batch is meant; None for that of this process.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    eps: float = 1e-5
+    batch_stats: bool = True
+    process_group: "ProcessGroup | None" = None
 
 
 def check_fuse_select(

@@ -17,13 +17,12 @@ from sknet_kernels.norms import Norms
 from sknet_triton import fused, ops, reference
 from sknet_triton.backend import takes_triton
 from sknet_triton.checks import (
-    check_counts,
+    BatchNormArgs,
     check_fuse_select,
     check_limits,
     check_logits,
     checked_branches,
 )
-from sknet_triton.reference import BatchNormArgs
 
 __all__ = ["BatchNormArgs", "FuseSelect", "sk_fuse", "sk_fuse_select", "sk_select"]
 
@@ -160,20 +159,16 @@ def sk_fuse_select(
     norm = norms[0]
     # That of all norms that take statistics, which the check has seen to.
     groups = [n.process_group for n in (norm, fc1_norm) if n.batch_stats]
-    group = groups[0] if groups else None
-    way = fused.way_of(xs[0])
-    if way == "composed" and group is None:
-        check_counts(xs[0], norm.batch_stats, fc1_norm.batch_stats)
-        out, kept, fc1_kept = reference.composed(
-            xs, norms, fc1_weight, fc1_bias, fc1_norm, fc2_weight, fc2_bias
-        )
-    else:
-        arguments = fused.Arguments(
-            xs, _norms(norms), fc1_weight, fc1_bias, _norms([fc1_norm]), fc2_weight, fc2_bias
-        )
-        out, kept, fc1_kept = fused.fuse_select(
-            way, arguments, norm.batch_stats, fc1_norm.batch_stats, group
-        )
+    arguments = fused.Arguments(
+        xs, _norms(norms), fc1_weight, fc1_bias, _norms([fc1_norm]), fc2_weight, fc2_bias
+    )
+    out, kept, fc1_kept = fused.fuse_select(
+        fused.way_of(xs[0]),
+        arguments,
+        norm.batch_stats,
+        fc1_norm.batch_stats,
+        groups[0] if groups else None,
+    )
     mean, var = (None, None) if kept is None else kept
     fc1_mean, fc1_var = (None, None) if fc1_kept is None else fc1_kept
     return FuseSelect(out, mean, var, fc1_mean, fc1_var)

@@ -18,7 +18,7 @@ from sknet_kernels.norms import Norms, Running
 from sknet_triton import ops, reference
 from sknet_triton.backend import in_transform, needs_plain_backward, takes_triton
 from sknet_triton.checks import check_counts, check_limits
-from sknet_triton.reference import REFERENCE, BatchNormArgs
+from sknet_triton.reference import REFERENCE
 from sknet_triton.reference.common import accumulation_dtype, no_autocast, sum_over
 from sknet_triton.reference.steps import Steps
 
@@ -102,7 +102,8 @@ def fuse_select(
     """Computes `functional.sk_fuse_select` in the fewest passes, of arguments that fit.
 
     Args:
-        way: "kernels" takes Triton's, which have limits (see `check_limits`).
+        way: "kernels" takes Triton's, which have limits (see `check_limits`). "composed" knows no
+            process group, where it is "formulas", and moves no running statistics.
         arguments: the tensors.
         batch_stats: whether the branches' norms take the statistics of the batch.
         fc1_batch_stats: whether fc1's norm does.
@@ -122,6 +123,8 @@ def fuse_select(
     branches = arguments.branches
     if group is None:
         check_counts(branches[0], batch_stats, fc1_batch_stats)
+        if way == "composed":
+            return reference.composed(*arguments)
     if way == "kernels":
         check_limits(branches)
     tensors = arguments.end_to_end()
@@ -398,15 +401,7 @@ def _differentiable_backward(
         tensors = [None if x is None else x.view_as(x) for x in tensors]
         wanted = [x for x in tensors if x is not None and x.requires_grad]
         a = Arguments.of(settings._replace(by="reference"), tensors)
-        out, *_ = reference.composed(
-            a.branches,
-            _norm_args(a.norms, settings.batch_stats),
-            a.fc1_weight.flatten(1),
-            a.fc1_bias,
-            _norm_args(a.fc1_norm, settings.fc1_batch_stats)[0],
-            a.fc2_weight.flatten(1),
-            a.fc2_bias,
-        )
+        out, *_ = reference.composed(*a)
     found = iter(torch.autograd.grad(out, wanted, dout, create_graph=create_graph))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in tensors)
 
@@ -440,11 +435,6 @@ def _joined(
     joined = sum_over(group, mean * weight)
     spread = sum_over(group, (var + (mean - joined).square()) * weight)
     return torch.stack([joined, spread]), torch.stack([joined, spread * (total / (total - 1))])
-
-
-def _norm_args(norms: Norms, batch_stats: bool) -> list[BatchNormArgs]:
-    rows = zip(norms.weight, norms.bias, norms.mean, norms.var, strict=True)
-    return [BatchNormArgs(*row, norms.eps, batch_stats) for row in rows]
 
 
 def _move(groups: Sequence[tuple[Running, Tensor]]) -> None:

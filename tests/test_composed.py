@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sknet_triton.functional import BatchNormArgs
+from sknet_kernels.norms import Norms
 from sknet_triton.reference import composed
 
 EXACT = 1e-11  # float64 with a few hundred additions
@@ -72,7 +72,7 @@ class Modules(nn.Module):
         return (maps * attn.view(*attn.shape, *(1,) * (maps.dim() - 3))).sum(1)
 
     def composed(self, *xs: Tensor) -> Result:
-        norms = [arguments(norm) for norm in self.norms]
+        norms = arguments(*self.norms)
         fc1, fc2 = self.fc1, self.fc2
         return Result(
             *composed(
@@ -81,9 +81,13 @@ class Modules(nn.Module):
         )
 
 
-def arguments(norm: Any) -> BatchNormArgs:
-    statistics = norm.running_mean, norm.running_var
-    return BatchNormArgs(norm.weight, norm.bias, *statistics, norm.eps, norm.training)
+def arguments(*norms: Any) -> Norms:
+    means, variances = (
+        tuple(None if n.training else getattr(n, name) for n in norms)
+        for name in ("running_mean", "running_var")
+    )
+    weights, biases = tuple(n.weight for n in norms), tuple(n.bias for n in norms)
+    return Norms(means, variances, weights, biases, norms[0].eps)
 
 
 def leaves(modules: Modules) -> list[Tensor]:

@@ -6,14 +6,13 @@ checked here; `sknet_triton.functional` does that.
 """
 
 from sknet_triton.reference.common import accumulation_dtype
-from sknet_triton.reference.composed import BatchNormArgs, composed
+from sknet_triton.reference.composed import composed
 from sknet_triton.reference.sk_fuse import sk_fuse, sk_fuse_bwd
 from sknet_triton.reference.sk_select import sk_select, sk_select_bwd
 from sknet_triton.reference.steps import REFERENCE
 
 __all__ = [
     "REFERENCE",
-    "BatchNormArgs",
     "accumulation_dtype",
     "composed",
     "sk_fuse",
