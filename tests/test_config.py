@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,18 @@ def test_candidates_are_legal_and_few_and_begin_with_the_heuristics(
             each = cdiv(tiles, config.splits)
             assert config.splits == 1 or each * (config.splits - 1) < tiles, problem
             assert config.splits == 1 or config.splits * kernel.partial_bytes(problem) <= 8 << 20
+
+
+@pytest.mark.parametrize(("hip", "warp_size", "backend"), [(None, 32, "cuda"), ("6.4", 64, "hip")])
+def test_a_device_is_asked_for_what_launches_depend_on(
+    hip: str | None, warp_size: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", warp_size)  # what is asked is remembered: no device of others
+    said = SimpleNamespace(multi_processor_count=304, warp_size=warp_size, name="a GPU")
+    module = SimpleNamespace(get_device_properties={device: said}.get)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert DeviceFacts.of(device) == DeviceFacts(304, warp_size, "a GPU", backend)
 
 
 def test_candidates_differ_in_every_field_where_the_heuristics_leave_room() -> None:
