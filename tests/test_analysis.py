@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch._dynamo.testing import CompileCounter
 import sknet_triton as skt
 from perf.peers.rebuilt import SelectiveKernel, SKConvBlock, SKFusion, SplitAttn
 from sknet_triton import Backend, analysis, use_backend
+from sknet_triton.analysis import record
 from tests.plain_sknet import scramble
 from tests.processes import needs_gloo
 
@@ -412,6 +414,15 @@ def test_the_model_is_as_it_was(where: str, error: type[BaseException] | None) -
     assert not any(getattr(m, name) for m in net.modules() for name in hooks)
     # A graph that was there before still has its backward.
     waiting.backward()
+
+
+def test_the_random_states_of_the_models_gpus_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gpu, asked = nn.Identity(), torch.device("cuda", 1), list[Any]()
+    there = SimpleNamespace(is_cuda=True, device=gpu)
+    monkeypatch.setattr(model, "parameters", lambda: [there, there])
+    monkeypatch.setattr(torch.random, "fork_rng", lambda gpus: nullcontext(asked.append(gpus)))
+    with record._undisturbed(model):
+        assert asked == [[gpu]]
 
 
 def test_dropout_is_off_and_running_statistics_are_taken() -> None:
