@@ -4,7 +4,7 @@ import gc
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -420,9 +420,14 @@ def test_the_random_states_of_the_models_gpus_are_put_back(monkeypatch: pytest.M
     model, gpu, asked = nn.Identity(), torch.device("cuda", 1), list[Any]()
     there = SimpleNamespace(is_cuda=True, device=gpu)
     monkeypatch.setattr(model, "parameters", lambda: [there, there])
-    monkeypatch.setattr(torch.random, "fork_rng", lambda gpus: nullcontext(asked.append(gpus)))
+
+    def fork_rng(gpus: list[torch.device]) -> AbstractContextManager[None]:
+        asked.extend(gpus)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
     with record._undisturbed(model):
-        assert asked == [[gpu]]
+        assert asked == [gpu]
 
 
 def test_dropout_is_off_and_running_statistics_are_taken() -> None:
