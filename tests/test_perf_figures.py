@@ -114,6 +114,13 @@ def test_nothing_of_growth_is_cut_off(workload: str, report: Path) -> None:
             assert extent.y1 <= drawn_in.height
 
 
+def test_growth_takes_the_fastest_copy_of_all_runs(report: Path) -> None:
+    frame = schema.read(report)
+    frame.loc[frame.B == 1, "copy_gbps"] = 5.0
+    figure = growth_of(frame)["growth-sk_fuse-infer"]
+    assert {y for _, y in drawn(figure.axes[0])["bytes that must move"]} == {0.1}
+
+
 def test_growth_has_a_panel_for_each_axis_that_grows(report: Path) -> None:
     frame = schema.read(report)
     (figure,) = growth_of(frame[frame.B == 8]).values()
