@@ -8,6 +8,12 @@ from types import FunctionType
 from typing import Any
 
 
+class _Launching(threading.local):
+    """What a thread's launch has patched."""
+
+    patched: frozenset[str] = frozenset()
+
+
 def patch_the_language_once_a_launch() -> None:
     """Leaves out of a launch what Triton's interpreter does again at every device function.
 
@@ -20,7 +26,7 @@ def patch_the_language_once_a_launch() -> None:
     from triton.runtime import interpreter
 
     patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    thread = threading.local()
+    thread = _Launching()
 
     @functools.cache
     def languages(fn: FunctionType) -> frozenset[str]:
@@ -34,8 +40,7 @@ def patch_the_language_once_a_launch() -> None:
         return patch(fn)
 
     def run_launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        outer: frozenset[str] = getattr(thread, "patched", frozenset())
-        thread.patched = frozenset()
+        outer, thread.patched = thread.patched, frozenset()
         try:
             run(self, *args, **kwargs)
         finally:
