@@ -274,3 +274,33 @@ def test_torchrun_shares_the_cases_of_a_sweep(tmp_path: Path) -> None:
     assert set(frame.ranks) == {2}
     assert set(frame.status) == {"ok"}
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def children_of(pid: int) -> set[int]:
+    """Returns the processes that ``pid`` has started and that live."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return set(map(int, children.read_text().split())) if children.exists() else set()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's processes")
+def test_killed_compilation_leaves_no_process() -> None:
+    command = [sys.executable, "-m", "perf", "kernels", "--target", "sm_80"]
+    run = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + PATIENCE
+    while len(children_of(run.pid)) < 2:  # one keeps the others' resources
+        assert run.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(2.0)  # they are importing, or compile
+    children = children_of(run.pid)
+    run.kill()
+    run.wait()
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -1,6 +1,8 @@
 """The table of what every kernel compiles to, on a machine that needs no GPU."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -40,10 +42,23 @@ def kernel_table(
         if target.name in targets
     ]
     # Spawned, because compilers keep threads that a fork would lose.
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=spawn, initializer=_end_with_parent) as pool:
         table = pd.DataFrame([row for rows in pool.map(_rows, shares) for row in rows])
     order = {target.name: i for i, target in enumerate(TARGETS)}
     return table.sort_values("target", key=lambda names: names.map(order), kind="stable")
+
+
+def _end_with_parent() -> None:
+    """Ends this process where its parent is killed, which would otherwise compile on for nobody."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _rows(share: tuple[Target, str, tuple[int, ...], bool]) -> list[dict[str, Any]]:
