@@ -181,6 +181,12 @@ def writes_to_its_input(self: Any, x: Tensor, forward: Any) -> Any:
     return out
 
 
+def moves_a_buffer(self: Any, x: Tensor, forward: Any) -> Any:
+    out = forward(x)
+    next(self.buffers()).add_(1)
+    return out
+
+
 OTHER: dict[Body, str] = {
     keeps_the_map: "more than return: keeps_the_map writes the attribute last",
     appends_to_itself: "more than return: it keeps seen",
@@ -203,6 +209,7 @@ OTHER: dict[Body, str] = {
     doubles_the_gradient: "its gradient of input 0 differs",
     other_without_gradients: "its output differs",
     writes_to_its_input: "its input 0 afterwards differs",
+    moves_a_buffer: "running_mean differs",
 }
 
 
