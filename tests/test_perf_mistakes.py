@@ -299,7 +299,7 @@ def test_damaged_report_is_refused_by_file_and_line(
         assert "bad.csv:" in refused("run", "--level", "op", "--out", "bad.csv", "--resume")
 
 
-@pytest.mark.parametrize("name", ["folder", "nowhere.csv", "circle.csv", "x" * 300])
+@pytest.mark.parametrize("name", ["folder", "nowhere.csv", "circle.csv", "x" * 300, "/dev/null"])
 @pytest.mark.parametrize("command", ["compare", "summary", "plot"])
 def test_report_that_cannot_be_read_is_named(command: str, name: str, refused: Refused) -> None:
     arguments = (name, str(REPORT)) if command == "compare" else (name,)

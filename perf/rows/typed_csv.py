@@ -232,6 +232,8 @@ def contents(path: Path) -> bytes:
         UsageError: it cannot be read.
     """
     try:
+        if path.is_char_device():  # some have no end
+            raise UsageError(f"{path}: a device, no file")
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
