@@ -23,6 +23,8 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 _process: Backend | None = None
+# As read once: every read of the environment takes as long as a small operator.
+_environment: Backend | None = None
 _block: ContextVar[Backend | None] = ContextVar("sknet_triton_backend", default=None)
 # The block inside of code under torch.compile, which cannot set a ContextVar.
 _traced: Backend | None = None
@@ -91,12 +93,13 @@ def _exchanged(name: Backend | None) -> Backend | None:
 def current_backend() -> Backend:
     """Returns the backend in force: the block's, else the process's, else the environment's.
 
-    Where none is set it is ``"auto"``.
+    Where none is set it is ``"auto"``. The environment is read once, when it is first asked.
 
     Raises:
         ValueError: ``SKNET_TRITON_BACKEND`` holds an unknown name.
     """
-    return _traced or _this._in_block or _process or _from_environment()
+    block = _this._in_block if torch.compiler.is_dynamo_compiling() else _block.get()
+    return _traced or block or _process or _from_environment()
 
 
 def takes_triton(tensor: Tensor) -> bool:
@@ -112,8 +115,9 @@ def takes_triton(tensor: Tensor) -> bool:
     if backend == "reference":
         return False
     if backend == "auto":
-        plain = in_transform() or _exporting_to_onnx() or _is_distributed(tensor)
-        return tensor.is_cuda and _triton_installed() and not plain
+        if not tensor.is_cuda or not _triton_installed():
+            return False
+        return not (in_transform() or _exporting_to_onnx() or _is_distributed(tensor))
     if not _triton_installed():
         raise ImportError("backend: 'triton' needs the package triton, which is not installed")
     if not has_kernels(tensor):
@@ -213,7 +217,11 @@ def _constant_in_a_graph(function: _Function) -> _Function:
 # Dynamo need not trace the environment or the import system; both are fixed while a graph lives.
 @_constant_in_a_graph
 def _from_environment() -> Backend:
-    return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    global _environment
+    if _environment is None:
+        named = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        _environment = _checked(named, ENVIRONMENT_VARIABLE)
+    return _environment
 
 
 @_constant_in_a_graph

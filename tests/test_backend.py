@@ -22,6 +22,7 @@ BRANCHES = [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]
 @pytest.fixture(autouse=True)
 def _from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_process", None)
+    monkeypatch.setattr(backend, "_environment", None)
     monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
 
 
@@ -189,6 +190,7 @@ def test_the_environment_is_the_default_and_the_setter_overrules_it(
     assert backend.current_backend() == "reference"
     with use_backend("auto"):
         assert backend.current_backend() == "auto"
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE)  # it is read once
     assert backend.current_backend() == "reference"
 
 

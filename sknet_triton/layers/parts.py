@@ -185,22 +185,16 @@ def _composed(parts: Parts, maps: Sequence[Tensor]) -> Tensor:
 
 def _activated(bn: Any, x: Tensor) -> Tensor:
     # As ``_BatchNorm.forward``, whose attributes take longer than the operator at small sizes.
-    keeps, factor = _keeps(bn), bn.momentum or 0.0
-    if keeps and (tracked := _buffer(bn, "num_batches_tracked")) is not None:
+    training, factor = bn.training, bn.momentum or 0.0
+    mean, var = _buffer(bn, "running_mean"), _buffer(bn, "running_var")
+    if training and (mean is None or not bn.track_running_stats):
+        mean = var = None
+    elif training and (tracked := _buffer(bn, "num_batches_tracked")) is not None:
         tracked.add_(1)
         factor = 1 / float(tracked) if bn.momentum is None else factor
-    known = keeps or not bn.training
-    y = F.batch_norm(
-        x,
-        _buffer(bn, "running_mean") if known else None,
-        _buffer(bn, "running_var") if known else None,
-        _parameter(bn, "weight"),
-        _parameter(bn, "bias"),
-        _takes_batch(bn),
-        factor,
-        bn.eps,
-    )
-    return torch.relu_(y)
+    weight, bias = _parameter(bn, "weight"), _parameter(bn, "bias")
+    batch_stats = training or mean is None
+    return torch.relu_(F.batch_norm(x, mean, var, weight, bias, batch_stats, factor, bn.eps))
 
 
 def _product(conv: nn.Module, x: Tensor) -> Tensor:
@@ -248,12 +242,12 @@ def is_linear(conv: nn.Module) -> bool:
 
 
 def _agree(parts: Parts) -> bool:
-    norms, fc1_norm = [branch.norm for branch in parts.branches], parts.fc1.norm
-    first: Any = norms[0]
-    batch, group = _takes_batch(first), group_of(first)
-    for n in norms[1:]:
-        if (first.eps, batch, group) != (n.eps, _takes_batch(n), group_of(n)):
+    first: Any = parts.branches[0].norm
+    eps, batch, group = first.eps, _takes_batch(first), group_of(first)
+    for _, n, _ in parts.branches[1:]:
+        if n.eps != eps or _takes_batch(n) != batch or group_of(n) != group:
             return False
+    fc1_norm = parts.fc1.norm
     return not (batch and _takes_batch(fc1_norm)) or group == group_of(fc1_norm)
 
 
