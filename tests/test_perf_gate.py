@@ -427,6 +427,16 @@ def test_figures_follow_from_the_median_time() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", ["a", "b", "c"])
+def test_one_gradient_that_is_no_number_is_the_worst(wrong: str, value: float) -> None:
+    exact = Evaluation(torch.ones(2), {name: torch.ones(2).double() for name in "abc"})
+    oracle = gate.Oracle(exact, 1e-6, 0.0, 0.0, dict.fromkeys("abc", 0.0), 0.0)
+    assert oracle.judge(exact).passed
+    grads = {**exact.grads, wrong: torch.tensor([1.0, value])}
+    assert not oracle.judge(Evaluation(exact.out, grads)).passed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_error_or_a_bound_that_is_no_number_is_no_proof(value: float) -> None:
     assert gate.Verdict(0.0, 1.0, 0.0, 1.0).passed
     for verdict in (

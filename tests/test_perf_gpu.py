@@ -2,6 +2,7 @@
 
 import itertools
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -546,7 +547,9 @@ def test_what_nvidia_smi_answers(
 ) -> None:
     monkeypatch.setattr(env, "ANSWER_SECONDS", 1.0)
     smi.write_text(ANSWERS.format(clock=clock, driver=driver))
+    start = time.monotonic()
     now = env.snapshot(GPU, seed=0, ranks=1)
+    assert time.monotonic() - start < 30
     assert (now.sm_clock_mhz, now.driver) == expected
     assert now.gpu == "NVIDIA H100 MIG 1g.10gb"
 
