@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -128,6 +129,18 @@ def check_providers(path: Path, report: pd.DataFrame) -> None:
     """
     known = ", ".join(PROVIDERS)
     check_rows(path, report.provider, report.provider.isin(PROVIDERS), f"one of {known}")
+
+
+def check_times(path: Path, report: pd.DataFrame) -> None:
+    """Refuses a report with a row that is ok and has no time.
+
+    Raises:
+        SchemaError: it does, by line.
+    """
+    for name in ("ms_p50", "ms_p20", "ms_p80"):
+        times = report[name]
+        good = (report.status != "ok") | ((times > 0) & np.isfinite(times))
+        check_rows(path, times, good, "a time, where status is ok")
 
 
 def check_rows(path: Path, column: pd.Series, good: pd.Series, expected: str) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
-from perf.commands.options import check_providers, check_rows, read_report, whole_file
+from perf.commands.options import check_providers, check_times, read_report, whole_file
 from perf.report import tables
 from perf.report.documents import published
 from perf.report.tables import Align, text_table
@@ -81,10 +80,7 @@ def percentage(text: str) -> float:
 
 def _with_times(path: Path) -> pd.DataFrame:
     report = read_report(path)
-    for name in ("ms_p50", "ms_p20", "ms_p80"):
-        times = report[name]
-        good = (report.status != "ok") | ((times > 0) & np.isfinite(times))
-        check_rows(path, times, good, "a time, where status is ok")
+    check_times(path, report)
     return report
 
 

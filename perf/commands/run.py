@@ -12,7 +12,16 @@ from pathlib import Path
 
 import torch
 
-from perf.commands.options import DEVICES, chosen_device, duration, seed, sizes, whole_number
+from perf.commands.options import (
+    DEVICES,
+    check_providers,
+    check_times,
+    chosen_device,
+    duration,
+    seed,
+    sizes,
+    whole_number,
+)
 from perf.report import tables
 from perf.rows import UsageError, schema
 from perf.rows import env as environment
@@ -186,6 +195,9 @@ def _opened(path: Path, team: Team, *, resume: bool) -> Iterator[tuple[Store | N
                 if left and not resume:
                     raise UsageError(f"{left[0]} is left of another run; --resume collects it")
                 report = stack.enter_context(open_store(path, resume=resume))
+                there = schema.read(path)
+                check_providers(path, there)
+                check_times(path, there)
                 collect(report, left)
         if team.rank.count == 1:
             assert report is not None
