@@ -4,8 +4,11 @@ import errno
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -219,6 +222,33 @@ def test_failing_write_is_undone_and_said(
         assert path.read_bytes() == before
         assert len(store.keys) == 1
         store.append(rows_of(2)[1:])
+    assert len(schema.read(path)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
+def test_interrupt_in_the_middle_of_a_write_waits_for_its_end(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(descriptor: int, data: bytes, offset: int, write: Fail = os.pwrite) -> int:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)  # another thread may take it
+        return write(descriptor, data[:7], offset)
+
+    ended = threading.Event()
+    threading.Thread(target=ended.wait).start()
+    path = tmp_path / "a.csv"
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with open_store(path, resume=False) as store:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "pwrite", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    store.append(rows_of(1))
+            assert len(store.keys) == 1
+            store.append(rows_of(2)[1:])
+    finally:
+        signal.signal(number, before)
+        ended.set()
     assert len(schema.read(path)) == 2
 
 

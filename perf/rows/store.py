@@ -4,11 +4,12 @@ import fcntl
 import os
 import signal
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from perf.rows import StopError, UsageError, schema
 from perf.rows.schema import SCHEMA, Key, Row
@@ -57,8 +58,7 @@ class Store:
 
     def append_lines(self, lines: dict[Key, str]) -> None:
         """Appends lines of the file, by key, as `append` does."""
-        self._write("".join(lines.values()))
-        self.keys |= lines.keys()
+        self._write("".join(lines.values()), lines)
 
     def load(self) -> dict[Key, str]:
         """Returns the lines of the file by key, and cuts a torn one off.
@@ -80,7 +80,7 @@ class Store:
         self.keys |= lines.keys()
         return lines
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, keys: Iterable[Key] = ()) -> None:
         descriptor, data = self._file.fileno(), text.encode()
         with _undisturbed():
             try:
@@ -97,6 +97,7 @@ class Store:
                     f"{self.path}: {error.strerror}; what was written before is whole"
                 ) from error
             self._size += len(data)
+            self.keys.update(keys)
 
     def _check_nobody_wrote(self) -> None:
         if not self._is_untouched():
@@ -184,9 +185,23 @@ def lock(path: Path, descriptor: int) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Holds ^C and the end of the budget back, so that a write is either done or undone."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGALRM})
+    """Holds ^C and the end of the budget back, so that a write is either done or undone.
+
+    No mask does: it holds them back from one thread, and Python takes them from any.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python disturbs no other
+        yield
+        return
+    came: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGALRM)}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for held, handler in before.items():
+            signal.signal(held, handler)
+        for number in came:
+            signal.raise_signal(number)
