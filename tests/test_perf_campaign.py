@@ -189,7 +189,7 @@ def test_a_second_campaign_on_one_report_is_refused_by_name(
 ) -> None:
     out = tmp_path / "a.csv"
     write_report(out, [])
-    again = ["campaign", "--device", "cpu", "--out", str(out), "--resume"]
+    again = ["campaign", "--device", "cpu", "--minutes", "0.01", "--out", str(out), "--resume"]
     with command._logged(tmp_path / "a.csv.log"):  # between two parts the report is nobody's
         said = refusal(capsys, *again, silent=False)
     assert "a.csv.log: another run is writing it" in said
