@@ -449,7 +449,8 @@ def test_a_lost_device_ends_the_run_with_its_rows_safe(
         if len(measured) == 2 and lost:
             raise DeviceLostError("an illegal memory access")
         measured.append(case)
-        return {provider.name: Result("ok", ms_p50=1.0) for provider in providers}
+        result = Result("ok", ms_p50=1.0, ms_p20=0.9, ms_p80=1.1)
+        return {provider.name: result for provider in providers}
 
     monkeypatch.setattr(sweep, "measure_case", measure_case)
     out = tmp_path / "rows.csv"
