@@ -163,7 +163,10 @@ def test_what_a_part_has_started_ends_with_the_campaign(
     pids = [tmp_path / "pid-part", tmp_path / "pid-child"]
     started = f"(sys.executable, '-c', {FAMILY!r}, {str(tmp_path / 'pid')!r})"
     script = (
+        # As a shell starts it, whatever started the tests ignores: nohup does, and a job in the
+        # background.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
         "from perf.commands import campaign; from perf.commands.campaign import Part; "
         f"part = Part('part', '', {started}, 60.0, columns=None); "
         "campaign.parts = lambda **_: (part,); from perf.__main__ import main; "
