@@ -178,13 +178,14 @@ def _times(counts: tuple[int, int], num_branches: int) -> int:
     return a_branch * num_branches + beside
 
 
-# In moments, what a tile's image and place are carried in takes as much as a second vector.
+# In moments, what a tile's image and place are carried in takes as much as a second vector. In
+# select's backward a vector beside the branches stands for what 6 branches spill of on gfx942.
 MOMENTS = StreamingKernel(
     "sk_moments", (1, 0), (0, 0), sums=(2, 0), vectors=(2, 0), joins_images=True
 )
 FUSE = StreamingKernel("sk_fuse", (1, 0), (0, 0), sums=(0, 1), vectors=(3, 0))
 SELECT = StreamingKernel("sk_select_fwd", (1, 0), (0, 1), sums=(0, 0), vectors=(4, 0))
-SELECT_BWD = StreamingKernel("sk_select_bwd", (1, 1), (1, 0), sums=(1, 0), vectors=(1, 0))
+SELECT_BWD = StreamingKernel("sk_select_bwd", (1, 1), (1, 0), sums=(1, 0), vectors=(1, 1))
 SUMS = StreamingKernel("sk_fuse_select_sums", (1, 1), (0, 0), sums=(4, 0), vectors=(3, 0))
 DX = StreamingKernel("sk_fuse_select_dx", (1, 1), (1, 0), sums=(0, 0), vectors=(6, 1))
 STREAMING_KERNELS = (MOMENTS, FUSE, SELECT, SELECT_BWD, SUMS, DX)
