@@ -17,7 +17,7 @@ def sk_select(branches: Sequence[Tensor], logits: Tensor, activation: str = "sof
     attn = over_space(attention(logits, first.dtype, activation), first.dim() - 2).unbind(1)
     out = attn[0] * first
     for a, x in zip(attn[1:], branches[1:], strict=True):
-        out = torch.addcmul(out, a, x)
+        out = out + a * x
     return cast(out, first.dtype)
 
 
