@@ -91,14 +91,14 @@ class Setting:
         """Returns of the launches those that a change of tiles or compilers breaks first.
 
         These are all of the fast shape with two branches, and a training step's of it with the
-        most; where ``modelled``, also in float32, with other numbers of branches, and of `RISKY`.
-        float16 is bfloat16 but for a conversion.
+        most; where ``modelled``, a training step's of every setting but float16's, which is
+        bfloat16's but for a conversion.
         """
         if self.shape == FAST_SHAPE and self.is_usual:
             return self.launches(facts)
+        most = self.shape == FAST_SHAPE and self.M == MAX_BRANCHES
         tells = modelled and self.dtype != torch.float16
-        told = self.shape == FAST_SHAPE and (tells or self.M == MAX_BRANCHES)
-        return self.training(facts) if told or (modelled and self in RISKY) else []
+        return self.training(facts) if tells or most else []
 
     def launches(self, facts: DeviceFacts) -> list[Launch]:
         """Returns what training launches and what inference and the stages by themselves launch."""
@@ -107,18 +107,6 @@ class Setting:
             for batch_stats in (True, False):
                 _fuse_select(self, batch_stats)
         return launches
-
-
-# Rows that do not fill a tile, ceilings that the model finds nearest to what a copy moves, and
-# sizes that Triton makes constants.
-RISKY = (
-    Setting(2, "contiguous", torch.bfloat16, (128, 512, 196)),
-    Setting(2, "contiguous", torch.bfloat16, (128, 1024, 49)),
-    Setting(3, "contiguous", torch.bfloat16, (128, 512, 196)),
-    Setting(2, "channels_last", torch.bfloat16, (128, 256, 784)),
-    Setting(3, "channels_last", torch.bfloat16, (128, 256, 784)),
-    Setting(2, "contiguous", torch.bfloat16, (1, 1, 1)),
-)
 
 
 def settings(branches: Sequence[int] = ()) -> Iterator[Setting]:
