@@ -1,4 +1,4 @@
-"""Triton's interpreter in half the time."""
+"""Triton's interpreter without what it does again at every device function."""
 
 import functools
 import inspect

@@ -216,7 +216,7 @@ def most_registers(device: DeviceFacts) -> int | None:
     """Returns how many registers a thread is allowed, None where the compiler is to choose.
 
     Left to itself, NVIDIA's compiler keeps values on the stack to let one more program be resident,
-    which nothing here waits for: with all of them, no modelled ceiling falls by more than 1 %.
+    which nothing here waits for.
     """
     return 255 if device.backend == "cuda" else None
 

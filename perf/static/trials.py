@@ -45,6 +45,7 @@ from sknet_kernels.small import (
     SmallKernel,
     SmallProblem,
 )
+from sknet_triton import reference
 from sknet_triton.reference import steps
 
 AnyKernel = StreamingKernel | SmallKernel
@@ -150,10 +151,6 @@ def _fuse(given: Inputs, **configs: Any) -> tuple[Tensor, ...]:
     return (sk_fuse_fwd(given.xs, **configs),)
 
 
-def _fuse_exact(given: Inputs) -> tuple[Tensor, ...]:
-    return (torch.stack(given.xs).sum(0).mean(2),)
-
-
 def _logits(given: Inputs, config: SmallConfig | None = None) -> tuple[Tensor, ...]:
     M = len(given.xs)
     return _present(sk_logits(given.hidden, _of_batch(given), given.fc2, None, M, config=config))
@@ -181,11 +178,8 @@ def _select_bwd(given: Inputs, **configs: Any) -> tuple[Tensor, ...]:
 
 
 def _select_bwd_exact(given: Inputs) -> tuple[Tensor, ...]:
-    leaves = [x.detach().requires_grad_() for x in (given.logits, *given.xs)]
-    attn = torch.softmax(leaves[0], dim=1)
-    out = sum(attn[:, i, :, None] * x for i, x in enumerate(leaves[1:]))
-    assert isinstance(out, Tensor)
-    return torch.autograd.grad(out, leaves, given.dout)
+    dxs, dlogits = reference.sk_select_bwd(given.dout, given.xs, given.logits)
+    return dlogits, *dxs
 
 
 def _hidden_bwd(
@@ -243,7 +237,7 @@ TRIALS: dict[AnyKernel, Trial] = {
     CHANNELS_BWD: Trial(
         _channels_bwd, lambda given: _present(steps.channels_bwd(*_small_tensors(given)))
     ),
-    FUSE_COMBINE: Trial(_fuse, _fuse_exact, option="combine"),
+    FUSE_COMBINE: Trial(_fuse, lambda given: (reference.sk_fuse(given.xs),), option="combine"),
     SELECT_BWD_COMBINE: replace(_SELECT_BWD, option="combine"),
 }
 
