@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from sknet_triton.layers import SKUnit
 from sknet_triton.models import SKNet, StageSpec
 
 try:
+    import safetensors.torch  # noqa: F401 - saving needs it
     from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-    from safetensors.torch import save_file
 except ImportError as error:
     raise ImportError(
         "sknet_triton.checkpoints.hub needs huggingface_hub and safetensors: "
@@ -28,8 +28,8 @@ except ImportError as error:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "sknet"
-# Far beyond any network, and small enough to be built without its tensors.
-_MOST_UNITS, _MOST_CHANNELS = 1024, 2**20
+# Far beyond any network, and few enough to be built without their tensors.
+_MOST_UNITS = 1024
 
 
 class SKNetHub(
@@ -96,14 +96,13 @@ class SKNetHub(
         )
         return cls._built(_read_json(config), read_safetensors(weights)).to(map_location).eval()
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> str | None:
-        """Writes a folder, as ``PyTorchModelHubMixin.save_pretrained``.
+    def save_pretrained(self, *args: Any, config: object = None, **kwargs: Any) -> str | None:
+        """Writes a folder, as ``PyTorchModelHubMixin.save_pretrained``; the config is our own.
 
         Raises:
             ValueError: the network was changed after it was built; nothing is written.
         """
-        to_config(self)  # refused before the mixin removes an older config
-        return super().save_pretrained(*args, **kwargs)
+        return super().save_pretrained(*args, config=to_config(self), **kwargs)
 
     @classmethod
     def _built(cls, config: Any, tensors: dict[str, Tensor]) -> "SKNetHub":
@@ -114,14 +113,6 @@ class SKNetHub(
             raise CheckpointMismatchError(diff, hints(diff))
         model.load_state_dict(tensors, assign=True)
         return model
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Writes the two files; the mixin's public methods call this."""
-        config = json.dumps(to_config(self), indent=2)
-        # safetensors takes no strides, such as those of channels_last.
-        tensors = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
-        save_file(tensors, save_directory / WEIGHTS, metadata={"format": "pt"})
-        (save_directory / CONFIG).write_text(f"{config}\n")
 
 
 def _files(name: str | os.PathLike[str], **options: Any) -> tuple[Path, Path]:
@@ -143,9 +134,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got something else: {error}") from error
-
-
-# config.json: plain data, checked before a network is built from it.
 
 
 def to_config(model: SKNet) -> dict[str, Any]:
@@ -177,76 +165,26 @@ def to_config(model: SKNet) -> dict[str, Any]:
     return config
 
 
-def from_config(config: Any) -> dict[str, Any]:
-    """Checks a config and returns the arguments of `SKNet`.
-
-    Raises:
-        ValueError: a key is missing or unknown, or a value is of the wrong kind or out of range;
-            named with the value.
-    """
-    given = _checked("config", config, _CONFIG)
-    if given.pop("model_type") != MODEL_TYPE:
-        raise ValueError(f"model_type: expected {MODEL_TYPE!r}, got {config['model_type']!r}")
-    return {**given, "stages": tuple(StageSpec(**stage) for stage in given["stages"])}
-
-
 def _stage(stage: nn.Sequential) -> dict[str, int | None]:
     sk = cast(SKUnit, stage[0]).sk
     d = sk.fc2.in_channels if sk.aggregate == "sk" else None
     return {"width": sk.out_channels, "units": len(stage), "stride": sk.stride, "d": d}
 
 
-class _Optional(NamedTuple):
-    kind: Any
+def from_config(config: Any) -> dict[str, Any]:
+    """Returns the arguments of `SKNet` that a config stands for, after building one without memory.
 
-
-_SIZE = range(1, _MOST_CHANNELS + 1)
-# What a config looks like: a dict has exactly these keys, a list items of one kind, a tuple as many
-# items as here, a range integers.
-_CONFIG = {
-    "model_type": str,
-    "stages": [
-        {
-            "width": _SIZE,
-            "units": range(1, _MOST_UNITS + 1),
-            "stride": _SIZE,
-            "d": _Optional(_SIZE),
-        }
-    ],
-    "num_classes": range(_MOST_CHANNELS + 1),
-    "in_chans": _SIZE,
-    "variant": str,
-    "unit_options": {"branches": [(_SIZE, _SIZE, _SIZE)], "aggregate": str, "fc_norm": str},
-}
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """Returns ``value`` where it is of ``kind``, with tuples in place of lists."""
-    match kind:
-        case _Optional(inner):
-            return None if value is None else _checked(name, value, inner)
-        case dict():
-            if not isinstance(value, dict):
-                raise ValueError(f"{name}: expected an object, got {value!r}")
-            if value.keys() != kind.keys():
-                raise ValueError(
-                    f"{name}: expected the keys {', '.join(kind)}, got {', '.join(map(str, value))}"
-                )
-            return {
-                key: _checked(f"{name}.{key}", value[key], inner) for key, inner in kind.items()
-            }
-        case list() | tuple():
-            is_list = isinstance(value, (list, tuple))
-            if not is_list or (isinstance(kind, tuple) and len(value) != len(kind)):
-                size = f" of {len(kind)}" if isinstance(kind, tuple) else ""
-                raise ValueError(f"{name}: expected a list{size}, got {value!r}")
-            return tuple(_checked(f"{name}[{i}]", x, kind[0]) for i, x in enumerate(value))
-        case range():
-            if type(value) is not int or value not in kind:
-                raise ValueError(
-                    f"{name}: expected an integer from {kind[0]} to {kind[-1]}, got {value!r}"
-                )
-        case _:
-            if not isinstance(value, str):
-                raise ValueError(f"{name}: expected a string, got {value!r}")
-    return value
+    Raises:
+        ValueError: no network can be built from it; the argument that is wrong is named.
+    """
+    try:
+        given = {**config, "stages": tuple(StageSpec(**stage) for stage in config["stages"])}
+        if given.pop("model_type") != MODEL_TYPE:
+            raise ValueError(f"model_type: expected {MODEL_TYPE!r}, got {config['model_type']!r}")
+        units = sum(stage.units for stage in given["stages"])
+        if units > _MOST_UNITS:
+            raise ValueError(f"stages: expected at most {_MOST_UNITS} units, got {units}")
+        SKNet(**given, device="meta")
+    except (KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"config: expected the arguments of an SKNet: {error!r}") from error
+    return given
