@@ -262,18 +262,17 @@ def every_launch(x: Tensor) -> list[Launch]:
     def small(*shape: int) -> Tensor:
         return torch.empty(shape, device=x.device)
 
-    logits, vectors = small(B, 2, C), ((small(C), small(C)),) * 4
-    none, drift = (None,) * 4, small(2, 2, C)
-    return [
+    logits, norms = small(B, 2, C), ((small(C), small(C)),) * 4
+    launches = [
         sk_moments_launch(small(1), xs),
-        sk_fuse_launch(small(1), xs, *none, eps=0.0),
-        sk_fuse_launch(small(1), xs, *vectors, eps=0.0),
-        sk_select_fwd_launch(x, xs, logits, *none, activation="softmax", eps=0.0),
-        sk_select_fwd_launch(x, xs, logits, *vectors, activation="softmax", eps=0.0),
-        sk_select_bwd_launch(x, xs, small(1), xs, logits, activation="softmax"),
-        sk_fuse_select_sums_launch(small(1), x, xs, *vectors, eps=0.0),
-        sk_fuse_select_dx_launch(x, xs, xs, *vectors, logits, small(B, C), drift, eps=0.0),
+        sk_select_bwd_launch(x, xs, small(1), xs, logits, ACTIVATION="softmax"),
+        sk_fuse_select_sums_launch(small(1), x, xs, norms, EPS=0.0),
+        sk_fuse_select_dx_launch(x, xs, xs, norms, logits, small(B, C), small(2, 2, C), EPS=0.0),
     ]
+    for given in (None, norms):
+        launches.append(sk_fuse_launch(small(1), xs, given, EPS=0.0))
+        launches.append(sk_select_fwd_launch(x, xs, logits, given, ACTIVATION="softmax", EPS=0.0))
+    return launches
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

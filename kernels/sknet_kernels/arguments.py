@@ -9,17 +9,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.config import (
-    DeviceFacts,
-    LaunchConfig,
-    Problem,
-    StreamingKernel,
-    cdiv,
-    most_registers,
-)
+from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, StreamingKernel, cdiv
 from sknet_kernels.launch import Launch, Pointer, remembered
 from sknet_kernels.layout import as_bcs, is_channels_last
-from sknet_kernels.norms import Norms
 from sknet_kernels.small import SmallConfig, SmallKernel, SmallProblem
 from sknet_kernels.tuned import choice
 
@@ -99,21 +91,16 @@ def _configuration(
     device: torch.device,
 ) -> LaunchConfig:
     xs = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for stride in strides]
-    return choice(kernel, problem_of(xs, len(xs)), DeviceFacts.of(device))
-
-
-def norm_pointers(norms: Norms | None) -> tuple[Pointer, Pointer, Pointer, Pointer]:
-    """Returns mean, var, gamma and beta as kernels take them, four times None without norms."""
-    return (None, None, None, None) if norms is None else norms[:4]
+    chosen: LaunchConfig = choice(kernel, problem_of(xs, len(xs)), DeviceFacts.of(device))
+    return chosen
 
 
 def streaming_launch(
     function: Any,
-    pointers: Sequence[Pointer],
-    *,
     kernel: StreamingKernel,
-    config: LaunchConfig | None,
-    **constants: Any,
+    *pointers: Pointer,
+    config: LaunchConfig | None = None,
+    **options: Any,
 ) -> Launch:
     """Returns the launch of a kernel that reads branches ``x_ptrs`` tile by tile.
 
@@ -121,112 +108,95 @@ def streaming_launch(
         function: the ``triton.jit`` function. It takes ``pointers`` first, then what its signature
             names of these: ``strides`` of the full-size tensors in the order of `_FULL_SIZE`;
             ``logits_strides``; ``B``, ``C``, ``S``; ``splits`` of ``tiles`` tiles each; constants.
-        pointers: as `Launch` has them; full-size ones are [B, C, *spatial] and lie evenly.
         kernel: whose configuration is taken where ``config`` is None.
+        pointers: as `Launch` has them; full-size ones are [B, C, *spatial] and lie evenly.
         config: tile sizes and splits.
-        constants: whatever else it takes.
+        options: whatever else it takes, by name.
     """
     named = dict(zip(function.arg_names, pointers, strict=False))
     full_size = [as_bcs(x) for name in _FULL_SIZE for x in _as_tuple(named.get(name, ()))]
     xs = _as_tuple(named["x_ptrs"])
     problem = problem_of(full_size, len(xs))
     config = configuration(kernel, xs, config)
-    access = min(problem.align, config.access)
-    values: dict[str, Any] = {
-        "strides": _strides(full_size),
+    strides = tuple(x.stride() for x in full_size)
+    values = {
+        # Of one alone where all have the same.
+        "strides": strides[:1] if len(set(strides)) == 1 else strides,
         "B": problem.B,
         "C": problem.C,
         "S": problem.S,
         "tiles": cdiv(kernel.tiles(problem, config), config.splits),
         "splits": config.splits,
-    }
-    if "logits_ptr" in named:
-        values["logits_strides"] = _as_tuple(named["logits_ptr"])[0].stride()
-    known = {
         "NUM_BRANCHES": problem.num_branches,
-        "HAS_NORM": named.get("mean_ptrs") is not None,
         "ACC": accumulator(xs[0].dtype)[1],
-        "ALIGN": access,
+        "ALIGN": min(problem.align, config.access),
         "LAYOUT": problem.layout,
         "BLOCK_C": config.block_c,
         "BLOCK_S": config.block_s,
         "NUM_STAGES": config.num_stages,
-        **constants,
+        **options,
     }
-    rest = function.arg_names[len(pointers) :]
-    return Launch(
-        kernel=function,
-        programs=kernel.rows(problem, config) * config.splits,
-        pointers=named,
-        scalars={name: values[name] for name in rest if name in values},
-        constants={name: known[name] for name in rest if name in known},
-        num_warps=config.num_warps,
-        maxnreg=most_registers(DeviceFacts.of(xs[0].device)),
-    )
+    return _launch(function, named, values, kernel.rows(problem, config) * config.splits, config)
 
 
 def small_launch(
     function: Any,
-    pointers: Sequence[Pointer],
-    *,
     kernel: SmallKernel,
-    problem: SmallProblem,
-    config: SmallConfig | None,
-    scalars: Mapping[str, Any],
-    **constants: Any,
+    shapes: Mapping[str, str],
+    *pointers: Pointer,
+    config: SmallConfig | None = None,
+    **options: Any,
 ) -> Launch:
     """Returns the launch of a kernel that reads no branch.
 
     Args:
         function: the ``triton.jit`` function. It takes ``pointers`` first, then what its signature
-            names of these: ``scalars``; ``B``, ``C``, ``d``, ``N`` = M * C; the parts of a sum,
-            ``splits``; constants.
-        pointers: as `Launch` has them; the first is a tensor.
+            names of these: ``weight_strides``, ``logits_strides``; ``B``, ``C``, ``d``, ``N`` =
+            M * C, ``size`` = B * C; the parts of a sum, ``splits``; constants.
         kernel: whose configuration is taken where ``config`` is None.
-        problem: sizes.
+        shapes: of the pointers, by name, that settle the sizes: a letter an axis, ``k`` for parts.
+        pointers: as `Launch` has them; the first is a tensor.
         config: tile sizes.
-        scalars: whatever else it takes at run time.
-        constants: whatever else it takes.
+        options: whatever else it takes, by name.
     """
-    names = function.arg_names
-    named = dict(zip(names, pointers, strict=False))
-    device = DeviceFacts.of(_as_tuple(pointers[0])[0].device)
-    config = config or choice(kernel, problem, device)
-    values: dict[str, Any] = {
-        "B": problem.B,
-        "C": problem.C,
-        "d": problem.d,
-        "N": problem.num_branches * problem.C,
-        "splits": problem.parts,
-        **scalars,
-    }
-    known = {
-        "NUM_BRANCHES": problem.num_branches,
-        "BLOCK_B": config.block_b,
-        "BLOCK_C": config.block_c,
-        "BLOCK_D": config.block_d,
-        "BLOCK_N": config.block_n,
-        "BLOCK_R": config.block_r,
-        "BLOCK_P": config.block_p,
-        **constants,
-    }
-    rest = names[len(pointers) :]
+    named: dict[str, Any] = dict(zip(function.arg_names, pointers, strict=False))
+    tensors = [named[name] for name in shapes]
+    sizes = dict.fromkeys("BCMdk", 1)
+    for x, letters in zip(tensors, shapes.values(), strict=True):
+        sizes |= zip(letters, x.shape, strict=True)
+    B, C, M, d, k = (sizes[letter] for letter in "BCMdk")
+    problem = SmallProblem(B, C, M, d, k, tensors[0].itemsize)
+    config = config or choice(kernel, problem, DeviceFacts.of(tensors[0].device))
+    values = {"B": B, "C": C, "d": d, "N": M * C, "size": B * C, "splits": k, "NUM_BRANCHES": M}
+    values |= {name.upper(): value for name, value in vars(config).items()}
+    if "weight_ptr" in named:
+        values["weight_strides"] = named["weight_ptr"].stride()[:2]
+    return _launch(function, named, values | options, kernel.programs(problem, config), config)
+
+
+def _launch(
+    function: Any,
+    named: Mapping[str, Pointer],
+    values: dict[str, Any],
+    programs: int,
+    config: LaunchConfig | SmallConfig,
+) -> Launch:
+    """Returns the launch that takes of ``values`` what ``function`` names after the pointers."""
+    logits, first = named.get("logits_ptr"), next(iter(named.values()))
+    if isinstance(logits, Tensor):
+        values["logits_strides"] = logits.stride()
+    rest = function.arg_names[len(named) :]
+    constants = function.fn.__annotations__
     return Launch(
         kernel=function,
-        programs=kernel.programs(problem, config),
+        programs=programs,
         pointers=named,
-        scalars={name: values[name] for name in rest if name in values},
-        constants={name: known[name] for name in rest if name in known},
+        scalars={name: values[name] for name in rest if name not in constants},
+        constants={name: values[name] for name in rest if name in constants},
         num_warps=config.num_warps,
-        maxnreg=most_registers(device),
+        maxnreg=DeviceFacts.of(_as_tuple(first)[0].device).most_registers,
     )
 
 
 def _as_tuple(pointer: Pointer) -> tuple[Any, ...]:
     return pointer if isinstance(pointer, tuple) else (pointer,)
-
-
-def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """Returns the strides of every tensor, or of one alone where all have the same."""
-    strides = tuple(x.stride() for x in tensors)
-    return strides[:1] if len(set(strides)) == 1 else strides

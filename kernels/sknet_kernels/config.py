@@ -8,12 +8,8 @@ contiguous axis, for wide and coalesced accesses.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
-
-_P = TypeVar("_P", contravariant=True)
-_C = TypeVar("_C", covariant=True)
 
 MAX_BRANCHES = 8
 
@@ -63,19 +59,14 @@ class DeviceFacts:
         backend = "cuda" if torch.version.hip is None else "hip"
         return cls(properties.multi_processor_count, warp_size, properties.name, backend)
 
-
-class Kernel(Protocol[_P, _C]):
-    """A kernel as far as its launches depend on it."""
-
     @property
-    def name(self) -> str:
-        """What figures call it."""
+    def most_registers(self) -> int | None:
+        """How many registers a thread is allowed, None where the compiler is to choose.
 
-    def heuristic(self, problem: _P, device: DeviceFacts) -> _C:
-        """Returns the configuration that is taken where none was timed."""
-
-    def candidates(self, problem: _P, device: DeviceFacts) -> tuple[_C, ...]:
-        """Returns what is worth timing, all different, the heuristics' first."""
+        Left to itself, NVIDIA's compiler keeps values on the stack to let one more program be
+        resident, which nothing here waits for.
+        """
+        return 255 if self.backend == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -210,15 +201,6 @@ class LaunchConfig:
     num_warps: int = 1
     num_stages: int = 1
     access: int = 16
-
-
-def most_registers(device: DeviceFacts) -> int | None:
-    """Returns how many registers a thread is allowed, None where the compiler is to choose.
-
-    Left to itself, NVIDIA's compiler keeps values on the stack to let one more program be resident,
-    which nothing here waits for.
-    """
-    return 255 if device.backend == "cuda" else None
 
 
 def _splits(

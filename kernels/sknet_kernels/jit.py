@@ -243,17 +243,12 @@ def inverse_deviations(var_ptrs, offs_c, mask_c, EPS: tl.constexpr, ACC: tl.cons
 
 
 @triton.jit
-def norm_vectors(
-    mean_ptrs,
-    var_ptrs,
-    gamma_ptrs,
-    beta_ptrs,
-    offs_c,
-    mask_c,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Returns mean_i, scale_i = gamma_i * rstd_i and beta_i, each a tuple of vectors [BLOCK_C]."""
+def norm_vectors(norm_ptrs, offs_c, mask_c, EPS: tl.constexpr, ACC: tl.constexpr):
+    """Returns mean_i, scale_i = gamma_i * rstd_i and beta_i, each a tuple of vectors [BLOCK_C].
+
+    ``norm_ptrs`` are mean, var, gamma and beta of every branch, in four tuples.
+    """
+    mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs = norm_ptrs
     means = channel_vectors(mean_ptrs, offs_c, mask_c, ACC, 0.0)
     betas = channel_vectors(beta_ptrs, offs_c, mask_c, ACC, 0.0)
     rstds = inverse_deviations(var_ptrs, offs_c, mask_c, EPS, ACC)

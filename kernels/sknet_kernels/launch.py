@@ -11,8 +11,9 @@ from torch import Tensor
 
 _T = TypeVar("_T")
 
-# A kernel's pointer argument: a tensor, None for one that is absent, or a tuple with one a branch.
-Pointer: TypeAlias = "Tensor | tuple[Tensor | None, ...] | None"
+# A kernel's pointer argument: a tensor, None for one that is absent, or a tuple of such arguments,
+# with one a branch for example.
+Pointer: TypeAlias = "Tensor | tuple[Any, ...] | None"
 
 # What a key was found to need. Sizes that never come back would pile up: past the limit all are
 # forgotten.

@@ -1,5 +1,7 @@
 """fuse: the average, or the sum, over space of the sum of the branches."""
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -7,7 +9,6 @@ from torch import Tensor
 from sknet_kernels.arguments import (
     accumulator,
     configuration,
-    norm_pointers,
     small_launch,
     streaming_launch,
 )
@@ -25,20 +26,17 @@ from sknet_kernels.jit import (
     tiles_of_row,
     zero_sums,
 )
-from sknet_kernels.launch import Launch, Pointer, launch
+from sknet_kernels.launch import launch
 from sknet_kernels.layout import positions
 from sknet_kernels.norms import Norms
-from sknet_kernels.small import FUSE_COMBINE, SmallConfig, SmallProblem
+from sknet_kernels.small import FUSE_COMBINE, SmallConfig
 
 
 @triton.jit(do_not_specialize=["B", "C", "S", "tiles", "splits"])
 def _sk_fuse_kernel(
     partial_ptr,
     x_ptrs,
-    mean_ptrs,
-    var_ptrs,
-    gamma_ptrs,
-    beta_ptrs,
+    norm_ptrs,
     strides,
     B,
     C,
@@ -46,7 +44,6 @@ def _sk_fuse_kernel(
     tiles,
     splits,
     NUM_BRANCHES: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -57,7 +54,7 @@ def _sk_fuse_kernel(
 ):
     """partial[k, b, c] = sum over i, and over the positions s of split k, of u_i[b, c, s].
 
-    u_i is x_i, or with HAS_NORM max((x_i - mean_i) / sqrt(var_i + EPS) * gamma_i + beta_i, 0).
+    u_i is x_i, or with norms max((x_i - mean_i) / sqrt(var_i + EPS) * gamma_i + beta_i, 0).
     Shapes: x_i [B, C, S] of any strides; mean_i, var_i, gamma_i and beta_i [C]; partial
     [splits, B, C] contiguous. Sums are kept in ACC. Passes moved: M read.
     Source: Li et al. 2019, eqs. 1 and 2.
@@ -66,11 +63,9 @@ def _sk_fuse_kernel(
     pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    if HAS_NORM:
+    if norm_ptrs is not None:
         # Vectors are [BLOCK_C].
-        means, scales, betas = norm_vectors(
-            mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
-        )
+        means, scales, betas = norm_vectors(norm_ptrs, offs_c, mask_c, EPS, ACC)
     (total,) = zero_sums(1, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
     strides = known_strides(strides, ALIGN, LAYOUT)
     first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
@@ -81,7 +76,7 @@ def _sk_fuse_kernel(
         u = tl.zeros([BLOCK_C, BLOCK_S], ACC)
         for i in tl.static_range(NUM_BRANCHES):
             x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
-            if HAS_NORM:
+            if norm_ptrs is not None:
                 x = relu(normalised(x, means[i], scales[i], betas[i]))
             u += tl.where(mask, x, 0.0)
         total = plus(total, u)
@@ -97,7 +92,6 @@ def _sk_fuse_combine_kernel(
     S,
     splits,
     MEAN: tl.constexpr,
-    ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """out[n] = sum over k of partial[k, n], added in the order of k, divided by S with MEAN.
@@ -107,7 +101,7 @@ def _sk_fuse_combine_kernel(
     # One program owns BLOCK_C elements of out, the channels of all images laid end to end.
     offs = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offs < size
-    total = tl.zeros([BLOCK_C], ACC)  # Vectors are [BLOCK_C].
+    total = tl.zeros([BLOCK_C], partial_ptr.dtype.element_ty)  # Vectors are [BLOCK_C].
     offs_partial = offs
     for _ in range(splits):
         total += tl.load(partial_ptr + offs_partial, mask=mask, other=0.0)
@@ -128,8 +122,8 @@ def sk_fuse_partials(
     x = xs[0]
     config = configuration(FUSE, xs, config)
     partial = x.new_empty((config.splits, *x.shape[:2]), dtype=accumulator(x.dtype)[0])
-    eps = 0.0 if norms is None else norms.eps
-    launch(sk_fuse_launch, partial, xs, *norm_pointers(norms), eps=eps, config=config)
+    norm_ptrs, eps = norms and norms[:4], norms and norms.eps
+    launch(sk_fuse_launch, partial, xs, norm_ptrs, EPS=eps, config=config)
     return partial
 
 
@@ -148,27 +142,11 @@ def sk_fuse_fwd(
     partial = sk_fuse_partials(xs, None, config=config)
     out = x.new_empty(x.shape[:2])
     mean = reduction == "mean"
-    launch(sk_fuse_combine_launch, out, partial, S=positions(x), mean=mean, config=combine)
+    launch(sk_fuse_combine_launch, out, partial, S=positions(x), MEAN=mean, config=combine)
     return out
 
 
-def sk_fuse_launch(*pointers: Pointer, eps: float, config: LaunchConfig | None = None) -> Launch:
-    """Returns the launch of partial, xs, means, variances, gammas and betas."""
-    return streaming_launch(_sk_fuse_kernel, pointers, kernel=FUSE, config=config, EPS=eps)
-
-
-def sk_fuse_combine_launch(
-    out: Tensor, partial: Tensor, *, S: int, mean: bool, config: SmallConfig | None = None
-) -> Launch:
-    """Returns the launch that fills ``out`` [B, C] from ``partial`` [splits, B, C]."""
-    splits, B, C = partial.shape
-    return small_launch(
-        _sk_fuse_combine_kernel,
-        (out, partial),
-        kernel=FUSE_COMBINE,
-        problem=SmallProblem(B, C, 1, parts=splits, itemsize=partial.itemsize),
-        config=config,
-        scalars={"size": B * C, "S": S},
-        MEAN=mean,
-        ACC=accumulator(partial.dtype)[1],
-    )
+sk_fuse_launch = functools.partial(streaming_launch, _sk_fuse_kernel, FUSE)
+sk_fuse_combine_launch = functools.partial(
+    small_launch, _sk_fuse_combine_kernel, FUSE_COMBINE, {"partial_ptr": "kBC"}
+)

@@ -5,6 +5,8 @@ needs of all images, such as the statistics of fc1's norm, it computes for itsel
 lies in the cache, and a launch of its own would cost more.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -30,16 +32,9 @@ from sknet_kernels.jit import (
     relu,
     zero_tiles,
 )
-from sknet_kernels.launch import Launch, launch
+from sknet_kernels.launch import launch
 from sknet_kernels.norms import ChannelGradients, Norms, Running, common_dtype
-from sknet_kernels.small import (
-    CHANNELS_BWD,
-    HIDDEN,
-    HIDDEN_BWD,
-    LOGITS,
-    SmallConfig,
-    SmallProblem,
-)
+from sknet_kernels.small import CHANNELS_BWD, HIDDEN, HIDDEN_BWD, LOGITS, SmallConfig
 
 # Terms of dbeta_i and dgamma_i that are summed over images, those of a_i and those of share apart.
 DBETA_ATTN = tl.constexpr(0)
@@ -656,7 +651,7 @@ def sk_logits(
     launch(
         sk_logits_launch,
         logits, stats, kept, moved, hidden, vectors, fc2_weight, fc2_bias,
-        eps=fc1_norm.eps, momentum=momentum, config=config,
+        EPS=fc1_norm.eps, keep=1 - momentum, momentum=momentum, config=config,
     )  # fmt: skip
     return logits, stats, kept
 
@@ -719,10 +714,11 @@ def sk_channels_bwd(
         fc2_weight=fc2_weight.new_empty(fc2_weight.shape),
         fc2_bias=_empty(fc2_bias),
     )
+    whole_d = max(16, next_power_of_two(hidden.shape[1]))
     launch(
         sk_channels_bwd_launch,
         sums, dlogits, dz, logits, pooled, hidden, vectors, fc1_weight, gradients,
-        S=S, eps=fc1_norm.eps, batch_stats=fc1_batch_stats, config=config,
+        S=S, EPS=fc1_norm.eps, BATCH_STATS=fc1_batch_stats, WHOLE_D=whole_d, config=config,
     )  # fmt: skip
     return gradients
 
@@ -745,110 +741,14 @@ def _empty(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else torch.empty_like(parameter)
 
 
-def sk_hidden_launch(
-    pooled: Tensor,
-    hidden: Tensor,
-    partials: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    *,
-    S: int,
-    config: SmallConfig | None = None,
-) -> Launch:
-    """Returns the launch that fills ``pooled`` [B, C] and ``hidden`` [B, d]."""
-    splits, B, C = partials.shape
-    return small_launch(
-        _sk_hidden_kernel,
-        (pooled, hidden, partials, fc1_weight, fc1_bias),
-        kernel=HIDDEN,
-        problem=SmallProblem(B, C, 1, hidden.shape[1], splits, hidden.itemsize),
-        config=config,
-        scalars={"weight_strides": fc1_weight.stride()[:2], "S": S},
-    )
-
-
-def sk_logits_launch(
-    logits: Tensor,
-    stats: Tensor | None,
-    kept: Tensor | None,
-    running: tuple[Tensor, ...] | None,
-    hidden: Tensor,
-    fc1_norm: tuple[Tensor | None, ...],
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    *,
-    eps: float,
-    momentum: float,
-    config: SmallConfig | None = None,
-) -> Launch:
-    """Returns the launch that fills ``logits`` [B, M, C], ``stats`` and ``kept`` [2, d]."""
-    B, M, C = logits.shape
-    return small_launch(
-        _sk_logits_kernel,
-        (logits, stats, kept, running, hidden, fc1_norm, fc2_weight, fc2_bias),
-        kernel=LOGITS,
-        problem=SmallProblem(B, C, M, hidden.shape[1], itemsize=hidden.itemsize),
-        config=config,
-        scalars={
-            "weight_strides": fc2_weight.stride()[:2],
-            "keep": 1 - momentum,
-            "momentum": momentum,
-        },
-        EPS=eps,
-    )
-
-
-def sk_hidden_bwd_launch(
-    dlogits: Tensor,
-    dz: Tensor,
-    sums: Tensor | None,
-    partials: Tensor,
-    logits: Tensor,
-    gammas: tuple[Tensor | None, ...],
-    betas: tuple[Tensor | None, ...],
-    fc2_weight: Tensor,
-    *,
-    config: SmallConfig | None = None,
-) -> Launch:
-    """Returns the launch that fills ``dlogits``, ``dz`` [B, d] and, unless None, ``sums``."""
-    splits, _, B, M, C = partials.shape
-    return small_launch(
-        _sk_hidden_bwd_kernel,
-        (dlogits, dz, sums, partials, logits, gammas, betas, fc2_weight),
-        kernel=HIDDEN_BWD,
-        problem=SmallProblem(B, C, M, dz.shape[1], splits, dz.itemsize),
-        config=config,
-        scalars={"weight_strides": fc2_weight.stride()[:2]},
-    )
-
-
-def sk_channels_bwd_launch(
-    sums: Tensor,
-    dlogits: Tensor,
-    dz: Tensor,
-    logits: Tensor,
-    pooled: Tensor,
-    hidden: Tensor,
-    fc1_norm: tuple[Tensor | None, ...],
-    fc1_weight: Tensor,
-    gradients: ChannelGradients,
-    *,
-    S: int,
-    eps: float,
-    batch_stats: bool,
-    config: SmallConfig | None = None,
-) -> Launch:
-    """Returns the launch that fills ``gradients``; the options are of fc1's norm."""
-    B, M, C = logits.shape
-    d = hidden.shape[1]
-    return small_launch(
-        _sk_channels_bwd_kernel,
-        (sums, dlogits, dz, logits, pooled, hidden, fc1_norm, fc1_weight, gradients),
-        kernel=CHANNELS_BWD,
-        problem=SmallProblem(B, C, M, d, itemsize=hidden.itemsize),
-        config=config,
-        scalars={"weight_strides": fc1_weight.stride()[:2], "S": S},
-        EPS=eps,
-        BATCH_STATS=batch_stats,
-        WHOLE_D=max(16, next_power_of_two(d)),
-    )
+_OF_LOGITS = {"logits_ptr": "BMC", "hidden_ptr": "Bd"}
+sk_hidden_launch = functools.partial(
+    small_launch, _sk_hidden_kernel, HIDDEN, {"partial_ptr": "kBC", "hidden_ptr": "Bd"}
+)
+sk_logits_launch = functools.partial(small_launch, _sk_logits_kernel, LOGITS, _OF_LOGITS)
+sk_hidden_bwd_launch = functools.partial(
+    small_launch, _sk_hidden_bwd_kernel, HIDDEN_BWD, {"partial_ptr": "k4BMC", "dz_ptr": "Bd"}
+)
+sk_channels_bwd_launch = functools.partial(
+    small_launch, _sk_channels_bwd_kernel, CHANNELS_BWD, _OF_LOGITS
+)

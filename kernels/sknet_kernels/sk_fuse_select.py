@@ -5,11 +5,13 @@ two kernels of the backward that read the branches: four sums that carry all tha
 attention need of the data, and the branches' gradients.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.arguments import accumulator, configuration, norm_pointers, streaming_launch
+from sknet_kernels.arguments import accumulator, configuration, streaming_launch
 from sknet_kernels.config import DX, SUMS, LaunchConfig
 from sknet_kernels.jit import (
     DBETA,
@@ -35,7 +37,7 @@ from sknet_kernels.jit import (
     tiles_of_row,
     zero_sums,
 )
-from sknet_kernels.launch import Launch, Pointer, launch
+from sknet_kernels.launch import launch
 from sknet_kernels.norms import Norms
 
 
@@ -44,10 +46,7 @@ def _sk_fuse_select_sums_kernel(
     partial_ptr,
     dout_ptr,
     x_ptrs,
-    mean_ptrs,
-    var_ptrs,
-    gamma_ptrs,
-    beta_ptrs,
+    norm_ptrs,
     strides,
     B,
     C,
@@ -76,9 +75,7 @@ def _sk_fuse_select_sums_kernel(
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     # Vectors are [BLOCK_C].
-    means, scales, betas = norm_vectors(
-        mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
-    )
+    means, scales, betas = norm_vectors(norm_ptrs, offs_c, mask_c, EPS, ACC)
     sums = zero_sums(NUM_SUMS * NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
     strides = known_strides(strides, ALIGN, LAYOUT)
     first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
@@ -101,7 +98,7 @@ def _sk_fuse_select_sums_kernel(
             )
         sums = grown
     # rstd is applied to the sums rather than to every xhat: one register a channel less.
-    rstds = inverse_deviations(var_ptrs, offs_c, mask_c, EPS, ACC)  # Vectors are [BLOCK_C].
+    rstds = inverse_deviations(norm_ptrs[1], offs_c, mask_c, EPS, ACC)  # Vectors are [BLOCK_C].
     for i in tl.static_range(NUM_BRANCHES):
         for row in tl.static_range(NUM_SUMS):
             total = tl.sum(sums[NUM_SUMS * i + row], axis=1)
@@ -116,10 +113,7 @@ def _sk_fuse_select_dx_kernel(
     dout_ptr,
     dx_ptrs,
     x_ptrs,
-    mean_ptrs,
-    var_ptrs,
-    gamma_ptrs,
-    beta_ptrs,
+    norm_ptrs,
     logits_ptr,
     share_ptr,
     drift_ptr,
@@ -152,16 +146,14 @@ def _sk_fuse_select_dx_kernel(
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     # Vectors are [BLOCK_C].
-    means, scales, betas = norm_vectors(
-        mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
-    )
+    means, scales, betas = norm_vectors(norm_ptrs, offs_c, mask_c, EPS, ACC)
     share = tl.load(share_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0)
     attn = image_weights(
         logits_ptr, logits_strides, pid_b, offs_c, mask_c, NUM_BRANCHES, "softmax", ACC
     )
     dbetas, slopes = (), ()
     if drift_ptr is not None:
-        rstds = inverse_deviations(var_ptrs, offs_c, mask_c, EPS, ACC)
+        rstds = inverse_deviations(norm_ptrs[1], offs_c, mask_c, EPS, ACC)
         for i in tl.static_range(NUM_BRANCHES):
             dbeta_ptr = drift_ptr + (DBETA * NUM_BRANCHES + i) * tl.cast(C, tl.int64)
             dgamma_ptr = drift_ptr + (DGAMMA * NUM_BRANCHES + i) * tl.cast(C, tl.int64)
@@ -196,15 +188,8 @@ def sk_fuse_select_sums(
     B, C = dout.shape[:2]
     shape = (config.splits, NUM_SUMS.value, B, len(xs), C)
     partial = dout.new_empty(shape, dtype=accumulator(dout.dtype)[0])
-    launch(
-        sk_fuse_select_sums_launch,
-        partial,
-        dout,
-        xs,
-        *norm_pointers(norms),
-        eps=norms.eps,
-        config=config,
-    )
+    pointers = (partial, dout, xs, norms[:4])
+    launch(sk_fuse_select_sums_launch, *pointers, EPS=norms.eps, config=config)
     return partial
 
 
@@ -224,31 +209,9 @@ def sk_fuse_select_dx(
     ``share`` [B, C] and ``drift`` [2, M, C], of `DBETA` and `DGAMMA`, are contiguous, in the dtype
     of the sums; ``drift`` is None where the statistics are constants.
     """
-    launch(
-        sk_fuse_select_dx_launch,
-        dout,
-        dxs,
-        xs,
-        *norm_pointers(norms),
-        logits,
-        share,
-        drift,
-        eps=norms.eps,
-        config=config,
-    )
+    pointers = (dout, dxs, xs, norms[:4], logits, share, drift)
+    launch(sk_fuse_select_dx_launch, *pointers, EPS=norms.eps, config=config)
 
 
-def sk_fuse_select_sums_launch(
-    *pointers: Pointer, eps: float, config: LaunchConfig | None = None
-) -> Launch:
-    """Returns the launch of partial, dout, xs, means, variances, gammas and betas."""
-    return streaming_launch(
-        _sk_fuse_select_sums_kernel, pointers, kernel=SUMS, config=config, EPS=eps
-    )
-
-
-def sk_fuse_select_dx_launch(
-    *pointers: Pointer, eps: float, config: LaunchConfig | None = None
-) -> Launch:
-    """Returns the launch of dout, dxs, xs, the norms' four, logits, share and drift."""
-    return streaming_launch(_sk_fuse_select_dx_kernel, pointers, kernel=DX, config=config, EPS=eps)
+sk_fuse_select_sums_launch = functools.partial(streaming_launch, _sk_fuse_select_sums_kernel, SUMS)
+sk_fuse_select_dx_launch = functools.partial(streaming_launch, _sk_fuse_select_dx_kernel, DX)

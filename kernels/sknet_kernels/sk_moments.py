@@ -1,5 +1,7 @@
 """moments: mean and variance of every channel of every branch, for batch normalisation."""
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,9 +20,9 @@ from sknet_kernels.jit import (
     tiles_of_row,
     zero_sums,
 )
-from sknet_kernels.launch import Launch, Pointer, launch
+from sknet_kernels.launch import launch
 from sknet_kernels.norms import Running
-from sknet_kernels.small import MOMENTS_FINISH, SmallConfig, SmallProblem
+from sknet_kernels.small import MOMENTS_FINISH, SmallConfig
 
 # Rows of the parts: how many values, their mean, the sum of their squared deviations from it.
 COUNT = tl.constexpr(0)
@@ -135,7 +137,6 @@ def _sk_moments_finish_kernel(
     keep,
     momentum,
     NUM_BRANCHES: tl.constexpr,
-    ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -147,9 +148,10 @@ def _sk_moments_finish_kernel(
     grows by 1.
     Shapes: partial [splits, 3, M, C]; applied, mean and biased variance, and kept, mean and
     unbiased variance, both [2, M, C]; running statistics [C] and tracked [] a branch. Arithmetic in
-    ACC. Passes moved: none of full size. Source: Chan, Golub and LeVeque 1983.
+    the dtype of partial. Passes moved: none of full size. Source: Chan, Golub and LeVeque 1983.
     """
     # One program owns BLOCK_C channels of the branches laid end to end.
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
     offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     step = tl.cast(C, tl.int64) * NUM_BRANCHES
     mask_c = offs_c < step
@@ -213,35 +215,12 @@ def sk_moments(
     kept = x.new_empty((2, M, C), dtype=acc) if running is None else None
     launch(sk_moments_launch, partial, xs, config=config)
     *pointers, momentum = running or (None, None, None, 0.0)
-    small = (applied, kept, *pointers, partial)
-    launch(sk_moments_finish_launch, *small, momentum=momentum, config=finish)
+    moved = {"keep": 1 - momentum, "momentum": momentum}
+    launch(sk_moments_finish_launch, applied, kept, *pointers, partial, **moved, config=finish)
     return applied, kept
 
 
-def sk_moments_launch(*pointers: Pointer, config: LaunchConfig | None = None) -> Launch:
-    """Returns the launch of partial and xs."""
-    return streaming_launch(_sk_moments_kernel, pointers, kernel=MOMENTS, config=config)
-
-
-def sk_moments_finish_launch(
-    applied: Tensor,
-    kept: Tensor | None,
-    running_mean: Pointer,
-    running_var: Pointer,
-    tracked: Pointer,
-    partial: Tensor,
-    *,
-    momentum: float,
-    config: SmallConfig | None = None,
-) -> Launch:
-    """Returns the launch that fills statistics [2, M, C] from ``partial`` [splits, 3, M, C]."""
-    splits, _, M, C = partial.shape
-    return small_launch(
-        _sk_moments_finish_kernel,
-        (applied, kept, running_mean, running_var, tracked, partial),
-        kernel=MOMENTS_FINISH,
-        problem=SmallProblem(1, C, M, parts=splits, itemsize=partial.itemsize),
-        config=config,
-        scalars={"keep": 1 - momentum, "momentum": momentum},
-        ACC=accumulator(partial.dtype)[1],
-    )
+sk_moments_launch = functools.partial(streaming_launch, _sk_moments_kernel, MOMENTS)
+sk_moments_finish_launch = functools.partial(
+    small_launch, _sk_moments_finish_kernel, MOMENTS_FINISH, {"partial_ptr": "k3MC"}
+)

@@ -1,5 +1,7 @@
 """select: the sum of the branches, each weighed by a softmax over them or by another activation."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,6 @@ from torch import Tensor
 from sknet_kernels.arguments import (
     accumulator,
     configuration,
-    norm_pointers,
     small_launch,
     streaming_launch,
 )
@@ -29,9 +30,9 @@ from sknet_kernels.jit import (
     tiles_of_row,
     zero_sums,
 )
-from sknet_kernels.launch import Launch, Pointer, launch
+from sknet_kernels.launch import launch
 from sknet_kernels.norms import Norms
-from sknet_kernels.small import SELECT_BWD_COMBINE, SmallConfig, SmallProblem
+from sknet_kernels.small import SELECT_BWD_COMBINE, SmallConfig
 
 
 @triton.jit(do_not_specialize=["C", "S", "tiles", "splits"])
@@ -39,10 +40,7 @@ def _sk_select_fwd_kernel(
     out_ptr,
     x_ptrs,
     logits_ptr,
-    mean_ptrs,
-    var_ptrs,
-    gamma_ptrs,
-    beta_ptrs,
+    norm_ptrs,
     strides,
     logits_strides,
     C,
@@ -51,7 +49,6 @@ def _sk_select_fwd_kernel(
     splits,
     NUM_BRANCHES: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -62,7 +59,7 @@ def _sk_select_fwd_kernel(
 ):
     """out[b, c, s] = sum over i of a_i[b, c] * u_i[b, c, s], with a = ACTIVATION of logits.
 
-    u_i is x_i, or with HAS_NORM max((x_i - mean_i) / sqrt(var_i + EPS) * gamma_i + beta_i, 0).
+    u_i is x_i, or with norms max((x_i - mean_i) / sqrt(var_i + EPS) * gamma_i + beta_i, 0).
     Shapes: x_i and out [B, C, S], logits [B, M, C], all of any strides; mean_i, var_i, gamma_i
     and beta_i [C]. Arithmetic in ACC.
     Passes moved: M read, 1 written. Source: Li et al. 2019, eqs. 5 and 6.
@@ -75,10 +72,8 @@ def _sk_select_fwd_kernel(
     attn = image_weights(
         logits_ptr, logits_strides, pid_b, offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
     )
-    if HAS_NORM:
-        means, scales, betas = norm_vectors(
-            mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, offs_c, mask_c, EPS, ACC
-        )
+    if norm_ptrs is not None:
+        means, scales, betas = norm_vectors(norm_ptrs, offs_c, mask_c, EPS, ACC)
     strides = known_strides(strides, ALIGN, LAYOUT)
     first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
     for tile in tl.range(first, last, num_stages=NUM_STAGES):
@@ -88,7 +83,7 @@ def _sk_select_fwd_kernel(
         out = tl.zeros([BLOCK_C, BLOCK_S], ACC)
         for i in tl.static_range(NUM_BRANCHES):
             u = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
-            if HAS_NORM:
+            if norm_ptrs is not None:
                 u = relu(normalised(u, means[i], scales[i], betas[i]))
             out += attn[i][:, None] * u
         store_tile(out_ptr, strides, NUM_BRANCHES, corner, mask, ALIGN, LAYOUT, out)
@@ -162,7 +157,6 @@ def _sk_select_bwd_combine_kernel(
     splits,
     NUM_BRANCHES: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The dlogits of `branch_weights_bwd`, with g_i the sum over k of partial[k], in order of k.
@@ -171,6 +165,7 @@ def _sk_select_bwd_combine_kernel(
     strides. Passes moved: none of full size.
     """
     # One program owns BLOCK_C channels of one image.
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
     pid_b, pid_c, _ = program_coordinates(C, 1, BLOCK_C)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -205,16 +200,8 @@ def sk_select_fwd(
     ``activation`` is "softmax", "sigmoid" or "none". With ``norms`` the branches are normalised
     and rectified on the fly.
     """
-    launch(
-        sk_select_fwd_launch,
-        out,
-        xs,
-        logits,
-        *norm_pointers(norms),
-        activation=activation,
-        eps=0.0 if norms is None else norms.eps,
-        config=config,
-    )
+    pointers, eps = (out, xs, logits, norms and norms[:4]), norms and norms.eps
+    launch(sk_select_fwd_launch, *pointers, ACTIVATION=activation, EPS=eps, config=config)
 
 
 def sk_select_bwd(
@@ -234,60 +221,15 @@ def sk_select_bwd(
     config = configuration(SELECT_BWD, xs, config)
     partial = dout.new_empty((config.splits, *logits.shape), dtype=accumulator(dout.dtype)[0])
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    launch(
-        sk_select_bwd_launch, dout, dxs, partial, xs, logits, activation=activation, config=config
-    )
-    launch(
-        sk_select_bwd_combine_launch,
-        dlogits,
-        partial,
-        logits,
-        activation=activation,
-        config=combine,
-    )
+    pointers = (dout, dxs, partial, xs, logits)
+    launch(sk_select_bwd_launch, *pointers, ACTIVATION=activation, config=config)
+    pointers = (dlogits, partial, logits)
+    launch(sk_select_bwd_combine_launch, *pointers, ACTIVATION=activation, config=combine)
     return dlogits
 
 
-def sk_select_fwd_launch(
-    *pointers: Pointer, activation: str, eps: float, config: LaunchConfig | None = None
-) -> Launch:
-    """Returns the launch of out, xs, logits, means, variances, gammas and betas."""
-    return streaming_launch(
-        _sk_select_fwd_kernel,
-        pointers,
-        kernel=SELECT,
-        config=config,
-        ACTIVATION=activation,
-        EPS=eps,
-    )
-
-
-def sk_select_bwd_launch(
-    *pointers: Pointer, activation: str, config: LaunchConfig | None = None
-) -> Launch:
-    """Returns the launch of dout, dxs, partial, xs and logits."""
-    return streaming_launch(
-        _sk_select_bwd_kernel, pointers, kernel=SELECT_BWD, config=config, ACTIVATION=activation
-    )
-
-
-def sk_select_bwd_combine_launch(
-    dlogits: Tensor,
-    partial: Tensor,
-    logits: Tensor,
-    *,
-    activation: str,
-    config: SmallConfig | None = None,
-) -> Launch:
-    """Returns the launch that fills ``dlogits`` [B, M, C] from ``partial`` [splits, B, M, C]."""
-    splits, B, M, C = partial.shape
-    return small_launch(
-        _sk_select_bwd_combine_kernel,
-        (dlogits, partial, logits),
-        kernel=SELECT_BWD_COMBINE,
-        problem=SmallProblem(B, C, M, parts=splits, itemsize=partial.itemsize),
-        config=config,
-        scalars={"logits_strides": logits.stride()},
-        ACTIVATION=activation,
-        ACC=accumulator(partial.dtype)[1],
-    )
+sk_select_fwd_launch = functools.partial(streaming_launch, _sk_select_fwd_kernel, SELECT)
+sk_select_bwd_launch = functools.partial(streaming_launch, _sk_select_bwd_kernel, SELECT_BWD)
+sk_select_bwd_combine_launch = functools.partial(
+    small_launch, _sk_select_bwd_combine_kernel, SELECT_BWD_COMBINE, {"partial_ptr": "kBMC"}
+)

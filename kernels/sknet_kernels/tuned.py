@@ -13,18 +13,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sknet_kernels.config import STREAMING_KERNELS, DeviceFacts, Kernel, LaunchConfig, Problem
+from sknet_kernels.config import STREAMING_KERNELS, DeviceFacts, LaunchConfig, Problem
 from sknet_kernels.small import SMALL_KERNELS, SmallConfig, SmallProblem
 
 FOLDER = Path(__file__).with_name("tuned")
 
-_P = TypeVar("_P")
-_C = TypeVar("_C")
-
 # By what a row is read into, its problem and its configuration.
-_RECORDS = {
+_RECORDS: dict[str, tuple[type, type]] = {
     **{kernel.name: (Problem, LaunchConfig) for kernel in STREAMING_KERNELS},
     **{kernel.name: (SmallProblem, SmallConfig) for kernel in SMALL_KERNELS},
 }
@@ -34,13 +31,13 @@ _KINDS: dict[Any, Callable[[str], Any]] = {
 }
 
 
-def choice(kernel: Kernel[_P, _C], problem: _P, device: DeviceFacts) -> _C:
+def choice(kernel: Any, problem: Any, device: DeviceFacts) -> Any:
     """Returns what ``device``'s table has, or where it has nothing what the heuristics suggest.
 
     Raises:
         ValueError: the table is damaged.
     """
-    found: _C | None = table(device.name).get((kernel.name, problem))
+    found = table(device.name).get((kernel.name, problem))
     return found or kernel.heuristic(problem, device)
 
 
@@ -73,14 +70,13 @@ def read(path: Path) -> Mapping[tuple[str, Any], Any]:
     rows = {}
     for number, row in enumerate(csv.DictReader(lines), start=2):
         try:
-            problem, config = _RECORDS[row["kernel"]]
-            rows[row["kernel"], _record(problem, row)] = _record(config, row)
+            problem, config = (
+                kind(**{field.name: _KINDS[field.type](row[field.name]) for field in fields(kind)})
+                for kind in _RECORDS[row["kernel"]]
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}:{number}: expected a problem and its launch, got {row}"
             ) from error
+        rows[row["kernel"], problem] = config
     return rows
-
-
-def _record(kind: type, row: Mapping[str, str]) -> Any:
-    return kind(**{field.name: _KINDS[field.type](row[field.name]) for field in fields(kind)})

@@ -87,7 +87,7 @@ def _row(setting: Setting, launch: Launch, target: Target) -> dict[str, Any]:
     row = {
         "target": target.name,
         "kernel": kernel_name(launch),
-        "norm": bool(constants.get("HAS_NORM", True)),
+        "norm": launch.pointers.get("norm_ptrs", True) is not None,
         "M": setting.M,
         "layout": setting.layout,
         "dtype": str(setting.dtype).removeprefix("torch."),
