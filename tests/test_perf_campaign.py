@@ -12,23 +12,17 @@ from io import FileIO
 from pathlib import Path
 
 import pytest
-import torch
 
 from perf.__main__ import INTERRUPTED, IO_ERROR, main
 from perf.commands import campaign as command
 from perf.commands.campaign import GRACE, LEAST, Part, parts, plan, share
 from perf.rows import schema
 from perf.rows.schema import Result
-from perf.sweep import contest, streaming
-from perf.sweep.calls import Call
-from perf.sweep.contest import BudgetSpentError, Conditions, measure_case
-from perf.sweep.providers import PROVIDERS, Provider
-from perf.sweep.workloads import make_case
+from perf.sweep import contest, workloads
+from perf.sweep.contest import BudgetSpentError, measure_case
+from perf.sweep.providers import PROVIDERS, Call, Provider
 from tests.helpers import ROOT
-from tests.sweeps import refusal, write_report
-
-CPU = torch.device("cpu")
-CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=1)
+from tests.sweeps import CONDITIONS, CPU, refusal, small, write_report
 
 
 def python(code: str, seconds: float = 60.0) -> Part:
@@ -316,7 +310,7 @@ def test_providers_that_are_ready_are_timed_when_the_budget_is_spent(
         return prepared(self, call)
 
     monkeypatch.setattr(Provider, "prepared", spent)
-    case = make_case("sk_fuse", "infer", batch=2, resolution=32)
+    case = small("sk_fuse", "infer")
     providers = (PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"])
     results = measure_case(case, providers, CONDITIONS)
     assert list(results) == ["plain-eager"]
@@ -332,28 +326,27 @@ def test_providers_that_are_ready_are_timed_when_the_budget_is_spent(
 def test_a_pass_is_the_kernels_launch_and_moves_what_it_counts(workload: str, layout: str) -> None:
     from perf.static.bytes import counted_bytes
 
-    case = make_case(workload, "infer", layout=layout, batch=2, resolution=32)  # type: ignore[arg-type]
-    run_pass, needed = streaming.pass_of(case, CPU)
+    case = small(workload, "infer", layout=layout)
+    run_pass = workloads.pass_of(case, CPU)
     with counted_bytes() as count:
         run_pass()
+    needed = workloads.bytes_needed(case)
+    assert needed
     assert needed <= count.read + count.written < 1.6 * needed
 
 
 def test_a_copy_reads_and_writes() -> None:
-    case = make_case("copy", "infer", batch=2, resolution=32)
-    _, needed = streaming.pass_of(case, CPU)
-    assert needed == 2 * 4 * 2 * case.C * case.H * case.W
-    result = streaming.measure_pass(case, (PROVIDERS["plain-eager"],), CONDITIONS)["plain-eager"]
-    assert result.status == "ok"
+    case = small("copy", "infer")
+    result = measure_case(case, (PROVIDERS["plain-eager"],), CONDITIONS)["plain-eager"]
+    assert (result.status, result.images_per_s) == ("ok", None)
+    assert result.bytes_needed == 2 * 4 * case.B * case.C * case.H * case.W
     assert result.gbps is not None
     assert result.pct_copy is not None
 
 
 def test_a_pass_belongs_to_one_provider() -> None:
-    case = make_case("moments", "infer", batch=2, resolution=32)
-    results = streaming.measure_pass(
-        case, (PROVIDERS["plain-eager"], PROVIDERS["ours-triton-eager"]), CONDITIONS
-    )
+    providers = (PROVIDERS["plain-eager"], PROVIDERS["ours-triton-eager"])
+    results = measure_case(small("moments", "infer"), providers, CONDITIONS)
     assert {result.status for result in results.values()} == {"unsupported"}
     assert results["plain-eager"].reason == "moments is a pass of ours-triton-eager"
 
@@ -369,10 +362,10 @@ def test_check_says_who_is_right(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.interpreter
 def test_a_pass_is_timed_after_its_fuse_select_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Provider, "unavailable", lambda *_: None)
-    case = make_case("select", "infer", batch=2, resolution=32, stage=1)
+    case = small("select", "infer", batch=2)
     ours = PROVIDERS["ours-triton-eager"]
-    streaming._judged.cache_clear()
-    result = streaming.measure_pass(case, (ours,), CONDITIONS)[ours.name]
+    contest._judged_step.cache_clear()
+    result = measure_case(case, (ours,), CONDITIONS)[ours.name]
     assert (result.status, result.reason) == ("ok", "")
     assert result.grad_err is not None
     assert result.bytes_needed == 3 * 4 * case.B * case.C * case.H * case.W
@@ -380,8 +373,8 @@ def test_a_pass_is_timed_after_its_fuse_select_was_judged(monkeypatch: pytest.Mo
 
     wrong = Result("unverified", "output off")
     monkeypatch.setattr(contest, "judge_case", lambda *_: {ours.name: wrong})
-    streaming._judged.cache_clear()
+    contest._judged_step.cache_clear()
     try:
-        assert streaming.measure_pass(case, (ours,), CONDITIONS)[ours.name] == wrong
+        assert measure_case(case, (ours,), CONDITIONS)[ours.name] == wrong
     finally:
-        streaming._judged.cache_clear()
+        contest._judged_step.cache_clear()

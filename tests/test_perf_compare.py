@@ -107,7 +107,7 @@ def test_planted_slowdown_is_found_and_a_repeat_is_not(
             def forward(self, *branches: Tensor) -> Tensor:
                 nonlocal clock
                 clock += 9.0 * slowdown
-                out: Tensor = baseline.PlainFuse()(*branches)
+                out: Tensor = baseline.plain_fuse(*branches)
                 return out
 
         planted = replace(workloads.WORKLOADS["sk_fuse"], ours=lambda case: Slow())

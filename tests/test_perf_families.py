@@ -12,9 +12,8 @@ from perf.peers.families import FAMILIES, Family
 from perf.rows.schema import Case
 from perf.static.bytes import saved
 from perf.sweep import contest, workloads
-from perf.sweep.calls import arriving_gradient
 from perf.sweep.presets import PRESETS, jobs
-from perf.sweep.providers import PROVIDERS
+from perf.sweep.providers import PROVIDERS, arriving_gradient
 from perf.sweep.workloads import make_case
 from sknet_triton.acceleration import families as known
 from sknet_triton.acceleration.swap import Accelerated

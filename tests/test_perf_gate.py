@@ -12,8 +12,7 @@ from perf.peers import baseline
 from perf.rows import env
 from perf.rows.schema import Case
 from perf.sweep import contest, gate, measure, workloads
-from perf.sweep.calls import Evaluation
-from perf.sweep.providers import PROVIDERS
+from perf.sweep.providers import PROVIDERS, Evaluation
 from perf.sweep.workloads import make_case
 from sknet_triton import SKConv, SKUnit, sknet26
 from tests.sweeps import CONDITIONS, CPU, small
@@ -47,8 +46,7 @@ def average_without_division(*branches: Tensor) -> Tensor:
 
 
 def swapped_branches(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    out: Tensor = baseline.PlainSelect()(logits, b, a)
-    return out
+    return baseline.plain_select(logits, b, a)
 
 
 def no_softmax(logits: Tensor, *branches: Tensor) -> Tensor:
@@ -61,7 +59,7 @@ def last_position_forgotten(*branches: Tensor) -> Tensor:
 
 
 def nan_in_one_place(*branches: Tensor) -> Tensor:
-    out: Tensor = baseline.PlainFuse()(*branches)
+    out: Tensor = baseline.plain_fuse(*branches)
     mask = torch.zeros_like(out)
     mask[0, 0] = float("nan")
     return out + mask
@@ -106,7 +104,7 @@ def test_right_output_with_wrong_gradient_is_unverified(
     plant: Plant,
 ) -> None:
     def no_gradient_for_logits(logits: Tensor, *branches: Tensor) -> Tensor:
-        out: Tensor = baseline.PlainSelect()(logits, *branches)
+        out: Tensor = baseline.plain_select(logits, *branches)
         return out + 1e-2 * (logits - logits.detach()).sum()
 
     plant("sk_select", no_gradient_for_logits)
@@ -204,7 +202,7 @@ def test_provider_that_fails_while_timed_leaves_the_others(plant: Plant) -> None
         calls += 1
         if calls > 20:
             raise RuntimeError("tired")
-        return baseline.PlainFuse()(*inputs)  # type: ignore[no-any-return]
+        return baseline.plain_fuse(*inputs)
 
     plant("sk_fuse", fail_later)
     results = contest.measure_case(small("sk_fuse", "infer"), (EAGER, REFERENCE), CONDITIONS)
@@ -286,7 +284,7 @@ def test_wrong_second_backward_is_unverified_in_bwd(plant: Plant) -> None:
         return dout if calls == 1 else 2 * dout
 
     def hooked(*branches: Tensor) -> Tensor:
-        out: Tensor = baseline.PlainFuse()(*branches)
+        out: Tensor = baseline.plain_fuse(*branches)
         if out.requires_grad:
             out.register_hook(twice_as_much_again)  # type: ignore[no-untyped-call]
         return out
@@ -304,7 +302,7 @@ def test_bwd_times_the_backward_pass_alone(plant: Plant) -> None:
     def counted(logits: Tensor, *branches: Tensor) -> Tensor:
         nonlocal forwards
         forwards += 1
-        out: Tensor = baseline.PlainSelect()(logits, *branches)
+        out: Tensor = baseline.plain_select(logits, *branches)
         return out
 
     plant("sk_select", counted)

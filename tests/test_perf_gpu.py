@@ -21,11 +21,10 @@ from perf.report import tables
 from perf.rows import env, schema
 from perf.rows.schema import Case, Result
 from perf.static.bytes import MEBI
-from perf.sweep import contest, gate, measure, sweep, workloads
-from perf.sweep.calls import Call, Captured, Recorded, evaluate, settings
+from perf.sweep import contest, gate, measure, providers, sweep, workloads
 from perf.sweep.contest import Conditions, DeviceLostError
-from perf.sweep.providers import PROVIDERS, Provider
-from perf.sweep.ranks import Rank
+from perf.sweep.providers import PROVIDERS, Call, Provider, captured, evaluate, recorded, settings
+from perf.sweep.sweep import Rank
 from perf.sweep.workloads import Source, make_case
 from tests.cuda_stubs import graphs  # noqa: F401  # a fixture
 from tests.sweeps import CONDITIONS, CPU, refusal, small
@@ -53,7 +52,7 @@ def test_cudnn_is_on_where_a_layer_is_timed() -> None:
 def test_the_oracle_does_not_time_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[env.Switches] = []
     case = small("sk_fuse", "infer")
-    module = baseline.PlainFuse()
+    module = baseline.Function(baseline.plain_fuse)
     module.register_forward_pre_hook(lambda *_: seen.append(env.switches()))
     gate.consult(lambda case: module, case, workloads.inputs(case, 0, CPU), 0)
     assert {(now.cudnn, now.cudnn_benchmark) for now in seen} == {(True, False)}
@@ -202,7 +201,7 @@ def test_a_graph_replays_on_the_tensors_that_it_captured(mode: str, dtype: str) 
     case = small("sk_conv", mode, dtype=dtype)
     call, plain = call_of(case), call_of(case)
     with settings(case):
-        run = Captured(call)
+        run = captured(call)
         addresses = [x.data_ptr() for x in call.inputs]
         for seed in (0, 1):
             if seed:
@@ -223,23 +222,22 @@ def test_autocast_is_on_where_the_case_says_so(dtype: str, out: torch.dtype) -> 
         assert call_of(case).forward().dtype == out
 
 
-@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "how"),
     [
-        ("plain-cudagraph", Captured),
-        ("ours-triton-cudagraph", Captured),
-        ("plain-reduce-overhead", Recorded),
-        ("plain-max-autotune", Recorded),
-        ("plain-max-autotune-no-cudagraphs", Call),
-        ("plain-compile", Call),
+        ("plain-cudagraph", "captured"),
+        ("ours-triton-cudagraph", "captured"),
+        ("plain-reduce-overhead", "recorded"),
+        ("plain-max-autotune", "recorded"),
+        ("plain-max-autotune-no-cudagraphs", "called"),
+        ("plain-compile", "called"),
     ],
 )
-def test_what_a_provider_repeats(name: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda x: None)
-    case = small("sk_fuse", "infer")
-    with settings(case):
-        assert type(PROVIDERS[name].prepared(call_of(case))) is kind
+def test_what_a_provider_repeats(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for graph in ("captured", "recorded"):
+        monkeypatch.setattr(providers, graph, lambda call, graph=graph: graph)
+    prepared: object = PROVIDERS[name].prepared("called")  # type: ignore[arg-type]  # handed on
+    assert prepared == how
 
 
 def test_a_graph_has_no_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +265,7 @@ def test_a_compiled_graph_is_told_that_inputs_stay(
 
     call.net = spy
     with settings(case):
-        run = Recorded(call)
+        run = recorded(call)
         run()
         run()
     assert seen == 2 * said
@@ -291,7 +289,7 @@ def test_the_timed_step_runs_on_the_judged_tensors(monkeypatch: pytest.MonkeyPat
     class Spy(nn.Module):
         def forward(self, *branches: Tensor) -> Tensor:
             seen.update(x.data_ptr() for x in branches)
-            out: Tensor = baseline.PlainFuse()(*branches)
+            out: Tensor = baseline.plain_fuse(*branches)
             return out
 
     spying = replace(workloads.WORKLOADS["sk_fuse"], ours=lambda case: Spy())
@@ -484,11 +482,11 @@ def test_a_sweep_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     second = torch.device("cuda", 1)
     sweep.sweep(
         [],
-        None,  # type: ignore[arg-type]  # nothing is measured
+        None,  # type: ignore[arg-type]  # there is no job
         replace(CONDITIONS, device=second),
         ranks=2,
         budget=None,
-        progress=None,  # type: ignore[arg-type]  # nothing is shown
+        shown=False,
     )
     assert taken == [second]
 

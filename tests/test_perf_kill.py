@@ -18,7 +18,7 @@ import pytest
 from perf.__main__ import IO_ERROR, main
 from perf.rows import schema
 from perf.sweep import sweep
-from perf.sweep.ranks import Rank, part_of, parts_of
+from perf.sweep.sweep import Rank, part_of, parts_of
 from tests.helpers import ROOT
 from tests.sweeps import MadeUp, make_up, refusal, write_report
 

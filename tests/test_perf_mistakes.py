@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from perf.__main__ import SOFTWARE_ERROR, main
-from perf.sweep import ranks
+from perf.sweep import sweep
 from tests.helpers import ROOT
 from tests.sweeps import make_up, refusal
 
@@ -167,7 +167,7 @@ def test_run_says_what_it_cannot_take(arguments: list[str], said: str, refused: 
 def test_ranks_that_are_none_and_ranks_that_never_come(
     environment: dict[str, str], said: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(sweep, "PATIENCE", timedelta(seconds=1))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

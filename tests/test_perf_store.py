@@ -21,7 +21,7 @@ from perf.__main__ import IO_ERROR, main
 from perf.rows import StopError, UsageError, env, schema
 from perf.rows.schema import Result, Row
 from perf.rows.store import Store, collect, open_store
-from perf.sweep.ranks import Rank, part_of, parts_of
+from perf.sweep.sweep import Rank, part_of, parts_of
 from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
 from tests.sweeps import make_up, refusal

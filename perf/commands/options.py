@@ -17,7 +17,7 @@ from perf.rows import StopError, UsageError, env, schema
 from perf.rows.schema import by_the_clock_that_counts
 from perf.rows.typed_csv import SchemaError
 from perf.sweep.providers import PROVIDERS
-from perf.sweep.ranks import Rank
+from perf.sweep.sweep import Rank
 
 DEVICES = ("cuda", "cpu")
 _LARGEST_SIZE = 1_000_000

@@ -29,8 +29,16 @@ from perf.rows.store import Store, collect, open_store
 from perf.sweep.contest import Conditions, DeviceLostError, judge_case
 from perf.sweep.presets import PRESETS, Grid, Job, jobs
 from perf.sweep.providers import PROVIDERS
-from perf.sweep.ranks import Team, part_of, parts_of, this_rank, together
-from perf.sweep.sweep import Ending, Progress, sweep, unfinished
+from perf.sweep.sweep import (
+    Ending,
+    Team,
+    part_of,
+    parts_of,
+    sweep,
+    this_rank,
+    together,
+    unfinished,
+)
 from perf.sweep.workloads import LEVEL_OF
 
 STATUSES: dict[Ending, int] = {
@@ -115,9 +123,8 @@ def run(args: argparse.Namespace) -> int:
     budget = args.budget or preset.budget
     with together(rank) as team, _opened(path, team, resume=args.resume) as (report, own):
         share = todo[rank.index :: rank.count]
-        progress = Progress(len(unfinished(share, own)), shown=rank.index == 0)
-        ending = sweep(share, own, conditions, ranks=rank.count, budget=budget, progress=progress)
-        progress.close()
+        first = rank.index == 0
+        ending = sweep(share, own, conditions, ranks=rank.count, budget=budget, shown=first)
         own.close()
         team.wait()
         if report is not None:
@@ -255,7 +262,7 @@ def check(args: argparse.Namespace) -> int:
         try:
             results = judge_case(job.case, tuple(PROVIDERS[name] for name in names), conditions)
         except DeviceLostError as error:
-            print(f"{job.label}: the device is lost: {error}", file=sys.stderr)
+            print(f"{job.case.label}: the device is lost: {error}", file=sys.stderr)
             return STATUSES["lost"]
         for name, result in results.items():
             wrong += result.status not in ("ok", "unsupported")

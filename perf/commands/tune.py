@@ -22,8 +22,7 @@ from perf.rows import env, schema
 from perf.rows.schema import TUNED
 from perf.rows.store import open_store
 from perf.sweep.contest import BudgetSpentError, Conditions
-from perf.sweep.ranks import this_rank
-from perf.sweep.sweep import deadline
+from perf.sweep.sweep import deadline, this_rank
 from sknet_kernels.config import MAX_BRANCHES, STREAMING_KERNELS
 from sknet_kernels.small import SMALL_KERNELS
 from sknet_kernels.tuned import table_path

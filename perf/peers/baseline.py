@@ -7,7 +7,9 @@ PyTorch. It shares no code with sknet_triton, so its float64 run is an oracle fo
 import copy
 import functools
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +18,36 @@ import sknet_triton as skt
 from sknet_triton import SKConv
 
 
-class PlainFuse(nn.Module):
-    """Fuse: M branches [B, C, H, W] -> [B, C]."""
+class Function(nn.Module):
+    """A function as a module, as the harness runs modules."""
 
-    def forward(self, *branches: Tensor) -> Tensor:
-        """Averages the sum of the branches over space."""
-        return torch.stack(branches, dim=1).sum(dim=1).mean(dim=(2, 3))
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Calls the function."""
+        return self.function(*inputs)
 
 
-class PlainSelect(nn.Module):
-    """Select: logits [B, M, C] and M branches [B, C, H, W] -> [B, C, H, W]."""
+def plain_fuse(*branches: Tensor) -> Tensor:
+    """Averages the sum of M branches [B, C, H, W] over space to [B, C]."""
+    return torch.stack(branches, dim=1).sum(dim=1).mean(dim=(2, 3))
 
-    def forward(self, logits: Tensor, *branches: Tensor) -> Tensor:
-        """Adds the branches, weighted by the softmax of the logits over M."""
-        attn = torch.softmax(logits, dim=1)[..., None, None]
-        return (torch.stack(branches, dim=1) * attn).sum(dim=1)
+
+def plain_select(logits: Tensor, *branches: Tensor) -> Tensor:
+    """Adds M branches [B, C, H, W], weighted by the softmax over M of the logits [B, M, C]."""
+    attn = torch.softmax(logits, dim=1)[..., None, None]
+    return (torch.stack(branches, dim=1) * attn).sum(dim=1)
 
 
 class PlainFuseSelect(nn.Module):
-    """Everything between the convolutions and V, with the parameters of an `SKFuseSelect`."""
+    """Everything between the convolutions and V, on the very parameters of an `SKFuseSelect`."""
 
-    def __init__(self, norms: nn.ModuleList, fc1: nn.Module, fc1_norm: nn.Module, fc2: nn.Module):
+    def __init__(self, ours: Any) -> None:
         super().__init__()
-        self.norms = norms
-        self.fc1 = fc1
-        self.fc1_norm = fc1_norm
-        self.fc2 = fc2
+        self.norms, self.fc1 = ours.norms, ours.fc1
+        self.fc1_norm, self.fc2 = ours.fc1_norm, ours.fc2
 
     def forward(self, *branches: Tensor) -> Tensor:
         """M branches [B, C, H, W], not normalised -> [B, C, H, W]."""
@@ -117,20 +123,14 @@ def _conv_bn_relu(conv: nn.Conv2d) -> nn.Sequential:
 # What is ours.
 
 
-class SKFuse(nn.Module):
-    """`functional.sk_fuse` as a module, as the harness runs modules."""
-
-    def forward(self, *branches: Tensor) -> Tensor:
-        """M branches [B, C, H, W] -> [B, C]."""
-        return skt.functional.sk_fuse(branches)
+def sk_fuse(*branches: Tensor) -> Tensor:
+    """M branches [B, C, H, W] -> [B, C]."""
+    return skt.functional.sk_fuse(branches)
 
 
-class SKSelect(nn.Module):
-    """`functional.sk_select` as a module."""
-
-    def forward(self, logits: Tensor, *branches: Tensor) -> Tensor:
-        """Logits [B, M, C] and M branches [B, C, H, W] -> [B, C, H, W]."""
-        return skt.functional.sk_select(branches, logits)
+def sk_select(logits: Tensor, *branches: Tensor) -> Tensor:
+    """Logits [B, M, C] and M branches [B, C, H, W] -> [B, C, H, W]."""
+    return skt.functional.sk_select(branches, logits)
 
 
 class SKFuseSelect(nn.Module):
@@ -154,12 +154,7 @@ class SKFuseSelect(nn.Module):
             self.fc2.weight,
         ).out
 
-    def plain(self) -> nn.Module:
-        """Returns the baseline on these very parameters."""
-        return PlainFuseSelect(self.norms, self.fc1, self.fc1_norm, self.fc2)
-
-    def _arguments(self, norm: nn.Module) -> skt.functional.BatchNormArgs:
-        assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    def _arguments(self, norm: Any) -> skt.functional.BatchNormArgs:
         return skt.functional.BatchNormArgs(
             norm.weight,
             norm.bias,
@@ -176,7 +171,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 
 class _Given(nn.Module):
-    """Stands for a convolution: whatever comes in, the same map goes out."""
+    """Stands for a convolution."""
 
     def __init__(self, out: Tensor) -> None:
         super().__init__()
@@ -199,8 +194,7 @@ class Side:
     maps: list[Tensor]
 
     @functools.cached_property
-    def leaves(self) -> list[Tensor]:
-        """All that a step gives a gradient."""
+    def _leaves(self) -> list[Tensor]:
         return [*self.maps, *self.module.parameters()]
 
     def infer(self) -> None:
@@ -214,7 +208,7 @@ class Side:
         """Computes V, moves the running statistics and computes every gradient anew."""
         if not self.module.training:
             self.module.train()
-        for leaf in self.leaves:
+        for leaf in self._leaves:
             leaf.grad = None
         torch.autograd.backward(self.module(self.maps[0]), dout)
 

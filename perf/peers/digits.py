@@ -6,7 +6,6 @@ Stratified 80/20 split, 1437 images to learn from and 360 held out.
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,80 +33,61 @@ class DigitsNet(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class Digits:
-    """Images [N, 1, 8, 8], scaled to [0, 1], and their labels [N]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> "Digits":
-        """Returns the data on ``device``."""
-        return Digits(self.images.to(device), self.labels.to(device))
-
-
 @functools.cache
-def load() -> tuple[Digits, Digits]:
-    """Returns what is learned from and what is held out."""
+def load() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Returns what is learned from and what is held out.
+
+    Each is images [N, 1, 8, 8], scaled to [0, 1], and their labels [N].
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(data.target)
-    learn, held_out = train_test_split(
+    parts = train_test_split(
         range(len(labels)), test_size=0.2, random_state=0, stratify=data.target
     )
-    return Digits(images[learn], labels[learn]), Digits(images[held_out], labels[held_out])
-
-
-@dataclass(frozen=True)
-class Training:
-    """Milliseconds of every training step, the first left out, and the held-out accuracy."""
-
-    step_ms: list[float]
-    accuracy: float
+    learn, held_out = ((images[part], labels[part]) for part in parts)
+    return learn, held_out
 
 
 def train(
     net: Callable[[Tensor], Tensor],
-    parameters: nn.Module,
+    module: nn.Module,
     *,
     batch: int,
     seed: int,
     device: torch.device,
-    epochs: int = EPOCHS,
-) -> Training:
-    """Trains ``net``, which computes with ``parameters`` and may be its compiled form.
+) -> tuple[list[float], float]:
+    """Trains ``net``, which is ``module`` or its compiled form.
 
     AdamW with one cycle of the learning rate; the order of the images follows from ``seed``.
+
+    Returns:
+        Milliseconds of every step but the first, and the share of the held-out images that the
+        module then names rightly.
     """
-    learn, held_out = (part.to(device) for part in load())
+    (images, labels), held_out = ([x.to(device) for x in part] for part in load())
     generator = torch.Generator().manual_seed(seed)
-    steps = len(learn.labels) // batch
-    optimiser = torch.optim.AdamW(parameters.parameters(), weight_decay=1e-2)
+    steps = len(labels) // batch
+    optimiser = torch.optim.AdamW(module.parameters(), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=1e-2, total_steps=epochs * steps
+        optimiser, max_lr=1e-2, total_steps=EPOCHS * steps
     )
-    parameters.train()
+    module.train()
     step_ms = []
-    for _ in range(epochs):
-        order = torch.randperm(len(learn.labels), generator=generator).to(device)
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(labels), generator=generator).to(device)
         for rows in torch.split(order[: steps * batch], batch):
             start = time.perf_counter()
-            loss = nn.functional.cross_entropy(net(learn.images[rows]), learn.labels[rows])
+            loss = nn.functional.cross_entropy(net(images[rows]), labels[rows])
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
             loss.item()  # waits for the device, so that the clock sees the whole step
             step_ms.append(1e3 * (time.perf_counter() - start))
-    return Training(step_ms[1:], accuracy(parameters, held_out))
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, digits: Digits) -> float:
-    """Returns the share of ``digits`` that ``net`` names rightly, in evaluation mode."""
-    net.eval()
-    right: Tensor = net(digits.images).argmax(dim=1) == digits.labels
-    return right.double().mean().item()
+    with torch.no_grad():
+        right: Tensor = module.eval()(held_out[0]).argmax(dim=1) == held_out[1]
+    return step_ms[1:], right.double().mean().item()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sknet_triton as skt
-from perf.peers.baseline import LAYOUTS, SKFuseSelect
+from perf.peers.baseline import LAYOUTS, PlainFuseSelect, SKFuseSelect
 from perf.rows.schema import Traffic
 from perf.static.bytes import MEBI, counted_bytes, saved
 from perf.static.plans import counted_plans, planning
@@ -62,8 +62,8 @@ class _Plan:
 
 def _plans(ours: SKFuseSelect) -> tuple[_Plan, ...]:
     return (
-        _Plan("plain-eager", ours.plain(), "reference", False, _eager_bytes),
-        _Plan("plain-compile", ours.plain(), "reference", True, _compiled_bytes),
+        _Plan("plain-eager", PlainFuseSelect(ours), "reference", False, _eager_bytes),
+        _Plan("plain-compile", PlainFuseSelect(ours), "reference", True, _compiled_bytes),
         _Plan("ours-pytorch-compile", ours, "reference", True, _compiled_bytes),
         _Plan("ours-triton-eager", ours, "triton", False, _kernel_bytes),
     )

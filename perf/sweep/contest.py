@@ -1,24 +1,37 @@
-"""One case: every provider is built, checked against the oracle, then timed against the others."""
+"""One case: every provider is built, checked against the oracle, then timed against the others.
+
+A pass is a kernel that streams branches, as it is launched, or a copy beside it. What the kernel
+computes is judged by a training step of `sk_fuse_select` at the same sizes, in the same process.
+"""
 
 import copy
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import sknet_triton as skt
 from perf.peers import digits
 from perf.rows import env, one_line
 from perf.rows.schema import Case, Result, counts_call_to_call
 from perf.static.bytes import saved
 from perf.sweep import gate, measure, workloads
-from perf.sweep.calls import Call, Results, evaluate, settings
-from perf.sweep.gate import Oracle, Verdict
-from perf.sweep.providers import Provider
+from perf.sweep.gate import Oracle
+from perf.sweep.providers import (
+    PASSES_OF,
+    PROVIDERS,
+    Call,
+    Provider,
+    Results,
+    evaluate,
+    settings,
+)
 from perf.sweep.workloads import Source
 
 
@@ -47,29 +60,21 @@ class DeviceLostError(Exception):
     """An error after which the device answers nothing more in this process."""
 
 
-class UnjudgedError(Exception):
-    """The oracle failed, which is no provider's fault."""
-
-    def __init__(self, result: Result) -> None:
-        super().__init__(result.reason)
-        self.result = result
-
-
 @dataclass(frozen=True)
 class Entry:
     """A provider that passed the gate, and what is known of it before it is timed.
 
     Attributes:
         provider: who.
-        call: what one call of it computes.
-        run: how that is carried out: as it is, or in a graph.
         result: its verdict.
+        run: one call, as it is or in a graph.
+        call: what is called; None of a pass, which is a launch alone.
     """
 
     provider: Provider
-    call: Call
-    run: Callable[[], Results]
     result: Result
+    run: Callable[[], object]
+    call: Call | None = None
 
 
 def measure_case(
@@ -84,8 +89,7 @@ def measure_case(
         DeviceLostError: the device does not answer any more; the case has no results.
     """
     contest = Contest(case, conditions)
-    results, entries = contest.admit_all(providers)
-    return results | contest.run(entries)
+    return contest.judge(providers) | contest.time()
 
 
 def judge_case(
@@ -96,7 +100,7 @@ def judge_case(
     Raises:
         DeviceLostError: the device does not answer any more.
     """
-    return Contest(case, conditions).admit_all(providers)[0]
+    return Contest(case, conditions).judge(providers)
 
 
 def failure(error: Exception, device: torch.device) -> Result:
@@ -105,8 +109,6 @@ def failure(error: Exception, device: torch.device) -> Result:
     Raises:
         DeviceLostError: the device is lost with it.
     """
-    if isinstance(error, UnjudgedError):
-        return error.result
     reason = one_line(f"{type(error).__name__}: {error}")
     if isinstance(error, DeviceLostError) or is_lost(device):
         raise DeviceLostError(reason) from error
@@ -136,27 +138,10 @@ def is_lost(device: torch.device) -> bool:
     return True
 
 
-def timed(result: Result, times: measure.Times) -> Result:
-    """Returns ``result`` with its times and what they were taken under."""
-    p20, p50, p80 = measure.quantiles(times.ms)
-    result = replace(
-        result, ms_p50=p50, ms_p20=p20, ms_p80=p80, n=len(times.ms), **asdict(times.switches)
-    )
-    if not times.call_ms:
-        return result
-    p20, p50, p80 = measure.quantiles(times.call_ms)
-    return replace(result, call_ms_p50=p50, call_ms_p20=p20, call_ms_p80=p80)
-
-
-def streamed(result: Result, needed: int, device: torch.device) -> Result:
-    """Returns a timed ``result`` with its bandwidth for ``needed`` bytes, beside a copy's."""
-    copy = measure.copy_gbps(device)
-    result = replace(result, bytes_needed=needed, copy_gbps=copy)
-    if needed == 0:
-        return result
-    assert result.ms_p50 is not None
-    gbps = needed / result.ms_p50 / 1e6
-    return replace(result, gbps=gbps, pct_copy=100 * gbps / copy)
+@functools.cache
+def _judged_step(step: Case, conditions: Conditions) -> Result:
+    """Judges the training step that passes are part of, once for all of them."""
+    return judge_case(step, (PROVIDERS[PASSES_OF],), conditions)[PASSES_OF]
 
 
 class Contest:
@@ -165,14 +150,14 @@ class Contest:
     def __init__(self, case: Case, conditions: Conditions) -> None:
         self.case = case
         self.conditions = conditions
+        self._entries: dict[str, Entry] = {}
         self._masters: dict[Source, nn.Module] = {}
+        # What an oracle failed with is kept like an answer.
         self._oracles: dict[tuple[Source, int], Oracle | Result] = {}
         self._flops: dict[Source, int] = {}
 
-    def admit_all(
-        self, providers: tuple[Provider, ...]
-    ) -> tuple[dict[str, Result], dict[str, Entry]]:
-        """Returns a result for every provider, and an entry for each that passed the gate.
+    def judge(self, providers: tuple[Provider, ...]) -> dict[str, Result]:
+        """Returns a result for every provider; those that pass the gate can be timed.
 
         A budget that is spent meanwhile leaves out the providers that are not done.
         """
@@ -181,27 +166,25 @@ class Contest:
         device = self.conditions.device
         nobody = workloads.unsupported(self.case, device)
         results: dict[str, Result] = {}
-        entries: dict[str, Entry] = {}
         for provider in providers:
             reason = nobody or provider.unavailable(self.case, device)
-            if reason:
-                results[provider.name] = Result("unsupported", reason)
-                continue
             try:
-                entry = self.admit(provider)
+                results[provider.name] = (
+                    Result("unsupported", reason) if reason else self._admitted(provider)
+                )
             except BudgetSpentError:
                 break
             except Exception as error:
                 results[provider.name] = failure(error, device)
-                continue
-            results[provider.name] = entry.result
-            if entry.result.status == "ok":
-                entries[provider.name] = entry
-        return results, entries
+        return results
 
-    def admit(self, provider: Provider) -> Entry:
-        """Builds ``provider`` and compares it with the oracle; a wrong one gets its verdict."""
-        self._oracle(provider.oracle, 0)
+    def _admitted(self, provider: Provider) -> Result:
+        """Builds ``provider`` and compares it with the oracle; one that is right is an entry."""
+        if self.case.level == "pass":
+            return self._admitted_pass(provider)
+        oracle = self._oracle(provider.oracle, 0)
+        if isinstance(oracle, Result):
+            return oracle
         module = self._module(provider.source, self.case)
         call = Call(self.case, module, provider.wrapped(module), self._inputs(0), self._seed(0))
         with self._context(provider), _cold_compilation():
@@ -210,132 +193,130 @@ class Contest:
             run()
             self._synchronize()
             first_call = time.perf_counter() - start
-        verdict = self._judge(provider, call, run)
-        result = Result(
-            "ok" if verdict.passed else "unverified",
-            "" if verdict.passed else verdict.reason,
-            compile_s=first_call if provider.compiles else None,
-            judged_batch=workloads.judged(self.case).B,
-            **asdict(verdict),
-        )
-        return Entry(provider, call, run, result)
+        result = self._judged(provider, call, run)
+        result = replace(result, compile_s=first_call if provider.compiles else None)
+        if result.status == "ok":
+            self._entries[provider.name] = Entry(provider, result, run, call)
+        return result
 
-    def run(self, entries: dict[str, Entry]) -> dict[str, Result]:
-        """Times the entries and returns their complete results."""
-        if self.case.level == "workload":
-            return {name: self._guarded(self._learn, entry) for name, entry in entries.items()}
-        failed: dict[str, Result] = {}
-        times: dict[str, measure.Times] = {}
-        runs: dict[str, measure.Run] = {name: entry.run for name, entry in entries.items()}
-        while runs and not times:
-            try:
-                times = self._interleave(runs, entries)
-            except measure.RunError as error:
-                failed[error.name] = failure(error.cause, self.conditions.device)
-                del runs[error.name]
-        counted = {
-            name: self._guarded(partial(self._timed, times[name]), entries[name]) for name in runs
-        }
-        return failed | counted
+    def _admitted_pass(self, provider: Provider) -> Result:
+        step = replace(self.case, level="op", workload="sk_fuse_select", mode="train")
+        copies = self.case.workload == "copy"
+        result = Result("ok") if copies else _judged_step(step, self.conditions)
+        if result.status == "ok":
+            run = workloads.pass_of(self.case, self.conditions.device)
+            self._entries[provider.name] = Entry(provider, result, run)
+        return result
 
-    def _interleave(
-        self, runs: dict[str, measure.Run], entries: dict[str, Entry]
-    ) -> dict[str, measure.Times]:
-        return measure.interleaved(
-            runs,
-            lambda name: self._context(entries[name].provider),
-            self.conditions.device,
-            self.conditions.seconds,
-            self.conditions.rounds,
-        )
-
-    def _guarded(self, finish: Callable[[Entry], Result], entry: Entry) -> Result:
-        try:
-            with self._context(entry.provider):
-                return finish(entry)
-        except Exception as error:
-            return failure(error, self.conditions.device)
-
-    def _timed(self, times: measure.Times, entry: Entry) -> Result:
-        """Returns the entry's result with its times and all that follows from them."""
-        device = self.conditions.device
-        graphed = entry.provider.graphed
-        return replace(
-            self._with_saved(entry, self._with_times(entry, times)),
-            launches=measure.launches(entry.run, device),
-            peak_mb=None if graphed else measure.peak_memory_mb(entry.run, device),
-        )
-
-    def _learn(self, entry: Entry) -> Result:
-        """Trains on the digits from the start and returns the result with its accuracy."""
-        training = digits.train(
-            entry.call.net,
-            entry.call.module,
-            batch=self.case.B,
-            seed=self.conditions.seed,
-            device=self.conditions.device,
-        )
-        times = measure.Times(env.switches(), training.step_ms)
-        return replace(
-            self._with_saved(entry, self._with_times(entry, times)),
-            accuracy=training.accuracy,
-        )
-
-    def _with_times(self, entry: Entry, times: measure.Times) -> Result:
-        result = timed(entry.result, times)
-        assert result.ms_p50 is not None
-        seconds = result.ms_p50 / 1e3
-        if self.case.level != "op":
-            small = counts_call_to_call(self.case.B, result.call_ms_p50)
-            counted = result.call_ms_p50 if small else result.ms_p50
-            assert counted is not None
-            result = replace(result, images_per_s=1e3 * self.case.B / counted)
-        needed = workloads.bytes_needed(self.case)
-        if needed is not None:
-            return streamed(result, needed, self.conditions.device)
-        flops = self._count_flops(entry.provider)
-        return replace(result, gflops=flops / 1e9, tflops_per_s=flops / seconds / 1e12)
-
-    def _judge(self, provider: Provider, call: Call, run: Callable[[], Results]) -> Verdict:
+    def _judged(self, provider: Provider, call: Call, run: Callable[[], Results]) -> Result:
         """Compares with the oracle; a gradient may be judged on several draws (see `gate`)."""
         for draw in range(gate.DRAWS):
             oracle = self._oracle(provider.oracle, draw)
+            if isinstance(oracle, Result):
+                return oracle
             with self._context(provider):
                 if draw:
                     call.load(self._inputs(draw), self._seed(draw))
                 verdict = oracle.judge(evaluate(call, run))
             if verdict.passed or not verdict.out_passed:
                 break
-        return verdict
+        return Result(
+            "ok" if verdict.passed else "unverified",
+            "" if verdict.passed else verdict.reason,
+            judged_batch=workloads.judged(self.case).B,
+            **asdict(verdict),
+        )
 
-    def _with_saved(self, entry: Entry, result: Result) -> Result:
-        """Returns ``result`` with what is kept for the backward pass, where there is one."""
-        if not self.case.differentiates:
-            return result
-        call = entry.call
-        kept = saved(call.forward, call.module, call.inputs)
-        return replace(result, saved_mb=kept.mb, saved_own_mb=kept.own_mb)
+    def time(self) -> dict[str, Result]:
+        """Times the entries and returns their complete results."""
+        results: dict[str, Result] = {}
+        times: dict[str, measure.Times] = {}
+        runs: dict[str, measure.Run] = {name: entry.run for name, entry in self._entries.items()}
+        while runs and not times and self.case.level != "workload":
+            try:
+                times = measure.interleaved(
+                    runs,
+                    lambda name: self._context(self._entries[name].provider),
+                    self.conditions.device,
+                    self.conditions.seconds,
+                    self.conditions.rounds,
+                )
+            except measure.RunError as error:
+                results[error.name] = failure(error.cause, self.conditions.device)
+                del runs[error.name]
+        for name in runs:
+            entry = self._entries[name]
+            try:
+                with self._context(entry.provider):
+                    results[name] = (
+                        self._timed(entry, times[name]) if times else self._learned(entry)
+                    )
+            except Exception as error:
+                results[name] = failure(error, self.conditions.device)
+        return results
 
-    def _count_flops(self, provider: Provider) -> int:
-        if provider.oracle not in self._flops:
-            module = self._module(provider.oracle, self.case)
-            self._flops[provider.oracle] = measure.flops(module, self._inputs(0), self.case.mode)
-        return self._flops[provider.oracle]
+    def _learned(self, entry: Entry) -> Result:
+        """Trains on the digits from the start and returns the result with its accuracy."""
+        assert entry.call is not None
+        device = self.conditions.device
+        step_ms, accuracy = digits.train(
+            entry.call.net,
+            entry.call.module,
+            batch=self.case.B,
+            seed=self.conditions.seed,
+            device=device,
+        )
+        times = measure.Times(env.switches(), step_ms)
+        return replace(self._with_times(entry, times), accuracy=accuracy)
 
-    def _oracle(self, source: Source, draw: int) -> Oracle:
-        """Returns the oracle, asked once; what it failed with is kept like an answer.
+    def _timed(self, entry: Entry, times: measure.Times) -> Result:
+        device = self.conditions.device
+        graphed = entry.provider.graphed
+        return replace(
+            self._with_times(entry, times),
+            launches=measure.launches(entry.run, device),
+            peak_mb=None if graphed else measure.peak_memory_mb(entry.run, device),
+        )
 
-        Raises:
-            UnjudgedError: it failed.
-        """
+    def _with_times(self, entry: Entry, times: measure.Times) -> Result:
+        """Returns the entry's result with its times and all that follows from them."""
+        p20, p50, p80 = measure.quantiles(times.ms)
+        known: dict[str, Any] = {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80, "n": len(times.ms)}
+        counted = p50
+        if times.call_ms:
+            call_p20, call_p50, call_p80 = measure.quantiles(times.call_ms)
+            known |= {"call_ms_p50": call_p50, "call_ms_p20": call_p20, "call_ms_p80": call_p80}
+            counted = call_p50 if counts_call_to_call(self.case.B, call_p50) else p50
+        if self.case.level not in ("op", "pass"):
+            known["images_per_s"] = 1e3 * self.case.B / counted
+        needed = workloads.bytes_needed(self.case)
+        if needed is None:
+            flops = self._count_flops(entry.provider.oracle)
+            known |= {"gflops": flops / 1e9, "tflops_per_s": flops / p50 / 1e9}
+        else:
+            copy = measure.copy_gbps(self.conditions.device)
+            known |= {"bytes_needed": needed, "copy_gbps": copy}
+            if needed:
+                gbps = needed / p50 / 1e6
+                known |= {"gbps": gbps, "pct_copy": 100 * gbps / copy}
+        if self.case.differentiates and (call := entry.call):
+            kept = saved(call.forward, call.module, call.inputs)
+            known |= {"saved_mb": kept.mb, "saved_own_mb": kept.own_mb}
+        return replace(entry.result, **known, **asdict(times.switches))
+
+    def _count_flops(self, source: Source) -> int:
+        if source not in self._flops:
+            module = self._module(source, self.case)
+            self._flops[source] = measure.flops(module, self._inputs(0), self.case.mode)
+        return self._flops[source]
+
+    def _oracle(self, source: Source, draw: int) -> Oracle | Result:
+        """Returns the oracle, asked once, or what it failed with, which is no provider's fault."""
         if (source, draw) not in self._oracles:
-            self._oracles[source, draw] = self._consult(source, draw)
-        known = self._oracles[source, draw]
-        if isinstance(known, Result):
-            raise UnjudgedError(known)
-        return known
+            self._oracles[source, draw] = self._consulted(source, draw)
+        return self._oracles[source, draw]
 
-    def _consult(self, source: Source, draw: int) -> Oracle | Result:
+    def _consulted(self, source: Source, draw: int) -> Oracle | Result:
         judged = workloads.judged(self.case)
         inputs = workloads.inputs(judged, self._seed(draw), self.conditions.device)
         try:
@@ -358,11 +339,10 @@ class Contest:
     def _seed(self, draw: int) -> int:
         return self.conditions.seed + draw
 
-    def _context(self, provider: Provider) -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(provider.active())
-        stack.enter_context(settings(self.case))
-        return stack
+    @contextmanager
+    def _context(self, provider: Provider) -> Iterator[None]:
+        with settings(self.case), skt.use_backend(provider.backend):
+            yield
 
     def _synchronize(self) -> None:
         if self.conditions.device.type == "cuda":

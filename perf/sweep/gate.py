@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from perf.rows.schema import LAYOUTS, Case
 from perf.sweep import workloads
-from perf.sweep.calls import Call, Evaluation, evaluate, settings
+from perf.sweep.providers import Call, Evaluation, evaluate, settings
 
 ROUNDINGS = 8
 CONDITION_STEP = 4

@@ -78,11 +78,6 @@ class Job:
     case: Case
     providers: tuple[str, ...]
 
-    @property
-    def label(self) -> str:
-        """The case in one short line."""
-        return self.case.label
-
 
 def jobs(grids: tuple[Grid, ...], seed: int) -> list[Job]:
     """Returns the cases of all grids in their order, shuffled within each grid, each case once."""

@@ -29,9 +29,8 @@ from perf.static.specialisations import Setting
 from perf.static.trials import TRIALS, AnyConfig, AnyKernel, Inputs, Subject
 from perf.sweep import contest, measure
 from perf.sweep.contest import Conditions
-from perf.sweep.streaming import LAYOUT_OF
 from perf.sweep.sweep import Ending, in_turn
-from perf.sweep.workloads import DTYPE_OF, stage_shape
+from perf.sweep.workloads import DTYPE_OF, LAYOUT_OF, stage_shape
 from sknet_kernels import arguments, tuned
 from sknet_kernels.config import DeviceFacts
 
@@ -89,7 +88,8 @@ def tune(
         line = tuned_line(subject.kernel.name, problem, config, timing, now)
         store.append_lines({key: line})
 
-    return in_turn(chosen, append, conditions.device, budget)
+    tasks = ((subject.label, functools.partial(append, subject)) for subject in chosen)
+    return in_turn(tasks, conditions.device, budget)
 
 
 @contextmanager

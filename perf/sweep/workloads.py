@@ -5,12 +5,14 @@ workload is an entry in `WORKLOADS`, a family of modules one in `perf.peers.fami
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import sknet_triton as skt
 from perf.peers import baseline, digits, families
@@ -36,6 +38,9 @@ ROUNDOFF_OF = {
     "autocast": 2.0**-8,
 }
 
+# As `perf.static` calls a layout.
+LAYOUT_OF = {"nchw": "contiguous", "channels_last": "channels_last"}
+
 NO_STAGE = 0
 DIGITS_RESOLUTION = 8
 
@@ -59,12 +64,8 @@ def _image(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
     return (_normal(generator, case.B, case.C, case.H, case.W),)
 
 
-def _unit_input(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    return (_normal(generator, case.B, 2 * case.C, case.H, case.W),)
-
-
 def _features(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Draws one map with a mean in each channel, as a network has: else pooling leaves nothing."""
+    # A mean in each channel, as a network has: else pooling leaves nothing.
     means = _normal(generator, case.C, 1, 1)
     return (_normal(generator, case.B, case.C, case.H, case.W) + means,)
 
@@ -74,7 +75,7 @@ def _feature_branches(case: Case, generator: torch.Generator) -> tuple[Tensor, .
 
 
 def _digit_images(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    images = digits.load()[0].images
+    (images, _), _ = digits.load()
     rows = torch.randint(len(images), (case.B,), generator=generator, device=generator.device)
     return (images.to(generator.device)[rows],)
 
@@ -83,37 +84,21 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Branch tensors that the mathematics reads or writes: each is (k, n) for k * M + n."""
-
-    infer: tuple[int, int]
-    forward: tuple[int, int]
-    backward: tuple[int, int]
-
-    def of(self, case: Case) -> int:
-        """Returns how many there are in the case's mode."""
-        parts = {
-            "infer": (self.infer,),
-            "train": (self.forward, self.backward),
-            "bwd": (self.backward,),
-        }
-        return sum(k * case.M + n for k, n in parts[case.mode])
-
-
+# Branch tensors that the mathematics of a mode reads or writes: (k, n) for k * M + n.
+Moved = Mapping[Mode, tuple[int, int]]
 # Reading M branches. The backward pass needs none, because the gradient of an average is a
 # broadcast, which a view can express; a provider that writes it out moves more than is needed.
-_FUSE = Passes(infer=(1, 0), forward=(1, 0), backward=(0, 0))
+_FUSE: Moved = {"infer": (1, 0), "train": (1, 0), "bwd": (0, 0)}
 # Reading M branches and writing one. The backward pass reads dout and the branches for dlogits and
 # dx in one go, and writes M gradients.
-_SELECT = Passes(infer=(1, 1), forward=(1, 1), backward=(2, 1))
+_SELECT: Moved = {"infer": (1, 1), "train": (3, 2), "bwd": (2, 1)}
 # Training reads the branches for their statistics, to fuse and to select, and writes V; the
 # backward pass reads dout and the branches twice and writes M gradients. Inference needs no
 # statistics.
-_FUSE_SELECT = Passes(infer=(2, 1), forward=(3, 1), backward=(3, 2))
+_FUSE_SELECT: Moved = {"infer": (2, 1), "train": (6, 3), "bwd": (3, 2)}
 # Reading the branches to fuse and to select, and writing one. The backward pass reads dout and the
 # branches for dlogits, then dout again, and writes M gradients.
-_FUSION = Passes(infer=(2, 1), forward=(2, 1), backward=(2, 2))
+_FUSION: Moved = {"infer": (2, 1), "train": (4, 3), "bwd": (2, 2)}
 
 
 @dataclass(frozen=True)
@@ -126,7 +111,7 @@ class Workload:
         plain: builds the baseline from it, with the same parameters.
         inputs: draws the inputs in float32.
         input_grads: whether the backward pass goes down to the inputs.
-        passes: what the mathematics moves; None where convolutions move more than the stages do.
+        moved: by the mathematics; None where convolutions move more than the stages do.
         batch_norm: whether training takes statistics of one vector an image, as fc1's norm does.
     """
 
@@ -135,23 +120,17 @@ class Workload:
     plain: Callable[[nn.Module], nn.Module] = baseline.with_plain_convs
     inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]] = _image
     input_grads: bool = True
-    passes: Passes | None = None
+    moved: Moved | None = None
     batch_norm: bool = True
 
 
-def _plain_fuse_select(ours: nn.Module) -> nn.Module:
-    assert isinstance(ours, baseline.SKFuseSelect)
-    return ours.plain()
-
-
 def _family(family: Family) -> Workload:
-    """Returns the workload of a module of another package: before and after `accelerate`."""
     return Workload(
         "family",
         families.accelerated,
         families.original,
         inputs=_feature_branches if family.given else _features,
-        passes=_FUSION if family.given else None,
+        moved=_FUSION if family.given else None,
         batch_norm=family.batch_norm,
     )
 
@@ -163,30 +142,32 @@ def _network(build: Callable[..., nn.Module]) -> Workload:
 WORKLOADS = {
     "sk_fuse": Workload(
         "op",
-        lambda case: baseline.SKFuse(),
-        lambda ours: baseline.PlainFuse(),
+        lambda case: baseline.Function(baseline.sk_fuse),
+        lambda ours: baseline.Function(baseline.plain_fuse),
         inputs=_branches,
-        passes=_FUSE,
+        moved=_FUSE,
         batch_norm=False,
     ),
     "sk_select": Workload(
         "op",
-        lambda case: baseline.SKSelect(),
-        lambda ours: baseline.PlainSelect(),
+        lambda case: baseline.Function(baseline.sk_select),
+        lambda ours: baseline.Function(baseline.plain_select),
         inputs=_logits_and_branches,
-        passes=_SELECT,
+        moved=_SELECT,
         batch_norm=False,
     ),
     "sk_fuse_select": Workload(
         "op",
         lambda case: baseline.SKFuseSelect(case.C, case.M),
-        _plain_fuse_select,
+        baseline.PlainFuseSelect,
         inputs=_branches,
-        passes=_FUSE_SELECT,
+        moved=_FUSE_SELECT,
     ),
     "sk_conv": Workload("layer", lambda case: skt.SKConv(case.C, case.C, M=case.M)),
     "sk_unit": Workload(
-        "layer", lambda case: skt.SKUnit(2 * case.C, case.C, M=case.M), inputs=_unit_input
+        "layer",
+        lambda case: skt.SKUnit(2 * case.C, case.C, M=case.M),
+        inputs=lambda case, generator: _image(replace(case, C=2 * case.C), generator),
     ),
     **{name: _family(family) for name, family in FAMILIES.items()},
     "sknet26": _network(skt.sknet26),
@@ -200,18 +181,18 @@ WORKLOADS = {
     ),
 }
 
-# The kernel that makes a pass, by the name of the pass; a copy is PyTorch's own.
-KERNEL_OF: dict[str, str | None] = {
-    "copy": None,
-    "moments": "sk_moments",
-    "fuse": "sk_fuse",
-    "select": "sk_select_fwd",
-    "sums": "sk_fuse_select_sums",
-    "dx": "sk_fuse_select_dx",
+# The kernel that makes a pass, and what it moves as above; a copy is PyTorch's own.
+PASSES: dict[str, tuple[str, tuple[int, int]]] = {
+    "copy": ("", (0, 2)),
+    "moments": ("sk_moments", (1, 0)),
+    "fuse": ("sk_fuse", (1, 0)),
+    "select": ("sk_select_fwd", (1, 1)),
+    "sums": ("sk_fuse_select_sums", (1, 1)),
+    "dx": ("sk_fuse_select_dx", (2, 1)),
 }
 
 LEVEL_OF: dict[str, Level] = {
-    **dict.fromkeys(KERNEL_OF, "pass"),
+    **dict.fromkeys(PASSES, "pass"),
     **{name: workload.level for name, workload in WORKLOADS.items()},
 }
 
@@ -258,6 +239,9 @@ def stage_shape(stage: int, resolution: int) -> tuple[int, int]:
 
 def unsupported(case: Case, device: torch.device) -> str | None:
     """Tells why no provider can carry out ``case`` on ``device``; None where one can."""
+    plain = case.mode == "infer" and case.dtype in ("fp32", "bf16", "fp16")
+    if case.level == "pass" and not plain:
+        return "a pass alone is mode infer in fp32, bf16 or fp16"
     if case.dtype == "tf32" and device.type != "cuda":
         return "tf32 needs an NVIDIA GPU"
     if case.dtype == "autocast" and case.level == "op":
@@ -338,11 +322,32 @@ def place_module(module: nn.Module, case: Case, device: torch.device) -> nn.Modu
 
 
 def bytes_needed(case: Case) -> int | None:
-    """Returns the bytes that the mathematics of ``case`` has to move, where it has passes."""
-    passes = WORKLOADS[case.workload].passes
-    if passes is None:
+    """Returns the bytes that the mathematics of ``case`` has to move, where they are known."""
+    if case.level == "pass":
+        k, n = PASSES[case.workload][1]
+    elif (moved := WORKLOADS[case.workload].moved) is not None:
+        k, n = moved[case.mode]
+    else:
         return None
-    return passes.of(case) * case.B * case.C * case.H * case.W * DTYPE_OF[case.dtype].itemsize
+    elements = (k * case.M + n) * case.B * case.C * case.H * case.W
+    return elements * DTYPE_OF[case.dtype].itemsize
+
+
+def pass_of(case: Case, device: torch.device) -> Callable[[], object]:
+    """Returns what carries a pass out on new tensors: a kernel as it is launched, or a copy."""
+    shape, dtype = (case.B, case.C, case.H * case.W), DTYPE_OF[case.dtype]
+    kernel = PASSES[case.workload][0]
+    if not kernel:
+        source = torch.ones(shape, dtype=dtype, device=device)
+        return partial(torch.empty_like(source).copy_, source)
+    # Here, since it imports triton, which only a kernel needs.
+    from perf.static.specialisations import Setting, streaming_launch
+
+    launch = streaming_launch(Setting(case.M, LAYOUT_OF[case.layout], dtype, shape, device), kernel)
+    for x in tree_leaves(dict(launch.arguments)):
+        if isinstance(x, Tensor):
+            x.uniform_(0.5, 1.5)
+    return launch.run
 
 
 def _small(case: Case) -> Case:
