@@ -1,22 +1,27 @@
 """Cases, bounds and comparisons that the tests share."""
 
+import copy
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from sknet_triton import Backend, SKConv
+from sknet_triton import Backend, SKConv, SKNet, StageSpec
+from sknet_triton.functional import BatchNormArgs, FuseSelect
+from tests.plain_sknet import scramble
 
 needs_compiler = pytest.mark.skipif(
     sys.platform == "win32" or not (shutil.which("g++") or shutil.which("clang++")),
@@ -101,6 +106,34 @@ every_case = pytest.mark.parametrize(
     [pytest.param(c, marks=pytest.mark.slow) if c.shape[-1] == 224 else c for c in CASES],
     ids=str,
 )
+
+
+def small_conv(**options: Any) -> SKConv:
+    """Returns an SKConv of 4 channels in float64, where kernels run: always the same."""
+    torch.manual_seed(3)
+    return scramble(SKConv(4, 4, **{"G": 2, "d": 3, **options})).double().to(DEVICE)
+
+
+def small_network(units: int = 1, **options: Any) -> SKNet:
+    """Returns an SKNet of one stage for images of 4 channels, likewise."""
+    torch.manual_seed(3)
+    stage = StageSpec(4, units, 1, d=3)
+    net = SKNet((stage,), num_classes=3, in_chans=4, unit_options={"G": 2}, **options)
+    return scramble(net).double().to(DEVICE)
+
+
+def images(B: int = 4, size: tuple[int, int] = (5, 4), seed: int = 1) -> Tensor:
+    """Returns what `small_conv` takes."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(B, 4, *size, dtype=torch.float64, generator=generator).to(DEVICE)
+
+
+def one_by_one(sk: SKConv) -> SKConv:
+    """Returns a copy that a do-nothing hook keeps from using `sk_fuse_select`."""
+    twin = copy.deepcopy(sk)
+    twin.fc2.register_forward_hook(lambda *_: None)
+    assert not is_plain(twin)
+    return twin
 
 
 def source_environment(**variables: str) -> dict[str, str]:
@@ -189,6 +222,21 @@ def assert_same(actual: Seen, expected: Seen, bound: float = EXACT, least: float
             assert error < bound * scale, f"{name}: off by {error}, its largest value is {scale}"
 
 
+def assert_close(
+    actual: Iterable[Tensor], expected: Iterable[Tensor], bound: float = EXACT
+) -> None:
+    """Asserts the same float64 tensors one by one, up to another order of operations."""
+    for got, exact in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, exact, rtol=bound, atol=bound)
+
+
+def message_of(error: type[Exception], call: Callable[[], object]) -> str:
+    """Returns the whole message of the error that ``call`` raises."""
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
+
+
 def assert_matches(
     actual: Tensor, oracle: Tensor, magnitude: Tensor, terms: float = 1.0, name: str = "result"
 ) -> None:
@@ -257,6 +305,79 @@ def averaged(xs: Sequence[Tensor], reduction: str = "mean") -> Tensor:
     """Returns the sum of the branches, and its average over space or its sum: [B, C]."""
     total = torch.stack(list(xs)).sum(0).flatten(2)
     return total.mean(2) if reduction == "mean" else total.sum(2)
+
+
+def beside_branches(
+    M: int,
+    C: int,
+    *,
+    d: int = 3,
+    batch_stats: bool = True,
+    fc1_batch_stats: bool | None = None,
+    affine: bool = True,
+    biases: bool = True,
+    dtype: torch.dtype = torch.float64,
+    draw: Callable[..., Tensor] | None = None,
+) -> dict[str, Any]:
+    """Returns what `sk_fuse_select` takes beside branches, by name.
+
+    The values are normal numbers in float64, those of ``draw`` where it is given, in ``dtype``.
+    """
+    draw = draw or partial(torch.randn, dtype=torch.float64, device=DEVICE)
+
+    def vector(n: int, there: bool = True) -> Tensor | None:
+        return draw(n).to(dtype) if there else None
+
+    def norm(n: int, batch: bool) -> BatchNormArgs:
+        weight, bias, mean = vector(n, affine), vector(n, affine), vector(n, not batch)
+        var = None if batch else (draw(n).abs() + 0.5).to(dtype)
+        return BatchNormArgs(weight, bias, mean, var, 1e-3, batch)
+
+    return {
+        "norms": [norm(C, batch_stats) for _ in range(M)],
+        "fc1_weight": (draw(d, C) / C**0.5).to(dtype),
+        "fc1_norm": norm(d, batch_stats if fc1_batch_stats is None else fc1_batch_stats),
+        "fc2_weight": (draw(M * C, d) / d**0.5).to(dtype),
+        "fc1_bias": vector(d, biases),
+        "fc2_bias": vector(M * C, biases),
+    }
+
+
+def trained(arguments: dict[str, Any]) -> list[Tensor]:
+    """Returns what has a gradient of `beside_branches`, as leaves that ask for one."""
+    norms = [*arguments["norms"], arguments["fc1_norm"]]
+    found = [x for n in norms for x in (n.weight, n.bias)]
+    found += [x for name, x in arguments.items() if "norm" not in name]
+    return [x.requires_grad_() for x in found if x is not None]
+
+
+def plain_fuse_select(
+    xs: Sequence[Tensor],
+    norms: Sequence[BatchNormArgs],
+    fc1_weight: Tensor,
+    fc1_norm: BatchNormArgs,
+    fc2_weight: Tensor,
+    fc1_bias: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+) -> FuseSelect:
+    """Computes `functional.sk_fuse_select` as modules in a row would."""
+
+    def activated(x: Tensor, n: BatchNormArgs) -> Tensor:
+        running = (None, None) if n.batch_stats else (n.running_mean, n.running_var)
+        return F.batch_norm(x, *running, n.weight, n.bias, n.batch_stats, eps=n.eps).relu()
+
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.detach().transpose(0, 1).flatten(1)
+        return rows.mean(1), rows.var(1)
+
+    us = [activated(x, n) for x, n in zip(xs, norms, strict=True)]
+    hidden = F.linear(averaged(us), fc1_weight, fc1_bias)
+    wide = F.linear(activated(hidden, fc1_norm), fc2_weight, fc2_bias)
+    out = weighed(us, torch.softmax(wide.view(len(hidden), len(us), -1), 1))
+    kept: Any = (None, None)
+    if norms[0].batch_stats:
+        kept = map(torch.stack, zip(*map(statistics, xs), strict=True))
+    return FuseSelect(out, *kept, *(statistics(hidden) if fc1_norm.batch_stats else (None, None)))
 
 
 def is_plain(sk: SKConv) -> bool:

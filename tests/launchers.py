@@ -1,7 +1,7 @@
 """The launchers on tensors [B, C, *spatial], as operators call them, for the tests."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,11 +83,3 @@ def random_norms(M: int, C: int, like: Tensor) -> Norms:
     gamma[:, 0] = 0.0
     var = torch.rand(M, C, dtype=wide, device=like.device) + 0.5
     return Norms(tuple(mean), tuple(var), tuple(gamma), tuple(beta), 1e-3)
-
-
-def norm_rows(norms: Norms) -> Tensor:
-    """Returns mean, rstd, scale = gamma * rstd and beta [M, 4, C] in float64, as formulas do."""
-    rows = (norms.mean, norms.var, norms.weight, norms.bias)
-    mean, var, gamma, beta = (torch.stack([cast(Tensor, t).double() for t in ts]) for ts in rows)
-    rstd = (var + norms.eps).rsqrt()
-    return torch.stack([mean, rstd, gamma * rstd, beta], 1)

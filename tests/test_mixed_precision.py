@@ -5,19 +5,30 @@ Overflow, infinities and NaN are to come out as the same formula in plain PyTorc
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sknet_triton import SKConv, functional, use_backend
 from sknet_triton.backend import Backend
-from sknet_triton.functional import BatchNormArgs
-from tests.helpers import BACKENDS, DEVICE, averaged, store_rounding
-from tests.plain_sknet import distance, scramble
+from tests.helpers import (
+    BACKENDS,
+    DEVICE,
+    averaged,
+    beside_branches,
+    images,
+    plain_fuse_select,
+    small_conv,
+    store_rounding,
+    trained,
+    weighed,
+)
+from tests.plain_sknet import distance
 
 LOW = (torch.bfloat16, torch.float16)
 LOW_NAMES = ("bf16", "fp16")
@@ -26,25 +37,12 @@ low = pytest.mark.parametrize("dtype", LOW, ids=LOW_NAMES)
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@contextmanager
-def quiet_interpreter() -> Iterator[None]:
-    # numpy, on which the interpreter runs, warns of infinities.
-    import numpy as np
-
-    with np.errstate(all="ignore"):
-        yield
+def quiet_interpreter() -> AbstractContextManager[None]:
+    """Numpy, on which the interpreter runs, warns of infinities."""
+    return np.errstate(all="ignore")
 
 
 # --- autocast and gradient scaling --------------------------------------------------------------
-
-
-def build() -> SKConv:
-    torch.manual_seed(3)
-    return scramble(SKConv(8, 8, G=2, d=5)).to(DEVICE)
-
-
-def image_batch() -> Tensor:
-    return torch.randn(4, 8, 6, 5, generator=torch.Generator().manual_seed(4)).to(DEVICE)
 
 
 def loss_of(out: Tensor) -> Tensor:
@@ -56,9 +54,9 @@ def loss_of(out: Tensor) -> Tensor:
 @pytest.mark.parametrize("way", ["reference", "triton", "compile"])
 @low
 def test_forward_under_autocast_and_backward_outside(dtype: torch.dtype, way: str) -> None:
-    module = build().eval()
+    module = small_conv().float().eval()
     exact = copy.deepcopy(module).double()
-    x = image_batch()
+    x = images().float()
     wide = x.double().requires_grad_()
     torch.autograd.backward(loss_of(exact(wide)))
     x.requires_grad_()
@@ -86,10 +84,10 @@ def test_the_backward_computes_in_the_same_dtypes_inside_autocast_and_outside(
 ) -> None:
     grads = []
     for inside in (True, False):
-        module = build()
+        module = small_conv().float()
         with use_backend(backend):
             with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-                loss = loss_of(module(image_batch()))
+                loss = loss_of(module(images().float()))
                 if inside:
                     torch.autograd.backward(loss)
             if not inside:
@@ -98,33 +96,22 @@ def test_the_backward_computes_in_the_same_dtypes_inside_autocast_and_outside(
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def scaled_step(
-    module: nn.Module, scaler: Any, x: Tensor, amp: torch.dtype | None
-) -> dict[str, Tensor]:
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    with torch.autocast(DEVICE.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
-        loss = loss_of(module(x))
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    grads = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
-    scaler.step(optimizer)
-    scaler.update()
-    return grads
-
-
 @both
 def test_a_step_with_an_infinite_gradient_is_skipped_and_the_scale_halved(backend: Backend) -> None:
-    module = build()
-    before = copy.deepcopy(module)
+    module = small_conv().float()
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)
-    x = image_batch()
+    x = images().float()
     x[1, 2, 3, 3] = math.inf
     with use_backend(backend), quiet_interpreter():
-        scaled_step(module, scaler, x, torch.float16)
+        with torch.autocast(DEVICE.type, dtype=torch.float16):
+            loss = loss_of(module(x))
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.step(optimizer)
+        scaler.update()
     assert scaler.get_scale() == 2.0**15
-    assert all(
-        torch.equal(a, b) for a, b in zip(module.parameters(), before.parameters(), strict=True)
-    )
+    assert all(map(torch.equal, module.parameters(), before))
 
 
 def values(x: Tensor) -> set[float]:
@@ -137,28 +124,27 @@ def values(x: Tensor) -> set[float]:
 SIDES: dict[Backend, int] = {"reference": 1024, "triton": 24}
 
 
+def constant(value: float, side: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.full((1, 1, side, side), value, dtype=dtype, device=DEVICE, requires_grad=True)
+
+
 @pytest.mark.parametrize("M", [1, 2, 5])
 @both
 def test_a_mean_whose_sum_is_beyond_fp16(backend: Backend, M: int) -> None:
     side = SIDES[backend]
-    branches = [
-        torch.full((1, 1, side, side), 1000.0, dtype=torch.float16, device=DEVICE) for _ in range(M)
-    ]
-    for x in branches:
-        x.requires_grad_()
+    branches = [constant(1000.0, side) for _ in range(M)]
     with use_backend(backend):
         pooled = functional.sk_fuse(branches)
     assert pooled.item() == 1000.0 * M
-    torch.autograd.backward(pooled, torch.full((1, 1), 64.0, dtype=torch.float16, device=DEVICE))
-    assert branches[0].grad is not None
+    dx, *_ = torch.autograd.grad(pooled, branches, torch.full_like(pooled, 64.0))
     # 64 / 2^20 = 2^-14, the least normal number; 64 / 576 is rounded once.
     expected = torch.tensor(64 / side**2, dtype=torch.float64, device=DEVICE).half()
-    assert torch.equal(branches[0].grad, expected.expand_as(branches[0]))
+    assert torch.equal(dx, expected.expand_as(dx))
 
 
 @both
 def test_a_sum_beyond_fp16_is_infinite_where_it_is_asked_for(backend: Backend) -> None:
-    x = torch.full((1, 1, 9, 9), 1000.0, dtype=torch.float16, device=DEVICE)
+    x = constant(1000.0, 9)
     with use_backend(backend), quiet_interpreter():
         assert functional.sk_fuse([x], reduction="sum").item() == math.inf == x.sum().item()
         assert functional.sk_fuse([x.bfloat16()], reduction="sum").isfinite().all()
@@ -167,22 +153,15 @@ def test_a_sum_beyond_fp16_is_infinite_where_it_is_asked_for(backend: Backend) -
 @both
 def test_select_and_its_gradient_beyond_fp16(backend: Backend) -> None:
     # out is 60000; the gradient of a logit sums 576 products of 60000 before it is weighed.
-    first = torch.full(
-        (1, 1, 24, 24), 60000.0, dtype=torch.float16, device=DEVICE, requires_grad=True
-    )
-    second = torch.full(
-        (1, 1, 24, 24), 59968.0, dtype=torch.float16, device=DEVICE, requires_grad=True
-    )
+    xs = [constant(60000.0, 24), constant(59968.0, 24)]
     logits = torch.zeros(1, 2, 1, dtype=torch.float16, device=DEVICE, requires_grad=True)
     with use_backend(backend):
-        out = functional.sk_select([first, second], logits)
-        assert values(out) in ({59968.0}, {60000.0})  # 59984 lies between
-        torch.autograd.backward(out, torch.full_like(out, 2.0))
+        out = functional.sk_select(xs, logits)
+        dx, dlogits = torch.autograd.grad(out, [xs[0], logits], torch.full_like(out, 2.0))
+    assert values(out) in ({59968.0}, {60000.0})  # 59984 lies between
     # a_1 a_2 (g_1 - g_2) = 576 * 2 * 32 / 4, of g near 7e7.
-    assert logits.grad is not None
-    assert logits.grad.flatten().tolist() == [9216.0, -9216.0]
-    assert first.grad is not None
-    assert values(first.grad) == {1.0}
+    assert dlogits.flatten().tolist() == [9216.0, -9216.0]
+    assert values(dx) == {1.0}
 
 
 @both
@@ -195,13 +174,12 @@ def test_the_whole_of_fuse_select_beyond_fp16(backend: Backend) -> None:
         for bn in (m for m in sk.modules() if isinstance(m, nn.BatchNorm2d)):
             bn.bias.zero_()
             bn.eps = 1e-12  # nothing beside 1 in float32; torch 2.11 refuses 0
-    x = torch.full((1, 1, 24, 24), 1000.0, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    x = constant(1000.0, 24)
     with use_backend(backend):
         out = sk.half()(x)
-        assert values(out) == {1000.0}
-        torch.autograd.backward(out, torch.ones_like(out))
-    assert x.grad is not None
-    assert values(x.grad) == {1.0}
+        (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert values(out) == {1000.0}
+    assert values(dx) == {1.0}
     # The pooled sum of two branches: 576 * 2000 would be infinite, 2000 is not.
     assert sk.logits(functional.sk_fuse([x, x])).isfinite().all()
 
@@ -213,17 +191,15 @@ def test_the_whole_of_fuse_select_beyond_fp16(backend: Backend) -> None:
 )
 def test_subnormal_values_are_kept(backend: Backend, dtype: torch.dtype) -> None:
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    x = torch.full((1, 1, 2, 2), 6 * least, dtype=dtype, device=DEVICE, requires_grad=True)
-    y = torch.full((1, 1, 2, 2), 2 * least, dtype=dtype, device=DEVICE)
+    x, y = constant(6 * least, 2, dtype), constant(2 * least, 2, dtype)
     assert x.detach().double().max() == 6 * least, "not kept by the conversion itself"
     logits = torch.zeros(1, 2, 1, dtype=dtype, device=DEVICE)
     with use_backend(backend):
         assert functional.sk_fuse([x, y]).double().item() == 8 * least
         out = functional.sk_select([x, y], logits)
-        assert values(out) == {4 * least}
-        torch.autograd.backward(out, torch.full_like(out, 2 * least))
-    assert x.grad is not None
-    assert values(x.grad) == {least}
+        (dx,) = torch.autograd.grad(out, x, torch.full_like(out, 2 * least))
+    assert values(out) == {4 * least}
+    assert values(dx) == {least}
 
 
 # --- infinities and NaN -------------------------------------------------------------------------
@@ -260,11 +236,6 @@ def assert_same_kinds(actual: list[Tensor], expected: list[Tensor]) -> None:
         # Finite values are rounded: one store, and sums of 18 terms in float32 or wider.
         eps = torch.finfo(actual[i].dtype).eps
         torch.testing.assert_close(a, e, rtol=4 * store_rounding(actual[i]) * eps, atol=8 * eps)
-
-
-def plain_select(xs: list[Tensor], logits: Tensor) -> Tensor:
-    attn = torch.softmax(logits, dim=1)[..., None, None]
-    return (attn * torch.stack(xs, dim=1)).sum(1)
 
 
 def backward(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -311,45 +282,11 @@ def test_select_of_what_is_not_finite(
     with use_backend(backend), quiet_interpreter():
         actual = backward(functional.sk_select(xs, logits), [*xs, logits])
     wide = [x.detach().double().requires_grad_() for x in (*xs, logits)]
-    assert_same_kinds(actual, backward(plain_select(wide[:2], wide[2]), wide))
+    assert_same_kinds(actual, backward(weighed(wide[:2], torch.softmax(wide[2], 1)), wide))
 
 
-def fuse_select_modules(training: bool) -> Any:
-    torch.manual_seed(5)
-    sk = SKConv(3, 3, d=4, branches=[(1, 1, 1), (1, 1, 1)]).double()
-    return scramble(sk).to(DEVICE).train(training)
-
-
-def plain_fuse_select(xs: list[Tensor], sk: Any) -> Tensor:
-    maps = [torch.relu(branch.bn(x)) for branch, x in zip(sk.branches, xs, strict=True)]
-    pooled = torch.stack(maps).sum(0).mean((2, 3), keepdim=True)
-    logits = sk.fc2(torch.relu(sk.fc1.bn(sk.fc1.conv(pooled))))
-    return plain_select(maps, logits.view(3, 2, 3))
-
-
-def our_fuse_select(xs: list[Tensor], sk: Any) -> Tensor:
-    def norm(bn: Any) -> BatchNormArgs:
-        return BatchNormArgs(
-            bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.training
-        )
-
-    return functional.sk_fuse_select(
-        xs,
-        [norm(branch.bn) for branch in sk.branches],
-        sk.fc1.conv.weight.flatten(1),
-        norm(sk.fc1.bn),
-        sk.fc2.weight.flatten(1),
-    ).out
-
-
-def fuse_select_results(
-    compute: Callable[[list[Tensor], Any], Tensor], name: str, training: bool, dtype: torch.dtype
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    sk, xs = fuse_select_modules(training), spoilt_branches(name, dtype)
-    named = {n: p for n, p in sk.named_parameters() if not n.endswith("0.conv.weight")}
-    named = {n: p for n, p in named.items() if "branches" not in n or "bn" in n}
-    out, *grads = backward(compute(xs, sk), [*xs, *named.values()])
-    return [out, *grads[:2]], dict(zip(named, grads[2:], strict=True))
+def centred(*shape: int) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64, device=DEVICE) - 0.5
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -358,14 +295,19 @@ def fuse_select_results(
 def test_the_whole_of_fuse_select_of_what_is_not_finite(
     backend: Backend, name: str, training: bool
 ) -> None:
+    xs = spoilt_branches(name, torch.float64)
+    # Positive weights and small biases: the ReLU stops no channel of an image altogether.
+    arguments = beside_branches(2, 3, d=4, batch_stats=training, draw=centred)
+    norms = [replace(n, weight=n.weight.abs() + 0.5) for n in arguments["norms"]]
+    arguments["norms"] = norms
+    leaves = [*xs, *trained(arguments)]
     with use_backend(backend), quiet_interpreter():
-        maps, parameters = fuse_select_results(our_fuse_select, name, training, torch.float64)
-    expected_maps, expected = fuse_select_results(plain_fuse_select, name, training, torch.float64)
-    assert_same_kinds(maps, expected_maps)
+        actual = backward(functional.sk_fuse_select(xs, **arguments).out, leaves)
+    expected = backward(plain_fuse_select(xs, **arguments).out, leaves)
     # The ReLU stops -inf. PyTorch multiplies its gradient, 0, by the infinity all the same, the
     # kernels leave it out.
     if name == "-inf" and not training and backend == "triton":
-        stopped = "branches.0.bn.weight"
+        stopped = 1 + [id(x) for x in leaves].index(id(norms[0].weight))
         assert kinds(expected.pop(stopped)) == "..n"
-        assert kinds(parameters.pop(stopped)) == "..."
-    assert_same_kinds([*parameters.values()], [*expected.values()])
+        assert kinds(actual.pop(stopped)) == "..."
+    assert_same_kinds(actual, expected)

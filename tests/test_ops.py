@@ -5,6 +5,7 @@ with sizes that are not constants.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from sknet_triton import functional, fused, ops, reference, use_backend
-from tests.helpers import Case, Recorded
+from sknet_triton import Backend, functional, fused, ops, reference, use_backend
+from sknet_triton.reference import accumulation_dtype
+from tests.helpers import BACKENDS, DEVICE, Case, Recorded, beside_branches, trained
 
 OPERATOR_CASES = [
     Case((2, 3, 4, 5), 1),
@@ -51,32 +53,27 @@ def test_compiled_fuse_select_equals_eager(layout: str, device: torch.device) ->
         grads = torch.autograd.grad(out.square().sum(), [*xs, logits])
         expected = fuse_select(xs, logits)
         exact = torch.autograd.grad(expected.square().sum(), [*xs, logits])
-    torch.testing.assert_close(out, expected)
     assert out.stride() == expected.stride()
-    for grad, reference_grad in zip(grads, exact, strict=True):
-        torch.testing.assert_close(grad, reference_grad)
+    torch.testing.assert_close((out, *grads), (expected, *exact))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_leaves_the_dtypes_alone(dtype: torch.dtype, device: torch.device) -> None:
-    case = Case((2, 4, 5, 3), M=2, dtype=dtype)
-    xs = case.branches(device)
-    logits = torch.randn(2, 2, 4, device=device)
-    for backend in ("triton", "reference"):
-        with use_backend(backend), torch.autocast(device.type, dtype):
-            assert functional.sk_fuse(xs).dtype == dtype
-            assert functional.sk_select(xs, logits).dtype == dtype
+def test_autocast_leaves_the_dtypes_alone(
+    dtype: torch.dtype, backend: Backend, device: torch.device
+) -> None:
+    xs, logits = Case((2, 4, 5, 3), dtype=dtype).branches(device), torch.randn(2, 2, 4)
+    with use_backend(backend), torch.autocast(device.type, dtype):
+        assert functional.sk_fuse(xs).dtype == dtype
+        assert functional.sk_select(xs, logits.to(device)).dtype == dtype
 
 
 def test_reference_backward_formulas_are_what_autograd_finds() -> None:
-    case = Case((2, 3, 4, 2), M=3, dtype=torch.float64)
-    xs, logits = tensors(case, torch.device("cpu"), grad=True)
-    dout = case.tensor(torch.device("cpu"), seed=9)
-    out = reference.sk_select(xs, logits)
-    expected = torch.autograd.grad(out, [*xs, logits], dout)
+    case, cpu = Case((2, 3, 4, 2), M=3, dtype=torch.float64), torch.device("cpu")
+    (xs, logits), dout = tensors(case, cpu, grad=True), case.tensor(cpu, seed=9)
+    expected = torch.autograd.grad(reference.sk_select(xs, logits), [*xs, logits], dout)
     dxs, dlogits = reference.sk_select_bwd(dout, xs, logits)
-    for grad, exact in zip([*dxs, dlogits], expected, strict=True):
-        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((*dxs, dlogits), expected, rtol=1e-12, atol=1e-12)
 
 
 # The same operators on a machine without kernels, where they take PyTorch's formulas.
@@ -87,10 +84,10 @@ KERNELS = pytest.mark.parametrize("kernels", KERNEL_IDS, ids=KERNEL_IDS.get)
 @pytest.fixture
 def place(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where operators are checked: where kernels run, or on a CPU without them."""
-    if not kernels:
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
-        return torch.device("cpu")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kernels:
+        return DEVICE
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    return torch.device("cpu")
 
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -106,18 +103,12 @@ def check(operator: Any, args: tuple[Any, ...], traced: bool) -> None:
 
 @pytest.mark.slow
 @KERNELS
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
-def test_the_stages(case: Case, grad: bool, kernels: bool, place: torch.device) -> None:
-    xs, logits = tensors(case, place, grad)
-    check(ops.sk_fuse, (xs, "mean"), kernels)
-    check(ops.sk_select, (xs, logits, "softmax"), kernels)
-
-
-@pytest.mark.slow
-@KERNELS
-@pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
-def test_the_backward_of_select(case: Case, kernels: bool, place: torch.device) -> None:
+def test_the_stages(case: Case, kernels: bool, place: torch.device) -> None:
+    for grad in (False, True):
+        xs, logits = tensors(case, place, grad)
+        check(ops.sk_fuse, (xs, "mean"), kernels)
+        check(ops.sk_select, (xs, logits, "softmax"), kernels)
     xs, logits = tensors(case, place, grad=False)
     check(ops.sk_select_bwd, (case.tensor(place), xs, logits, "softmax"), kernels)
 
@@ -159,24 +150,19 @@ class FuseSelectCase:
         without = ("" if self.biases else "-no_bias") + ("" if self.affine else "-no_affine")
         return f"{self.case}-{mode}{without}"
 
-    def run(self, device: torch.device, grad: bool) -> Tensor:
-        C, M, d = self.case.shape[1], self.case.M, 4
-        dtype = torch.float64 if self.case.dtype == torch.float64 else torch.float32
-
-        def random(*shape: int) -> Tensor:
-            return (torch.rand(shape, device=device, dtype=dtype) + 0.5).requires_grad_(grad)
-
-        def norm(n: int) -> functional.BatchNormArgs:
-            weight, bias = (random(n) if self.affine else None for _ in range(2))
-            mean, var = (None if self.training else random(n).detach() for _ in range(2))
-            return functional.BatchNormArgs(weight, bias, mean, var, batch_stats=self.training)
-
-        xs, _ = tensors(self.case, device, grad)
-        fc1, fc2 = random(d, C), random(M * C, d)
-        biases = [random(n) if self.biases else None for n in (d, M * C)]
-        return functional.sk_fuse_select(
-            xs, [norm(C) for _ in xs], fc1, norm(d), fc2, fc1_bias=biases[0], fc2_bias=biases[1]
-        ).out
+    def run(self, device: torch.device) -> Tensor:
+        xs, _ = tensors(self.case, device, grad=True)
+        arguments = beside_branches(
+            self.case.M,
+            self.case.shape[1],
+            batch_stats=self.training,
+            affine=self.affine,
+            biases=self.biases,
+            dtype=accumulation_dtype(self.case.dtype),
+            draw=partial(torch.randn, dtype=torch.float64, device=device),
+        )
+        trained(arguments)
+        return functional.sk_fuse_select(xs, **arguments).out
 
 
 FUSE_SELECT_CASES = [
@@ -209,7 +195,7 @@ def test_every_step_of_fuse_select(
     # Without kernels the operators run in programs that were made where there were some.
     monkeypatch.setattr(fused, "way_of", lambda x: "kernels")
     with Recorded() as recorded:
-        out = fuse_select.run(place, grad=True)
+        out = fuse_select.run(place)
         torch.autograd.backward(out, fuse_select.case.tensor(place, seed=9))
     steps = {"sk_hidden", "sk_logits", "sk_out", "sk_hidden_bwd", "sk_channels_bwd", "sk_dx"}
     assert set(recorded.calls) == steps | ({"sk_moments"} if fuse_select.training else set())

@@ -3,9 +3,9 @@
 The examples, how they are drawn and how a failure is reproduced: `tests.strategies`.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, TypeVar, get_args
 
 import pytest
@@ -17,14 +17,18 @@ from torch import Tensor
 from sknet_kernels.config import MAX_BRANCHES, LaunchConfig
 from sknet_triton import Backend, functional, use_backend
 from sknet_triton.functional import Activation, Reduction
-from sknet_triton.reference import accumulation_dtype, passes
-from tests import launchers, strategies
+from sknet_triton.reference import accumulation_dtype, steps
+from tests import launchers
 from tests.helpers import (
     BACKENDS,
+    assert_close,
     assert_matches,
     averaged,
+    beside_branches,
     magnitudes,
+    plain_fuse_select,
     store_rounding,
+    trained,
     weighed,
     weights,
     wide,
@@ -107,13 +111,6 @@ def leaves_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 # --- forward and backward against float64 -------------------------------------------------------
 
 
-@holds(SELECT, sample=samples(), activation=st.sampled_from(ACTIVATIONS))
-def test_select_and_its_gradients_match_float64(
-    backend: Backend, sample: Sample, activation: Activation | None
-) -> None:
-    check_select(backend, sample, activation)
-
-
 def check_select(backend: Backend, sample: Sample, activation: Activation | None) -> None:
     *xs, logits = leaves_of([*sample.random_branches(), sample.random_logits()])
     dout = sample.random_dout()
@@ -144,13 +141,6 @@ def check_select(backend: Backend, sample: Sample, activation: Activation | None
     assert_is(dlogits, exact_grads[-1], sums, terms, "dlogits", sample.dtype)
 
 
-@holds(FUSE, sample=samples(), reduction=st.sampled_from(REDUCTIONS))
-def test_fuse_and_its_gradients_match_float64(
-    backend: Backend, sample: Sample, reduction: Reduction
-) -> None:
-    check_fuse(backend, sample, reduction)
-
-
 def check_fuse(backend: Backend, sample: Sample, reduction: Reduction) -> None:
     xs = leaves_of(sample.random_branches())
     dpooled = sample.small(0, *sample.shape[:2]).to(sample.dtype)
@@ -166,6 +156,14 @@ def check_fuse(backend: Backend, sample: Sample, reduction: Reduction) -> None:
     for i, dx in enumerate(dxs):
         assert dx.dtype == sample.dtype
         assert_is(dx, share, share.abs(), ROUNDINGS, f"dx{i}", sample.dtype)
+
+
+test_select_and_its_gradients_match_float64 = holds(
+    SELECT, sample=samples(), activation=st.sampled_from(ACTIVATIONS)
+)(check_select)
+test_fuse_and_its_gradients_match_float64 = holds(
+    FUSE, sample=samples(), reduction=st.sampled_from(REDUCTIONS)
+)(check_fuse)
 
 
 @examples(MANY_BRANCHES)
@@ -209,20 +207,23 @@ def check_norm_kernels(sample: Sample, config: LaunchConfig) -> None:
     xs, dout = wide(sample.random_branches()), sample.random_dout().double()
     (B, C), M = sample.shape[:2], sample.num_branches
     norms, logits = launchers.random_norms(M, C, dout), sample.small(1, B, M, C)
-    norm, attn = launchers.norm_rows(norms), torch.softmax(logits, 1)
     share, drift = sample.small(2, B, C), sample.small(3, 2, M, C)
-    pairs: list[tuple[Tensor, Tensor]] = [
-        (launchers.fuse_norm(xs, norms, config=config), passes.fuse(xs, norm)),
-        (launchers.select(xs, logits, norms, config=config), passes.select(xs, logits, norm)),
-        (launchers.sums(dout, xs, norms, config=config), passes.sums(dout, xs, norm)),
+    actual = [
+        launchers.fuse_norm(xs, norms, config=config),
+        launchers.select(xs, logits, norms, config=config),
+        launchers.sums(dout, xs, norms, config=config),
+        *launchers.dx(dout, xs, norms, logits, share, drift, config=config),
     ]
-    got = launchers.dx(dout, xs, norms, logits, share, drift, config=config)
-    rows = drift.transpose(0, 1)
-    pairs += zip(got, passes.gradients(dout, xs, norm, attn, share, rows), strict=True)
+    exact = [
+        steps.fuse(xs, norms),
+        steps.out(xs, logits, norms),
+        steps.sums(dout, xs, norms),
+        *steps.dx(dout, xs, logits, norms, share, drift),
+    ]
     if B:
-        pairs += zip(launchers.moments(xs, config=config)[:2], passes.moments(xs), strict=True)
-    for actual, exact in pairs:
-        torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-11)
+        actual += launchers.moments(xs, config=config)[:2]
+        exact += map(torch.stack, zip(*map(steps.moments_of, xs), strict=True))
+    assert_close(actual, exact)
 
 
 @examples(LAYOUT)
@@ -252,39 +253,21 @@ FUSE_SELECT_ROUNDINGS = 64.0
 EPS = 1e-5
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What `sk_fuse_select` takes beside the branches, in float64."""
-
-    gamma: Tensor
-    beta: Tensor
-    mean: Tensor
-    var: Tensor
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc1_gamma: Tensor
-    fc1_beta: Tensor
-    fc1_mean: Tensor
-    fc1_var: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-
-    @classmethod
-    def of(cls, sample: Sample, d: int) -> "Parts":
-        C, M = sample.shape[1], sample.num_branches
-        shapes = [(M, C)] * 4 + [(d, C)] + [(d,)] * 5 + [(M * C, d), (M * C,)]
-        drawn = dict(zip(cls.__dataclass_fields__, shapes, strict=True))
-        parts = {k: sample.small(i, *shape) for i, (k, shape) in enumerate(drawn.items())}
-        for variance in ("var", "fc1_var"):
-            parts[variance] = parts[variance].abs() + 0.5
-        parts["fc1_weight"] /= C**0.5
-        parts["fc2_weight"] /= d**0.5
-        return cls(**parts)
-
-    def trained(self) -> list[Tensor]:
-        """Returns what has a gradient."""
-        constant = ("mean", "var", "fc1_mean", "fc1_var")
-        return [x for name, x in vars(self).items() if name not in constant]
+def beside(sample: Sample, dtype: torch.dtype, **options: Any) -> dict[str, Any]:
+    """Returns what `sk_fuse_select` takes beside the sample's branches, always the same."""
+    streams = count()
+    arguments = beside_branches(
+        sample.num_branches,
+        sample.shape[1],
+        dtype=dtype,
+        draw=lambda *shape: sample.small(next(streams), *shape),
+        **options,
+    )
+    norms, fc1_norm = arguments["norms"], arguments["fc1_norm"]
+    return arguments | {
+        "norms": [replace(norm, eps=EPS) for norm in norms],
+        "fc1_norm": replace(fc1_norm, eps=EPS),
+    }
 
 
 @holds(
@@ -295,14 +278,15 @@ class Parts:
     fc1_batch_stats=st.booleans(),
 )
 def test_fuse_select_equals_its_modules_with_every_gradient(
-    backend: Backend, sample: Sample, d: int, batch_stats: bool, fc1_batch_stats: bool
+    backend: Backend, sample: Sample, **options: Any
 ) -> None:
-    xs, p, dout = leaves_of(sample.random_branches()), Parts.of(sample, d), sample.random_dout()
-    leaves = [*xs, *(x.requires_grad_() for x in p.trained())]
+    xs, dout = leaves_of(sample.random_branches()), sample.random_dout()
+    arguments = beside(sample, torch.float64, **options)
+    leaves = [*xs, *trained(arguments)]
     with use_backend(backend):
-        out = fuse_select(xs, p, batch_stats, fc1_batch_stats)
+        out = functional.sk_fuse_select(xs, **arguments).out
         grads = torch.autograd.grad(out, leaves, dout)
-    exact = modules(xs, p, batch_stats, fc1_batch_stats)
+    exact = plain_fuse_select(xs, **arguments).out
     exact_grads = torch.autograd.grad(exact, leaves, dout)
     relative = FUSE_SELECT_ROUNDINGS * torch.finfo(torch.float64).eps / EPS
     for i, (got, expected) in enumerate(zip((out, *grads), (exact, *exact_grads), strict=True)):
@@ -317,76 +301,14 @@ def test_fuse_select_equals_its_modules_with_every_gradient(
     batch_stats=st.booleans(),
 )
 def test_fuse_select_of_low_dtypes_rounds_only_what_it_stores(
-    backend: Backend, sample: Sample, d: int, batch_stats: bool
+    backend: Backend, sample: Sample, **options: Any
 ) -> None:
-    xs, p = sample.random_branches(), Parts.of(sample, d)
+    options["fc1_batch_stats"] = False
+    xs = sample.random_branches()
     with use_backend(backend):
-        out = fuse_select(xs, p, batch_stats, False)
-    exact = modules(wide(xs), p, batch_stats, False)
+        out = functional.sk_fuse_select(xs, **beside(sample, torch.float32, **options)).out
+    exact = plain_fuse_select(wide(xs), **beside(sample, torch.float64, **options)).out
     eps, stored = torch.finfo(torch.float32).eps, torch.finfo(sample.dtype).eps
     bound = FUSE_SELECT_ROUNDINGS * eps / EPS**0.5 * (1 + exact.abs().max())  # one batch norm
     bound = bound + store_rounding(out) * stored * exact.abs()
     assert ((out.double() - exact).abs() <= bound).all()
-
-
-def fuse_select(xs: Sequence[Tensor], p: Parts, batch_stats: bool, fc1_batch_stats: bool) -> Tensor:
-    """V by `sk_fuse_select`, with parameters in the dtype of the sums."""
-    dtype = accumulation_dtype(xs[0].dtype)
-    q = Parts(**{name: x.to(dtype) for name, x in vars(p).items()})
-    rows = zip(q.gamma, q.beta, q.mean, q.var, strict=True)
-    norms = [functional.BatchNormArgs(*row, eps=EPS, batch_stats=batch_stats) for row in rows]
-    fc1_norm = functional.BatchNormArgs(
-        q.fc1_gamma, q.fc1_beta, q.fc1_mean, q.fc1_var, EPS, fc1_batch_stats
-    )
-    return functional.sk_fuse_select(
-        list(xs),
-        norms,
-        q.fc1_weight,
-        fc1_norm,
-        q.fc2_weight,
-        fc1_bias=q.fc1_bias,
-        fc2_bias=q.fc2_bias,
-    ).out
-
-
-def modules(xs: Sequence[Tensor], p: Parts, batch_stats: bool, fc1_batch_stats: bool) -> Tensor:
-    """V by the functions that the modules call."""
-    F = torch.nn.functional
-
-    def normed(x: Tensor, row: Sequence[Tensor], training: bool) -> Tensor:
-        gamma, beta, *running = row
-        mean, var = (None, None) if training else running
-        return torch.relu(F.batch_norm(x, mean, var, gamma, beta, training, eps=EPS))
-
-    rows = zip(p.gamma, p.beta, p.mean, p.var, strict=True)
-    us = [normed(x, row, batch_stats) for x, row in zip(xs, rows, strict=True)]
-    hidden = F.linear(averaged(us, "mean"), p.fc1_weight, p.fc1_bias)
-    row = (p.fc1_gamma, p.fc1_beta, p.fc1_mean, p.fc1_var)
-    z = normed(hidden, row, fc1_batch_stats)
-    logits = F.linear(z, p.fc2_weight, p.fc2_bias).view(len(hidden), len(xs), -1)
-    return weighed(us, weights(logits, "softmax"))
-
-
-# --- what a failure prints ----------------------------------------------------------------------
-
-
-def test_a_failure_prints_all_that_reproduces_it() -> None:
-    seen: list[Sample] = []
-
-    @examples(20)
-    @given(sample=samples())
-    def fails(sample: Sample) -> None:
-        seen.append(sample)
-        raise AssertionError
-
-    with pytest.raises(AssertionError) as failure:
-        fails()
-    printed = "\n".join(failure.value.__notes__)
-    assert "@reproduce_failure(" in printed
-    found = re.search(r"sample=(Sample\(.*\)),", printed, re.DOTALL)
-    assert found is not None
-    again = eval(found[1], {**vars(strategies), "torch": torch})
-    assert again == seen[-1]
-    for x, y in zip(again.random_branches(), seen[-1].random_branches(), strict=True):
-        assert torch.equal(x, y)
-        assert x.stride() == y.stride()

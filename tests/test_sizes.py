@@ -28,7 +28,7 @@ from sknet_kernels.sk_select import (
     sk_select_fwd_launch,
 )
 from sknet_triton import Backend, SKConv, functional, reference, use_backend
-from sknet_triton.reference import passes
+from sknet_triton.reference import steps
 from tests.address_arithmetic import narrow_offsets
 from tests.helpers import BACKENDS, DEVICE, ROOT, source_environment
 
@@ -164,16 +164,13 @@ def test_fuse_select_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
     # Most of what is normalised passes the ReLU.
     var, beta = torch.ones_like(mean), torch.full_like(mean, 3.0)
     norms = Norms(tuple(mean), tuple(var), tuple(gamma), tuple(beta), 0.0)
-    rows = torch.stack([mean, var, gamma, beta], 1)
     logits, share, drift = randn(12, B, 2, C), randn(13, B, C).float(), randn(14, 2, 2, C).float()
 
-    for actual, exact in zip(sk_moments(xs, config=SPLIT)[0], passes.moments(values), strict=True):
-        close(actual, exact)
+    close(sk_moments(xs, config=SPLIT)[0], steps.moments(values)[0])
     sums = sk_fuse_select_sums(far_dout, xs, norms, config=SPLIT)
-    close(sums.sum(0), passes.sums(dout, values, rows))
+    close(sums.sum(0), steps.sums(dout, values, norms))
     sk_fuse_select_dx(dxs, far_dout, xs, norms, logits, share, drift, config=WHOLE)
-    attn = torch.softmax(logits.float(), 1)
-    exact_dxs = passes.gradients(dout, values, rows, attn, share, drift.transpose(0, 1))
+    exact_dxs = steps.dx(dout, values, logits.float(), norms, share, drift)
     for dx, exact in zip(dxs, exact_dxs, strict=True):
         close(dx, exact)
 

@@ -1,8 +1,8 @@
 """fuse and select with batch norm and ReLU inside, against the composition of modules."""
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -16,19 +16,25 @@ from sknet_kernels.config import LaunchConfig
 from sknet_kernels.norms import Norms
 from sknet_triton import SKConv, functional, fused, use_backend
 from sknet_triton.backend import Backend
+from sknet_triton.functional import BatchNormArgs
 from sknet_triton.layers import parts
-from sknet_triton.reference import passes
+from sknet_triton.reference import steps
 from tests import launchers
 from tests.helpers import (
     BACKENDS,
-    EXACT,
     Case,
     Recorded,
+    assert_close,
     assert_matches,
     assert_same,
+    beside_branches,
     counted_launches,
     is_plain,
+    message_of,
+    one_by_one,
     outcome,
+    plain_fuse_select,
+    trained,
     wide,
 )
 from tests.plain_sknet import for_norms, without_affine, without_tracking
@@ -49,17 +55,21 @@ PASS_CASES = (
     Case((2, 1, 1, 1), why="sizes that Triton makes constants"),
     Case((2, 3, 4, 4), dtype=torch.float64),
 )
+every_case = pytest.mark.parametrize("case", PASS_CASES, ids=str)
+in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
-def norms_of(case: Case, device: torch.device) -> Norms:
-    return launchers.random_norms(case.M, case.shape[1], case.tensor(device))
+def given(case: Case, device: torch.device) -> tuple[list[Tensor], Tensor, Norms]:
+    """Returns branches, the gradient of V, and norms."""
+    norms = launchers.random_norms(case.M, case.shape[1], case.tensor(device))
+    return case.branches(device), case.tensor(device, 99), norms
 
 
-@pytest.mark.parametrize("case", PASS_CASES, ids=str)
+@every_case
 def test_moments(case: Case, device: torch.device) -> None:
     xs = case.branches(device)
     mean, var, unbiased = launchers.moments(xs)
-    exact_mean, exact_var = passes.moments(wide(xs))
+    exact_mean, exact_var = steps.moments(wide(xs))[0]
     scale = torch.stack([x.double().abs().amax() for x in xs])[:, None]
     eps = torch.finfo(mean.dtype).eps
     assert ((mean - exact_mean).abs() <= 64 * eps * scale).all()
@@ -76,100 +86,79 @@ def test_moments_of_a_large_mean_keep_their_digits(
     xs = [x + 1e4 for x in Case((4, 6, 5, 7), layout=layout).branches(device)]
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
     mean, var, _ = launchers.moments(xs, config=config)
-    exact_mean, exact_var = passes.moments(wide(xs))
+    exact_mean, exact_var = steps.moments(wide(xs))[0]
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
     # A mean near 1e4 has an ulp of 1e-3, and parts lie up to half a deviation apart. For scale:
     # E[x^2] - E[x]^2 in float32 would be off by 1e8 * 6e-8, more than the variance itself.
     torch.testing.assert_close(var.double(), exact_var, rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("case", PASS_CASES, ids=str)
+@every_case
 def test_sums(case: Case, device: torch.device) -> None:
-    xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
-    got, norm = launchers.sums(dout, xs, norms), launchers.norm_rows(norms)
-    exact = passes.sums(dout.double(), wide(xs), norm)
-    magnitude = passes.sums(dout.double().abs(), wide(xs), norm)
-    xhat = passes.sums(torch.ones_like(dout.double()), wide(xs), norm)[1]
+    xs, dout, norms = given(case, device)
+    got = launchers.sums(dout, xs, norms)
+    exact, magnitude, ones = (
+        steps.sums(d, wide(xs), norms)
+        for d in (dout.double(), dout.double().abs(), torch.ones_like(dout.double()))
+    )
     assert got.shape == exact.shape
     # |dout k xhat| <= |dout| * 8: samples of a normal distribution, centred and scaled.
-    bound = 256 * torch.finfo(got.dtype).eps * (8 * magnitude[0] + 8 * xhat + 1)
+    bound = 256 * torch.finfo(got.dtype).eps * (8 * magnitude[0] + 8 * ones[1] + 1)
     bad = ~((got - exact).abs() <= bound)
     assert not bad.any(), [int(row.sum()) for row in bad]
 
 
 def test_sums_split_over_programs(device: torch.device) -> None:
-    case = Case((2, 5, 6, 4), M=3, dtype=torch.float64)
-    xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
+    xs, dout, norms = given(Case((2, 5, 6, 4), M=3, dtype=torch.float64), device)
     config = LaunchConfig(block_c=4, block_s=8, splits=3, num_warps=1)
     got = launchers.sums(dout, xs, norms, config=config)
-    exact = passes.sums(dout, xs, launchers.norm_rows(norms))
-    torch.testing.assert_close(got, exact, rtol=EXACT, atol=EXACT)
+    assert_close(got, steps.sums(dout, xs, norms))
     assert torch.equal(got, launchers.sums(dout, xs, norms, config=config))
 
 
-@pytest.mark.parametrize("drifts", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("case", PASS_CASES, ids=str)
-def test_gradients(case: Case, drifts: bool, device: torch.device) -> None:
-    xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
-    norm, logits = launchers.norm_rows(norms), case.logits(device)
-    share = torch.randn(case.shape[:2], device=device).to(cast(Tensor, norms.mean[0]).dtype)
-    drift = torch.randn(2, case.M, case.shape[1], device=device).to(share.dtype)
-    got = launchers.dx(dout, xs, norms, logits, share, drift if drifts else None)
+def random_share(case: Case, norms: Norms) -> tuple[Tensor, Tensor]:
+    """Returns the share [B, C] and the drift [2, M, C]."""
+    like = cast(Tensor, norms.mean[0])
+    return like.new_empty(case.shape[:2]).normal_(), like.new_empty(2, case.M, len(like)).normal_()
 
-    inputs = (dout.double(), wide(xs), norm, torch.softmax(logits.double(), 1), share.double())
-    exact = passes.gradients(*inputs, drift.double().transpose(0, 1) if drifts else None)
+
+@in_both_modes
+@every_case
+def test_gradients(case: Case, training: bool, device: torch.device) -> None:
+    (xs, dout, norms), logits = given(case, device), case.logits(device)
+    share, drift = random_share(case, norms)
+    got = launchers.dx(dout, xs, norms, logits, share, drift if training else None)
+
+    shares = share.double(), drift.double() if training else None
+    exact = steps.dx(dout.double(), wide(xs), logits.double(), norms, *shares)
     # |xhat| stays under 16, so this bounds every term.
     spatial = (1,) * (dout.dim() - 2)
-    terms = inputs[0].abs() + inputs[4].abs().view(*share.shape, *spatial)
-    if drifts:
+    terms = dout.double().abs() + share.double().abs().view(*share.shape, *spatial)
+    if training:
         terms = terms + 17 * drift.double().abs().amax()
     for i, dx in enumerate(got):
         assert dx.dtype == case.dtype
-        magnitude = terms * norm[i, 2].abs().view(1, -1, *spatial)
+        scale = cast(Tensor, norms.weight[i]) / (cast(Tensor, norms.var[i]) + norms.eps).sqrt()
+        magnitude = terms * scale.double().abs().view(-1, *spatial)
         assert_matches(dx, exact[i], magnitude, terms=16, name=f"dx{i}")
 
 
-@pytest.mark.parametrize("drifts", [True, False], ids=["training", "eval"])
-def test_an_input_at_exactly_zero_passes_no_gradient(drifts: bool, device: torch.device) -> None:
+@in_both_modes
+def test_an_input_at_exactly_zero_passes_no_gradient(training: bool, device: torch.device) -> None:
     case = Case((2, 4, 3, 4), dtype=torch.float64)
-    xs, dout, norms = case.branches(device), case.tensor(device, 99), norms_of(case, device)
+    (xs, dout, norms), logits = given(case, device), case.logits(device)
     norms = norms._replace(bias=(None,) * case.M)
     for x, mean in zip(xs, norms.mean, strict=True):
         x[:, :, 1] = cast(Tensor, mean)[:, None]  # y = (x - mean) * scale + 0 is 0 there
-    logits = case.logits(device)
-    share = torch.randn(2, 4, dtype=torch.float64, device=device)
-    drift = torch.randn(2, 2, 4, dtype=torch.float64, device=device) if drifts else None
-    got = launchers.dx(dout, xs, norms, logits, share, drift)
-    zeros = norms._replace(bias=tuple(torch.zeros_like(share[0]) for _ in xs))
-    rows = None if drift is None else drift.transpose(0, 1)
-    attn = torch.softmax(logits, 1)
-    exact = passes.gradients(dout, xs, launchers.norm_rows(zeros), attn, share, rows)
-    for dx, expected in zip(got, exact, strict=True):
-        torch.testing.assert_close(dx, expected, rtol=EXACT, atol=EXACT)
-    if not drifts:
+    share, drift = random_share(case, norms)
+    shares = share, drift if training else None
+    got = launchers.dx(dout, xs, norms, logits, *shares)
+    assert_close(got, steps.dx(dout, xs, logits, norms, *shares))
+    if not training:
         assert all((dx[:, :, 1] == 0).all() for dx in got)
 
 
 # --- SKConv against its own modules, called one after the other ---------------------------------
-
-
-def scrambled(sk: SKConv) -> SKConv:
-    """Gives every norm weights of both signs, biases and running statistics that matter."""
-    for module in sk.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.get_buffer("running_mean"))
-            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2.0)
-    return sk
-
-
-def composed(sk: SKConv) -> SKConv:
-    """Returns a copy that a do-nothing hook keeps from using `sk_fuse_select`."""
-    twin = copy.deepcopy(sk)
-    cast(Any, twin.branches[0]).bn.register_forward_hook(lambda *_: None)
-    assert not is_plain(twin)
-    return twin
 
 
 @pytest.fixture(params=["kernels", "formulas", "composed"])
@@ -193,139 +182,124 @@ def test_every_backend_has_its_way(device: torch.device, monkeypatch: pytest.Mon
         with use_backend(backend):
             sk(x)
             sk(x[:0])  # by the modules
-            composed(sk)(x)
+            one_by_one(sk)(x)
     with use_backend("reference"):
         torch.export.export(sk, (x,), strict=False)
         torch.jit.trace(sk, (x,), check_trace=False)  # type: ignore[no-untyped-call]  # torch's
     assert sorted(ways) == ["composed", "kernels"]
 
 
-def set_momentum_none(bn: nn.BatchNorm2d) -> None:
-    bn.momentum = None
+Change = Callable[[SKConv], Any]
 
 
-def zero_weight(bn: nn.BatchNorm2d) -> None:
-    nn.init.zeros_(bn.weight)
+def every_norm(**attributes: Any) -> Change:
+    return for_norms(lambda bn: vars(bn).update(attributes))
 
 
-def zero_weight_and_bias(bn: nn.BatchNorm2d) -> None:
-    nn.init.zeros_(bn.weight)
-    nn.init.zeros_(bn.bias)
+def part(path: str, change: Callable[[Any], Any]) -> Change:
+    return lambda sk: change(sk.get_submodule(path))
 
 
-def negative_weight(bn: nn.BatchNorm2d) -> None:
-    bn.weight.data = -bn.weight.data.abs()
+def put(path: str, name: str, value: Any) -> Change:
+    return lambda sk: setattr(sk.get_submodule(path), name, value)
 
 
 def hook(module: nn.Module) -> None:
     module.register_forward_hook(lambda *_: None)
 
 
-def freeze_branches(sk: SKConv) -> None:
+def frozen_branches(sk: SKConv) -> None:
     for branch in sk.branches:
-        cast(Any, branch).bn.eval()
-
-
-def freeze_fc1(sk: SKConv) -> None:
-    cast(Any, sk.fc1).bn.eval()
+        branch.get_submodule("bn").eval()
 
 
 def other_eps(sk: SKConv) -> None:
-    for branch in sk.branches:
-        cast(Any, branch).bn.eps = 0.1
-    cast(Any, sk.fc1).bn.eps = 0.3
-
-
-VARIANTS: dict[str, tuple[Callable[[SKConv], Any], bool]] = {
-    "training": (lambda sk: sk.train(), True),
-    "eval": (lambda sk: sk.eval(), True),
-    "momentum None": (for_norms(set_momentum_none), True),
-    "one other momentum": (lambda sk: setattr(sk.branches[1].bn, "momentum", 0.3), True),
-    "momentum 0": (for_norms(lambda bn: setattr(bn, "momentum", 0.0)), True),
-    "frozen weights": (for_norms(lambda bn: bn.requires_grad_(False)), True),
-    "hook on a convolution": (lambda sk: hook(sk.get_submodule("branches.0.conv")), True),
-    "hook on fc1": (lambda sk: hook(sk.fc1), False),
-    "frozen branches": (freeze_branches, True),
-    "frozen fc1": (freeze_fc1, True),
-    "all frozen": (for_norms(lambda bn: bn.eval()), True),
-    "gamma zero": (for_norms(zero_weight), True),
-    "gamma and beta zero": (for_norms(zero_weight_and_bias), True),
-    "gamma negative": (for_norms(negative_weight), True),
-    "no affine": (for_norms(without_affine), True),
-    "no tracking": (for_norms(without_tracking), True),
-    "no tracking, eval": (lambda sk: (for_norms(without_tracking)(sk), sk.eval()), True),
-    "other eps": (other_eps, True),
-    "one frozen branch": (lambda sk: cast(Any, sk.branches[0]).bn.eval(), False),
-    "one other eps": (lambda sk: setattr(sk.branches[1].bn, "eps", 0.1), False),
-    "group norm": (lambda sk: setattr(sk.branches[1], "bn", nn.GroupNorm(2, 4)), False),
-    "no norm": (lambda sk: setattr(sk.branches[0], "bn", nn.Identity()), False),
-    "other activation": (lambda sk: setattr(sk.branches[0], "act", nn.SiLU()), False),
-    "fc1 of 3 x 3": (
-        lambda sk: setattr(sk.fc1, "conv", nn.Conv2d(4, 5, 3, padding=1, bias=False)),
-        False,
-    ),
-    "fc1 layer norm": (lambda sk: setattr(sk.fc1, "bn", nn.GroupNorm(1, 5)), False),
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_skconv_equals_its_modules(name: str, way_backend: Backend, device: torch.device) -> None:
-    change, plain = VARIANTS[name]
-    sk = scrambled(SKConv(3, 4, M=2, G=1, d=5, dtype=torch.float64, device=device))
-    change(sk)
-    sk.double()
-    assert is_plain(sk) == plain
-    twin = composed(sk) if plain else copy.deepcopy(sk)
-    x = torch.randn(3, 3, 4, 4, dtype=torch.float64, device=device)
-    dout = torch.randn(3, 4, 4, 4, dtype=torch.float64, device=device)
-    # A second step starts from the running statistics of the first.
-    for _ in range(2 if name in ("training", "momentum None") else 1):
-        with use_backend(way_backend):
-            actual = outcome(sk, sk, x, dout)
-        with use_backend("reference"):
-            expected = outcome(twin, twin, x, dout)
-        assert_same(actual, expected)
-
-
-def another_momentum(sk: SKConv) -> None:
-    cast(Any, sk.branches[1]).bn.momentum = 0.4
-
-
-def one_norm_for_all(sk: SKConv) -> None:
-    cast(Any, sk.branches[1]).bn = cast(Any, sk.branches[0]).bn
+    every_norm(eps=0.1)(sk)
+    put("fc1.bn", "eps", 0.3)(sk)
 
 
 def strided_statistics(bn: nn.BatchNorm2d) -> None:
     for name in ("running_mean", "running_var"):
-        wide = torch.ones(len(bn.weight), 2, device=bn.weight.device)
-        setattr(bn, name, wide[:, 0])
+        setattr(bn, name, torch.ones(len(bn.weight), 2, device=bn.weight.device)[:, 0])
 
 
-# What is done to a module between two steps.
-CHANGES: dict[str, Callable[[SKConv], Any]] = {
+# What is done to an SKConv that is still an `sk_fuse_select`, and to one that then is not.
+VARIANTS: dict[str, Change] = {
     "nothing": lambda sk: None,
-    "momentum": for_norms(lambda bn: setattr(bn, "momentum", 0.7)),
-    "momentum of one norm": another_momentum,
-    "momentum None": for_norms(set_momentum_none),
-    "a shared norm": one_norm_for_all,
-    "new buffers": for_norms(lambda bn: bn.reset_running_stats()),
-    "frozen branches": freeze_branches,
-    "frozen fc1": freeze_fc1,
+    "eval": lambda sk: sk.eval(),
+    "momentum None": every_norm(momentum=None),
+    "one other momentum": put("branches.1.bn", "momentum", 0.3),
+    "momentum": every_norm(momentum=0.7),
+    "momentum 0": every_norm(momentum=0.0),
+    "frozen weights": for_norms(lambda bn: bn.requires_grad_(False)),
+    "hook on a convolution": part("branches.0.conv", hook),
+    "frozen branches": frozen_branches,
+    "frozen fc1": part("fc1.bn", lambda bn: bn.eval()),
+    "all frozen": for_norms(lambda bn: bn.eval()),
+    "gamma zero": for_norms(lambda bn: nn.init.zeros_(bn.weight)),
+    "gamma and beta zero": for_norms(lambda bn: [x.data.zero_() for x in bn.parameters()]),
+    "gamma negative": for_norms(lambda bn: bn.weight.data.abs_().neg_()),
+    "no affine": for_norms(without_affine),
     "no tracking": for_norms(without_tracking),
+    "no tracking, eval": lambda sk: (for_norms(without_tracking)(sk), sk.eval()),
+    "other eps": other_eps,
+    "a shared norm": lambda sk: put("branches.1", "bn", sk.get_submodule("branches.0.bn"))(sk),
+    "new buffers": for_norms(lambda bn: bn.reset_running_stats()),
     "statistics of any strides": for_norms(strided_statistics),
 }
+OTHERS: dict[str, Change] = {
+    "hook on fc1": part("fc1", hook),
+    "one frozen branch": part("branches.0.bn", lambda bn: bn.eval()),
+    "one other eps": put("branches.1.bn", "eps", 0.1),
+    "group norm": put("branches.1", "bn", nn.GroupNorm(2, 4)),
+    "no norm": put("branches.0", "bn", nn.Identity()),
+    "other activation": put("branches.0", "act", nn.SiLU()),
+    "fc1 of 3 x 3": lambda sk: put("fc1", "conv", nn.Conv2d(4, 5, 3, padding=1, bias=False))(sk),
+    "fc1 layer norm": put("fc1", "bn", nn.GroupNorm(1, 5)),
+}
+# Those that are also made between two steps.
+BETWEEN_STEPS = (
+    *("nothing", "momentum", "one other momentum", "momentum None", "a shared norm"),
+    *("new buffers", "frozen branches", "frozen fc1", "no tracking", "statistics of any strides"),
+)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+def build(device: torch.device, dtype: torch.dtype) -> SKConv:
+    """Returns a layer whose norms have weights of both signs, biases and statistics that matter."""
+    sk = SKConv(3, 4, M=2, G=1, d=5, dtype=dtype, device=device)
+    for name, tensor in sk.state_dict().items():
+        if "bn" in name and tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 2.0) if "var" in name else nn.init.normal_(tensor)
+    return sk
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *OTHERS])
+def test_skconv_equals_its_modules(name: str, way_backend: Backend, device: torch.device) -> None:
+    sk = build(device, torch.float64)
+    (VARIANTS | OTHERS)[name](sk)
+    sk.double().to(device)
+    assert is_plain(sk) == (name in VARIANTS)
+    twin = one_by_one(sk)
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64, device=device)
+    # A second step starts from the running statistics of the first.
+    for _ in range(2 if name in ("nothing", "momentum None") else 1):
+        with use_backend(way_backend):
+            actual = outcome(sk, sk, x)
+        with use_backend("reference"):
+            expected = outcome(twin, twin, x)
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("name", BETWEEN_STEPS)
 def test_running_statistics_move_as_the_modules_move_them(
     name: str, way_backend: Backend, device: torch.device
 ) -> None:
-    sk = scrambled(SKConv(3, 4, M=2, G=1, d=5, device=device)).train()
-    twin = composed(sk)
+    sk = build(device, torch.float32)
+    twin = one_by_one(sk)
     for step in range(4):
         if step == 2:
             for module in (sk, twin):
-                CHANGES[name](module)
+                VARIANTS[name](module)
         x = torch.randn(3, 3, 4, 4, device=device)
         for module, chosen in ((sk, way_backend), (twin, "reference")):
             with use_backend(chosen):
@@ -337,16 +311,13 @@ def test_running_statistics_move_as_the_modules_move_them(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_skconv_in_low_precision_is_as_close_as_its_modules(
-    layout: str,
-    dtype: torch.dtype,
-    way_backend: Backend,
-    device: torch.device,
+    layout: str, dtype: torch.dtype, way_backend: Backend, device: torch.device
 ) -> None:
-    exact = scrambled(SKConv(4, 8, M=2, G=2, d=5, dtype=torch.float64, device=device))
+    exact = build(device, torch.float64)
     sk = copy.deepcopy(exact).to(dtype)
-    twin = composed(sk)
-    x, dout = Case((4, 4, 6, 6), 1, layout, dtype).tensor(device, 1), torch.randn(4, 8, 6, 6)
-    dout = dout.to(device, dtype)
+    twin = one_by_one(sk)
+    x = Case((4, 3, 6, 6), 1, layout, dtype).tensor(device, 1)
+    dout = torch.randn(4, 4, 6, 6).to(device, dtype)
     oracle = outcome(exact, exact, x.double(), dout.double())
     with use_backend(way_backend):
         actual = outcome(sk, sk, x, dout)
@@ -368,11 +339,10 @@ def test_skconv_in_low_precision_is_as_close_as_its_modules(
 def test_what_is_not_finite_is_as_in_the_modules(
     value: float, way_backend: Backend, device: torch.device
 ) -> None:
-    sk = scrambled(SKConv(3, 4, G=1, d=5, device=device)).eval()
-    x = torch.randn(2, 3, 7, 7, device=device)
+    sk, x = build(device, torch.float32).eval(), torch.randn(2, 3, 7, 7, device=device)
     x[1, 0, 3, 3] = value
     with use_backend("reference"):
-        expected = composed(sk)(x)
+        expected = one_by_one(sk)(x)
     with use_backend(way_backend):
         out = sk(x)
     assert torch.equal(out.isnan(), expected.isnan())
@@ -383,75 +353,91 @@ def test_what_is_not_finite_is_as_in_the_modules(
 
 # --- one forward and one backward ---------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Small:
-    """What `functional.sk_fuse_select` takes beside the branches, random and in float64."""
-
-    device: torch.device
-    C: int
-    M: int
-    training: bool
-    d: int = 3
-
-    def leaf(self, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, device=self.device).requires_grad_()
-
-    def norm(self, n: int) -> functional.BatchNormArgs:
-        mean, var = (None if self.training else self.leaf(n).detach().exp() for _ in range(2))
-        weight, bias, eps = self.leaf(n), self.leaf(n), 1e-3
-        return functional.BatchNormArgs(weight, bias, mean, var, eps, batch_stats=self.training)
-
-    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        """Returns what stands after the branches, by place and by name."""
-        norms, fc1_norm = [self.norm(self.C) for _ in range(self.M)], self.norm(self.d)
-        weights = self.leaf(self.d, self.C), self.leaf(self.M * self.C, self.d)
-        biases = {"fc1_bias": self.leaf(self.d), "fc2_bias": self.leaf(self.M * self.C)}
-        return [norms, weights[0], fc1_norm, weights[1]], biases
-
-
-def leaves_of(x: Any) -> list[Tensor]:
-    """Returns the tensors in ``x`` that ask for a gradient."""
-    if isinstance(x, functional.BatchNormArgs):
-        return leaves_of([x.weight, x.bias])
-    if isinstance(x, dict):
-        return leaves_of(list(x.values()))
-    if isinstance(x, (list, tuple)):
-        return [leaf for y in x for leaf in leaves_of(y)]
-    return [x] if x.requires_grad else []
-
-
-# How `sk_fuse_select` is carried out: the steps in PyTorch, by launchers, as operators.
+# How `sk_fuse_select` is carried out: PyTorch's operators, the steps in PyTorch, by launchers, as
+# operators; the last says whether somebody is watching.
 WAYS: dict[str, tuple[fused.Way, bool]] = {
+    "composed": ("composed", False),
     "formulas": ("formulas", False),
     "launchers": ("kernels", False),
     "operators": ("kernels", True),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("M", [1, 3])
-def test_every_gradient_is_that_of_pytorchs_own_operators(
-    M: int, training: bool, way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    chosen, watched = WAYS[request.param]
+    monkeypatch.setattr(fused, "way_of", lambda x: chosen)
+    monkeypatch.setattr(fused, "_watched", lambda tensors: watched)
+    return str(request.param)
+
+
+FUNCTION_CASES: tuple[tuple[Case, dict[str, Any]], ...] = (
+    (Case((3, 5, 3, 4), 1, "channels_last"), {}),
+    (Case((3, 5, 3, 4), 3, "channels_last"), {}),
+    (Case((3, 5, 3, 4), 3), {"batch_stats": False}),
+    (Case((3, 4, 5)), {"affine": False, "biases": False}),
+    (Case((3, 4, 2, 3, 2)), {"batch_stats": False, "fc1_batch_stats": True}),
+    (Case((3, 4, 3, 2)), {"fc1_batch_stats": False, "biases": False}),
+)
+
+
+@pytest.mark.parametrize(("case", "options"), FUNCTION_CASES, ids=str)
+def test_the_function_equals_modules_in_a_row_with_every_gradient(
+    case: Case, options: dict[str, Any], way: str, device: torch.device
 ) -> None:
-    case = Case((3, 5, 3, 4), M, "channels_last", torch.float64)
-    xs = [x.detach().requires_grad_() for x in case.branches(device)]
-    positional, biases = Small(device, 5, M, training).arguments()
-    leaves = [*xs, *leaves_of(positional), *leaves_of(biases)]
-    dout = case.tensor(device, 99)
+    xs = [x.detach().requires_grad_() for x in wide(case.branches(device))]
+    arguments = beside_branches(case.M, case.shape[1], **options)
+    leaves = [*xs, *trained(arguments)]
+    dout = case.tensor(device, 99).double()
+    got = functional.sk_fuse_select(xs, **arguments)
+    expected = plain_fuse_select(xs, **arguments)
+    assert [x is None for x in got] == [x is None for x in expected]
+    assert got.out.stride() == xs[0].stride()
+    assert not any(x.requires_grad for x in got[1:] if x is not None)
+    tensors, exact = (
+        [*filter(torch.is_tensor, each), *torch.autograd.grad(each.out, leaves, dout)]
+        for each in (got, expected)
+    )
+    assert_close(tensors, exact)
 
-    def run() -> list[Tensor]:
-        result = functional.sk_fuse_select(xs, *positional, **biases)
-        statistics = [x for x in result[1:] if x is not None]
-        return [result.out, *statistics, *torch.autograd.grad(result.out, leaves, dout)]
 
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+@in_both_modes
+def test_the_mlp_of_half_precision_is_float32(
+    training: bool, parameters: torch.dtype, way: str, device: torch.device
+) -> None:
+    xs = Case((3, 4, 3, 4), 2, dtype=torch.bfloat16).branches(device)
+    xs = [x.requires_grad_() for x in xs]
+    arguments = beside_branches(2, 4, batch_stats=training, dtype=parameters)
+    leaves = [*xs, *trained(arguments)]
+    with torch.autocast(device.type, torch.bfloat16):  # which changes nothing
+        got = functional.sk_fuse_select(xs, **arguments)
+    assert {x.dtype for x in got[1:] if x is not None} == ({torch.float32} if training else set())
+    assert got.out.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(got.out, leaves, torch.ones_like(got.out))
+    assert [g.dtype for g in gradients] == [x.dtype for x in leaves]
+    assert torch.equal(got.out, functional.sk_fuse_select(xs, **arguments).out)
+
+
+def test_the_statistics_of_pytorchs_operators_are_batch_norms_to_the_bit() -> None:
+    xs = [torch.randn(3, 4, 3, 4) for _ in range(2)]
     with use_backend("reference"):
-        expected = run()
-    monkeypatch.setattr(fused, "way_of", lambda x: WAYS[way][0])
-    monkeypatch.setattr(fused, "_watched", lambda tensors: WAYS[way][1])
-    for got, exact in zip(run(), expected, strict=True):
-        torch.testing.assert_close(got, exact, rtol=EXACT, atol=EXACT)
+        result = functional.sk_fuse_select(xs, **beside_branches(2, 4, dtype=torch.float32))
+    for i, x in enumerate(xs):
+        bn = nn.BatchNorm2d(4, momentum=1.0)
+        bn(x)
+        for kept, running in ((result.mean, bn.running_mean), (result.var, bn.running_var)):
+            assert torch.equal(cast(Tensor, kept)[i], cast(Tensor, running))
+
+
+def test_an_empty_batch_gives_an_empty_map_and_gradients_of_zero() -> None:
+    xs = [torch.randn(0, 4, 3, 4, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    arguments = beside_branches(2, 4, batch_stats=False)
+    leaves = [*xs, *trained(arguments)]
+    with use_backend("reference"):
+        out = functional.sk_fuse_select(xs, **arguments).out
+    assert out.shape == xs[0].shape
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), leaves))
 
 
 class Subclass(Tensor):
@@ -460,18 +446,18 @@ class Subclass(Tensor):
 
 def test_launchers_run_on_plain_tensors_and_operators_in_graphs(device: torch.device) -> None:
     xs = [x.double() for x in Case((2, 3, 4, 4)).branches(device)]
-    positional, biases = Small(device, 3, 2, training=False).arguments()
+    arguments = beside_branches(2, 3, batch_stats=False)
     recorded: list[list[str]] = []
     for branches in (xs, [x.as_subclass(Subclass) for x in xs]):
         with use_backend("triton"), torch.no_grad(), Recorded() as mode:
-            functional.sk_fuse_select(branches, *positional, **biases)
+            functional.sk_fuse_select(branches, **arguments)
         recorded.append(sorted(mode.calls))
     assert recorded == [["sk_hidden", "sk_logits", "sk_out"]] * 2
-    assert not fused._watched([*xs, None, positional[1]])
+    assert not fused._watched([*xs, None, arguments["fc1_weight"]])
     assert fused._watched([xs[0].as_subclass(Subclass)])
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@in_both_modes
 def test_flops_are_those_of_the_modules(training: bool, device: torch.device) -> None:
     sk, x = SKConv(4, 6, G=2, d=5, device=device).train(training), torch.randn(3, 4, 5, 5)
     counted = []
@@ -497,20 +483,19 @@ SAVED_TENSORS = {2: 2.02, 3: 3.03}
 def fuse_select_of(
     case: Case, device: torch.device, backend: Backend = "triton"
 ) -> Callable[[bool], Tensor]:
-    C, d = case.shape[1], 4
     xs = [x.detach().requires_grad_() for x in case.branches(device)]
-    weights = [torch.randn(C, device=device).requires_grad_() for _ in range(2 * case.M)]
-    fc1 = torch.randn(d, C, device=device).requires_grad_()
-    fc2 = torch.randn(case.M * C, d, device=device).requires_grad_()
+    both = {
+        training: beside_branches(
+            case.M, case.shape[1], d=4, batch_stats=training, dtype=torch.float32
+        )
+        for training in (True, False)
+    }
+    for arguments in both.values():
+        trained(arguments)
 
     def run(training: bool) -> Tensor:
-        def norm(weight: Tensor | None, bias: Tensor | None, size: int) -> Any:
-            zero, one = torch.zeros(size, device=device), torch.ones(size, device=device)
-            return functional.BatchNormArgs(weight, bias, zero, one, batch_stats=training)
-
-        norms = [norm(weights[2 * i], weights[2 * i + 1], C) for i in range(case.M)]
         with use_backend(backend):
-            return functional.sk_fuse_select(xs, norms, fc1, norm(None, None, d), fc2).out
+            return functional.sk_fuse_select(xs, **both[training]).out
 
     return run
 
@@ -530,16 +515,6 @@ def test_traffic(case: Case, device: torch.device) -> None:
     with counted_bytes() as inference, torch.no_grad():
         run(False)
     assert 2 * case.M + 1 <= inference.passes(one_pass(case)) <= INFERENCE_PASSES[case.M]
-
-
-def recording(names: list[str], call: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns ``call`` such that it leaves its name at every call."""
-
-    def recorded(*args: Any) -> Any:
-        names.append(call.__name__)
-        return call(*args)
-
-    return recorded
 
 
 @pytest.mark.parametrize(
@@ -562,8 +537,13 @@ def test_launches(
     sk = SKConv(4, 4, M=M, G=2, device=device, dtype=dtype)
     x = Case((2, 4, 5, 5), 1, layout, dtype).tensor(device)
     foreach: list[str] = []
+
+    def recorded(call: Callable[..., Any], *args: Any) -> Any:
+        foreach.append(call.__name__)
+        return call(*args)
+
     for name in ("_foreach_add_", "_foreach_mul_", "_foreach_lerp_"):
-        monkeypatch.setattr(torch, name, recording(foreach, getattr(torch, name)))
+        monkeypatch.setattr(torch, name, partial(recorded, getattr(torch, name)))
     with use_backend("triton"):
         for again in range(2):  # what is remembered launches the same
             foreach.clear()
@@ -602,41 +582,45 @@ def test_saved_for_the_backward(
 # --- wrong arguments ----------------------------------------------------------------------------
 
 
-def bad_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    x = torch.randn(2, 3, 4, 4)
-    norm, fc1_norm = functional.BatchNormArgs(None, None), functional.BatchNormArgs(None, None)
-    w1, w2 = torch.randn(5, 3), torch.randn(6, 5)
-    call = functional.sk_fuse_select
-    other = functional.BatchNormArgs(None, None, eps=0.1)
-    frozen = functional.BatchNormArgs(None, None, batch_stats=False)
-    yield "norms: expected one a branch, 2, got 1", lambda: call([x, x], [norm], w1, fc1_norm, w2)
-    yield (
-        r"norms\[1\]: expected eps, batch_stats and process_group of norms\[0\]",
-        lambda: call([x, x], [norm, other], w1, fc1_norm, w2),
-    )
-    yield (
-        r"fc1_weight: expected shape \[d, C\] with C = 3, got \(5, 4\)",
-        lambda: call([x, x], [norm, norm], torch.randn(5, 4), fc1_norm, w2),
-    )
-    yield (
-        r"fc2_weight: expected shape \[M \* C, d\] = \(6, 5\), got \(3, 5\)",
-        lambda: call([x, x], [norm, norm], w1, fc1_norm, torch.randn(3, 5)),
-    )
-    yield (
-        "running_mean and running_var are needed where batch_stats is False",
-        lambda: call([x, x], [frozen, frozen], w1, fc1_norm, w2),
-    )
-    yield (
-        "fc1's batch statistics need a batch of at least 2, got 1",
-        lambda: call([x[:1], x[:1]], [norm, norm], w1, fc1_norm, w2),
-    )
-    yield (
-        r"batch statistics need more than one value a channel, got shape \(1, 3, 1, 1\)",
-        lambda: call([x[:1, :, :1, :1]] * 2, [norm, norm], w1, fc1_norm, w2),
-    )
+NORM, OTHER, FROZEN = (
+    BatchNormArgs(None, None),
+    BatchNormArgs(None, None, eps=0.1),
+    BatchNormArgs(None, None, batch_stats=False),
+)
+# What is other than in a right call, and the message.
+BAD: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"norms": [NORM]}, "norms: expected one a branch, 2, got 1"),
+    (
+        {"norms": [NORM, OTHER]},
+        "norms[1]: expected eps, batch_stats and process_group of norms[0], "
+        "(1e-05, True, None), got (0.1, True, None)",
+    ),
+    (
+        {"norms": [FROZEN, FROZEN]},
+        "norms: running_mean and running_var are needed where batch_stats is False, got None",
+    ),
+    (
+        {"fc1_weight": torch.zeros(5, 4)},
+        "fc1_weight: expected shape [d, C] with C = 3, got (5, 4)",
+    ),
+    (
+        {"fc2_weight": torch.zeros(3, 5)},
+        "fc2_weight: expected shape [M * C, d] = (6, 5), got (3, 5)",
+    ),
+    (
+        {"branches": [torch.zeros(1, 3, 4, 4)] * 2},
+        "branches: fc1's batch statistics need a batch of at least 2, got 1",
+    ),
+    (
+        {"branches": [torch.zeros(1, 3, 1, 1)] * 2},
+        "branches: batch statistics need more than one value a channel, got shape (1, 3, 1, 1)",
+    ),
+)
 
 
-@pytest.mark.parametrize(("message", "call"), list(bad_calls()), ids=lambda v: str(v)[:20])
-def test_wrong_arguments_are_named(message: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
+@pytest.mark.parametrize(("other", "message"), BAD, ids=lambda v: str(v)[:20])
+def test_wrong_arguments_are_named(other: dict[str, Any], message: str) -> None:
+    weights = {"fc1_weight": torch.zeros(5, 3), "fc2_weight": torch.zeros(6, 5)}
+    right = {"branches": [torch.zeros(2, 3, 4, 4)] * 2, "norms": [NORM] * 2, "fc1_norm": NORM}
+    call = partial(functional.sk_fuse_select, **{**right, **weights, **other})
+    assert message_of(ValueError, call) == message

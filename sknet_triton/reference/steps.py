@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
-from sknet_triton.reference import passes
-from sknet_triton.reference.common import accumulation_dtype, cast, sum_over
+from sknet_triton.reference.common import accumulation_dtype, cast, over_space, sum_over
+from sknet_triton.reference.sk_select import attention
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,30 +60,48 @@ class Steps:
 
 
 def moments(branches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns mean and biased variance [2, M, C], then mean and unbiased variance [2, M, C]."""
-    mean, var = passes.moments(branches)
+    """Returns mean and biased variance [2, M, C], then mean and unbiased variance [2, M, C].
+
+    Deviations are taken from the first image's mean. It lies at most sqrt(B - 1) standard
+    deviations from the batch's, so one pass of plain sums loses no more than a factor B in
+    precision; torch.compile makes loops of divisions of `torch.var_mean`.
+    """
+    mean, var = (torch.stack(each) for each in zip(*map(moments_of, branches), strict=True))
     size = branches[0].shape[0] * math.prod(branches[0].shape[2:])
     return torch.stack([mean, var]), torch.stack([mean, var * (size / (size - 1))])
 
 
+def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean and biased variance of every channel of one branch, [C] each."""
+    space, count = _space(x), x.shape[0] * math.prod(x.shape[2:])
+    x = x.to(accumulation_dtype(x.dtype))
+    origin = torch.mean(x[:1].detach(), (0, *space), keepdim=True)
+    centred = x - origin
+    # Image by image: short sums keep their digits, and there is work for every thread.
+    mean = torch.sum(torch.sum(centred, space), 0) / count
+    square = torch.sum(torch.sum(centred * centred, space), 0) / count
+    return mean + origin.flatten(), torch.clamp_min(square - mean * mean, 0)
+
+
 def hidden(
-    branches: Sequence[Tensor],
-    norms: Norms,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
+    branches: Sequence[Tensor], norms: Norms, fc1_weight: Tensor, fc1_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns s [B, C] (eqs. 1 and 2) and fc1's output [B, d] (eq. 3)."""
-    norm = _rows(branches[0], norms)
-    pooled = passes.fuse(branches, norm)
+    pooled = fuse(branches, norms)
     return pooled, F.linear(pooled, _matrix(fc1_weight, pooled), cast(fc1_bias, pooled.dtype))
 
 
+def fuse(branches: Sequence[Tensor], norms: Norms) -> Tensor:
+    """Returns s, the average over space of the sum of u_i [B, C]."""
+    space, norm = _space(branches[0]), _rows(branches[0], norms)
+    total = torch.sum(_activated(branches[0], norm[0]), space)
+    for i, x in enumerate(branches[1:], start=1):
+        total = total + torch.sum(_activated(x, norm[i]), space)
+    return total / math.prod(branches[0].shape[2:])
+
+
 def logits(
-    hidden: Tensor,
-    fc1_norm: Norms,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    M: int,
+    hidden: Tensor, fc1_norm: Norms, fc2_weight: Tensor, fc2_bias: Tensor | None, M: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns logits [B, M, C] (eqs. 3 to 5) and the batch's statistics, or None."""
     applied, kept = None, None
@@ -98,30 +116,46 @@ def logits(
     return wide.view(hidden.shape[0], M, fc2_weight.shape[0] // M), applied, kept
 
 
-def out(
-    branches: Sequence[Tensor],
-    logits: Tensor,
-    norms: Norms,
-) -> Tensor:
+def out(branches: Sequence[Tensor], logits: Tensor, norms: Norms) -> Tensor:
     """Returns V, the sum of softmax(logits)_i * u_i, in the dtype of the branches (eq. 6)."""
-    norm = _rows(branches[0], norms)
-    return passes.select(branches, logits, norm)
+    axes, norm = branches[0].dim() - 2, _rows(branches[0], norms)
+    attn = attention(logits, norm.dtype)
+    v = over_space(attn[:, 0], axes) * _activated(branches[0], norm[0])
+    for i, x in enumerate(branches[1:], start=1):
+        v = v + over_space(attn[:, i], axes) * _activated(x, norm[i])
+    return cast(v, branches[0].dtype)
 
 
 def hidden_bwd(
-    dout: Tensor,
-    branches: Sequence[Tensor],
-    logits: Tensor,
-    norms: Norms,
-    fc2_weight: Tensor,
+    dout: Tensor, branches: Sequence[Tensor], logits: Tensor, norms: Norms, fc2_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns P1 to P4 [4, B, M, C], dlogits [B, M, C] and dz [B, d]."""
-    sums = passes.sums(dout, branches, _rows(dout, norms))
+    p = sums(dout, branches, norms)
     attn = torch.softmax(logits, dim=1)
-    weight, bias = _stacked(norms.weight, norms, sums, 1), _stacked(norms.bias, norms, sums, 0)
-    dattn = weight * sums[2] + bias * sums[0]
+    weight, bias = _stacked(norms.weight, norms, p, 1), _stacked(norms.bias, norms, p, 0)
+    dattn = weight * p[2] + bias * p[0]
     dlogits = attn * (dattn - torch.sum(attn * dattn, dim=1, keepdim=True))
-    return sums, dlogits, dlogits.flatten(1) @ _matrix(fc2_weight, sums)
+    return p, dlogits, dlogits.flatten(1) @ _matrix(fc2_weight, p)
+
+
+def sums(dout: Tensor, branches: Sequence[Tensor], norms: Norms) -> Tensor:
+    """Returns P1 to P4, the sums over space of dV k, k, dV k xhat and k xhat [4, B, M, C].
+
+    Only ``centred`` and ``off`` are used more than once: from five operands on, Inductor would
+    write a tensor of full size instead of computing it again.
+    """
+    space, norm = _space(dout), _rows(dout, norms)
+    wide = dout.to(norm.dtype)
+    columns = []
+    for i, x in enumerate(branches):
+        centred, y = _normalised(x, norm[i])
+        off, rstd = y <= 0, norm[i, 1]
+        p1 = torch.sum(torch.where(off, 0.0, wide), space)
+        p2 = torch.sum(torch.where(off, 0.0, 1.0), space, dtype=norm.dtype)
+        p3 = torch.sum(torch.where(off, 0.0, wide * centred), space) * rstd
+        p4 = torch.sum(torch.where(off, 0.0, centred), space) * rstd
+        columns.append(torch.stack([p1, p2, p3, p4]))
+    return torch.stack(columns, dim=2)
 
 
 def channels_bwd(
@@ -205,14 +239,41 @@ def dx(
     share: Tensor,
     drift: Tensor | None,
 ) -> list[Tensor]:
-    """Returns scale_i (k (a_i dout + share) - drift_i0 - xhat_i drift_i1) for every branch."""
-    norm = _rows(dout, norms)
-    attn = torch.softmax(logits, dim=1)
-    rows = None if drift is None else drift.transpose(0, 1)
-    return passes.gradients(dout, branches, norm, attn, share, rows)
+    """Returns scale_i (k (a_i dV + share) - drift_0i - xhat_i drift_1i) for every branch."""
+    axes, norm = dout.dim() - 2, _rows(dout, norms)
+    attn, wide = torch.softmax(logits, dim=1), dout.to(norm.dtype)
+    dbranches = []
+    for i, x in enumerate(branches):
+        centred, y = _normalised(x, norm[i])
+        dy = over_space(attn[:, i], axes) * wide + over_space(share, axes)
+        dy = torch.where(y <= 0, 0.0, dy)
+        if drift is not None:
+            xhat = centred * _over_batch(norm[i, 1], axes)
+            dy = dy - _over_batch(drift[0, i], axes) - xhat * _over_batch(drift[1, i], axes)
+        dbranches.append((_over_batch(norm[i, 2], axes) * dy).to(x.dtype))
+    return dbranches
 
 
 REFERENCE = Steps(moments, hidden, logits, out, hidden_bwd, channels_bwd, dx)
+
+
+def _space(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.dim()))
+
+
+def _over_batch(per_channel: Tensor, axes: int) -> Tensor:
+    return over_space(per_channel[None], axes)
+
+
+def _normalised(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns x - mean and y = gamma * xhat + beta of one branch; ``norm`` is [4, C]."""
+    mean, _, scale, beta = (_over_batch(row, x.dim() - 2) for row in norm)
+    centred = x.to(norm.dtype) - mean
+    return centred, centred * scale + beta
+
+
+def _activated(x: Tensor, norm: Tensor) -> Tensor:
+    return torch.relu(_normalised(x, norm)[1])
 
 
 def _rows(x: Tensor, norms: Norms) -> Tensor:
