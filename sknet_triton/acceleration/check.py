@@ -86,11 +86,7 @@ def fitting(module: nn.Module, *, besides: bool = True) -> tuple[Family, Checked
 
 
 def check(
-    module: nn.Module,
-    family: Family,
-    cls: type[nn.Module] | None = None,
-    *,
-    besides: bool = True,
+    module: nn.Module, family: Family, cls: type | None = None, *, besides: bool = True
 ) -> Checked:
     """Compares ``family`` with the forward of ``module``, or of ``cls`` as its class.
 
@@ -134,7 +130,8 @@ def _compared(module: nn.Module, family: Family, cls: Any, besides: bool) -> Che
                 ours = _outcome(twin, compute, inputs, gradients)
             if ours is None:
                 continue
-            _compare(own, ours)
+            for name, expected in own.tensors.items():
+                _compare(name, expected, ours.tensors.get(name))
             if besides:
                 _compare_besides(own, ours)
             if compute == family.through_stages:
@@ -274,12 +271,6 @@ def _gradients(out: Tensor, leaves: list[Any], module: nn.Module) -> dict[str, T
     return dict(zip(wanted, grads, strict=True))
 
 
-def _compare(own: _Outcome, ours: _Outcome) -> None:
-    """Raises `_UnfitError` with the first difference."""
-    for name, expected in own.tensors.items():
-        _compare_tensors(name, expected, ours.tensors.get(name))
-
-
 def _compare_besides(own: _Outcome, ours: _Outcome) -> None:
     for effect in sorted(own.effects - ours.effects):
         raise _UnfitError(f"it does more than return: {effect}")
@@ -292,16 +283,15 @@ def _compare_besides(own: _Outcome, ours: _Outcome) -> None:
                 raise _UnfitError(f"it does more than return: it keeps {where}")
 
 
-def _compare_tensors(name: str, expected: Tensor | None, actual: Tensor | None) -> None:
+def _compare(name: str, expected: Tensor | None, actual: Tensor | None) -> None:
     if expected is None or actual is None:
         if expected is not actual:
             missing, where = ("no", "a") if expected is None else ("a", "none")
             raise _UnfitError(f"it computes something else: it has {missing} {name}, not {where}")
         return
     if actual.shape != expected.shape:
-        raise _UnfitError(
-            f"its {name} has shape {tuple(expected.shape)}, not {tuple(actual.shape)}"
-        )
+        shapes = f"{tuple(expected.shape)}, not {tuple(actual.shape)}"
+        raise _UnfitError(f"its {name} has shape {shapes}")
     if actual.requires_grad != expected.requires_grad:
         raise _UnfitError(f"requires_grad of its {name} is {expected.requires_grad}")
     if expected.numel() == 0 or not expected.is_floating_point():

@@ -22,45 +22,20 @@ _Result = TypeVar("_Result")
 _OPCODES = {
     "SETUP_WITH": "opens a context",
     "BEFORE_WITH": "opens a context",
-    "STORE_ATTR": "writes the attribute",
-    "DELETE_ATTR": "deletes the attribute",
-    "STORE_GLOBAL": "writes the global",
-    "DELETE_GLOBAL": "deletes the global",
+    "STORE_ATTR": "writes the attribute {}",
+    "DELETE_ATTR": "deletes the attribute {}",
+    "STORE_GLOBAL": "writes the global {}",
+    "DELETE_GLOBAL": "deletes the global {}",
 }
 _STANDARD = (
-    "abc",
-    "builtins",
-    "collections",
-    "copy",
-    "dataclasses",
-    "enum",
-    "functools",
-    "itertools",
-    "math",
-    "numbers",
-    "operator",
-    "types",
-    "typing",
-    "_collections",
-    "_collections_abc",
-    "_functools",
-    "_operator",
+    *("abc", "builtins", "collections", "copy", "dataclasses", "enum", "functools", "itertools"),
+    *("math", "numbers", "operator", "types", "typing"),
+    *("_collections", "_collections_abc", "_functools", "_operator"),
 )
 _TORCH = (
-    "torch",
-    "torch.functional",
-    "torch.library",
-    "torch.nn",
-    "torch.overrides",
-    "torch.autograd.function",
-    "torch.fx.traceback",
-    "torch.utils._device",
-    "torch._C",
-    "torch._jit_internal",
-    "torch._library",
-    "torch._ops",
-    "torch._refs",
-    "torch._tensor",
+    *("torch", "torch.functional", "torch.library", "torch.nn", "torch.overrides", "torch._C"),
+    *("torch.autograd.function", "torch.fx.traceback", "torch.utils._device", "torch._tensor"),
+    *("torch._jit_internal", "torch._library", "torch._ops", "torch._refs"),
 )
 _BUILTINS = ("breakpoint", "delattr", "eval", "exec", "input", "open", "print", "setattr")
 _CONTAINERS = (list, dict, set, deque)
@@ -130,11 +105,8 @@ def _is_own(module: str) -> bool:
 
 
 def _calls_forward(frame: FrameType) -> bool:
-    is_module = frame.f_code in (
-        nn.Module._call_impl.__code__,
-        nn.Module._wrapped_call_impl.__code__,
-    )
-    return is_module or _module(frame).startswith("sknet_triton.")
+    calls = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+    return frame.f_code in calls or _module(frame).startswith("sknet_triton.")
 
 
 def _harmless(module: str, name: str) -> bool:
@@ -142,9 +114,8 @@ def _harmless(module: str, name: str) -> bool:
         return False
     if name.startswith("is_") or module.partition(".")[0] in ("sknet_triton", *_STANDARD):
         return True
-    return any(
-        module == known or (known != "torch" and module.startswith(f"{known}.")) for known in _TORCH
-    )
+    below = tuple(f"{known}." for known in _TORCH if known != "torch")
+    return module in _TORCH or module.startswith(below)
 
 
 def _reaching_out(function: Any) -> str | None:
@@ -164,8 +135,7 @@ def _in_code(code: CodeType) -> tuple[str, ...]:
     for instruction in dis.get_instructions(code):
         name, value = instruction.opname, instruction.argval
         if name in _OPCODES:
-            what = _OPCODES[name]
-            found.append(what if what.endswith("context") else f"{what} {value}")
+            found.append(_OPCODES[name].format(value))
         elif name == "LOAD_SPECIAL" and "__enter__" in instruction.argrepr:
             found.append("opens a context")
         elif name == "STORE_DEREF" and value in code.co_freevars:

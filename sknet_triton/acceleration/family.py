@@ -19,14 +19,6 @@ def _unchanged(module: nn.Module, out: Tensor) -> Tensor:
     return out
 
 
-def _no_parts(module: nn.Module) -> Parts | None:
-    return None
-
-
-def _same_for_all(module: nn.Module, x: Any) -> Sequence[Any] | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Family:
     """One structure of module: sum, average over space, small MLP, activation, weighted sum.
@@ -47,7 +39,8 @@ class Family:
         activation: as in `functional.sk_select`.
         reduction: as in `functional.sk_fuse`.
         parts: what lies between the convolutions and V where the branches are convolution,
-            batch norm and ReLU and the MLP likewise: `functional.sk_fuse_select` computes them.
+            batch norm and ReLU and the MLP likewise, for `functional.sk_fuse_select` to compute;
+            the function may return None, too.
         branch_inputs: the module's input -> the input of every branch's convolution; None where
             each gets the module's own.
         stacks: whether the module's own forward stacks the branches. Where it does not, and
@@ -62,8 +55,8 @@ class Family:
     finish: Callable[[Any, Tensor], Tensor] = _unchanged
     activation: Activation | None = "softmax"
     reduction: Reduction = "mean"
-    parts: Callable[[Any], Parts | None] = _no_parts
-    branch_inputs: Callable[[Any, Any], Sequence[Any] | None] = _same_for_all
+    parts: Callable[[Any], Parts | None] | None = None
+    branch_inputs: Callable[[Any, Any], Sequence[Any]] | None = None
     stacks: bool = True
 
     def forward(self, module: nn.Module, *inputs: Any) -> Tensor:
@@ -91,13 +84,13 @@ class Family:
 
     def through_fuse_select(self, module: nn.Module, *inputs: Any) -> Tensor | None:
         """Calls the convolutions and `functional.sk_fuse_select`; None where it may not."""
-        if self.parts is _no_parts:
-            return None
-        fusible = parts.fusible(lambda: self.parts(module), inputs[0])
+        find = self.parts
+        fusible = None if find is None else parts.fusible(lambda: find(module), inputs[0])
         if fusible is None:
             return None
         (x,), (found, way) = inputs, fusible
-        each = self.branch_inputs(module, x) or [x] * len(found.branches)
+        inputs_of = self.branch_inputs
+        each = [x] * len(found.branches) if inputs_of is None else inputs_of(module, x)
         maps = [branch.conv(part) for branch, part in zip(found.branches, each, strict=True)]
         return self.finish(module, parts.run(found, _promoted(maps), way))
 
@@ -116,26 +109,18 @@ def _promoted(maps: Sequence[Tensor]) -> Sequence[Tensor]:
     return [x.to(dtype) for x in maps]
 
 
-# By name, the built-in ones first.
+# By name, in the order that they were registered; the built-in ones are never forgotten.
 _known: dict[str, Family] = {}
 _built_in: set[str] = set()
 
 
 def families() -> tuple[Family, ...]:
-    """Returns the families in the order that they are tried: the last one registered comes first.
-
-    The built-in ones come last, in an order of their own.
-    """
-    own = [family for name, family in _known.items() if name not in _built_in]
-    return (*reversed(own), *(_known[name] for name in _known if name in _built_in))
+    """Returns the families in the order that they are tried, the last one registered first."""
+    return tuple(reversed(_known.values()))
 
 
 def family_called(name: str) -> Family:
-    """Returns the family of that name.
-
-    Raises:
-        ValueError: there is none, as where a module was pickled whose family is to be registered.
-    """
+    """Returns the family of that name, of which a pickle holds nothing else."""
     if name not in _known:
         raise ValueError(
             f"name: expected one of {sorted(_known)}, got {name!r}; register_family adds a family, "
@@ -159,8 +144,8 @@ def register_family(family: Family) -> None:
 
 
 def register_built_in(*built_in: Family) -> None:
-    """Registers the families of this package, in the order that they are tried."""
-    for family in built_in:
+    """Registers the families of this package, which are tried in the order given."""
+    for family in reversed(built_in):
         register_family(family)
         _built_in.add(family.name)
 

@@ -25,11 +25,7 @@ def has(module: nn.Module, *names: str) -> bool:
 
 
 def first_conv(module: nn.Module) -> nn.Conv2d:
-    """Returns the first convolution inside ``module``.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Returns the first convolution inside ``module``."""
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
             return child
@@ -141,11 +137,11 @@ def _first_child(module: Any, names: Sequence[str]) -> Any:
     return next((getattr(module, name) for name in names if has(module, name)), None)
 
 
-def _port_branches(module: Any) -> list[nn.Module] | None:
+def _port_branches(module: Any) -> list[nn.Module]:
     """The branches in a ModuleList, or in a Sequential that runs its children side by side."""
     held = _first_child(module, _PORT_BRANCHES)
     side_by_side = isinstance(held, nn.Sequential) and type(held) is not nn.Sequential
-    return list(held) if isinstance(held, nn.ModuleList) or side_by_side else None
+    return list(held) if isinstance(held, nn.ModuleList) or side_by_side else []
 
 
 def _is_port(module: nn.Module) -> bool:
@@ -153,39 +149,32 @@ def _is_port(module: nn.Module) -> bool:
     return bool(_port_branches(module)) and all(child is not None for child in mlp)
 
 
-def _port_maps(module: Any, x: Tensor) -> list[Tensor]:
-    return [branch(x) for branch in _port_branches(module) or ()]
-
-
 def _port_logits(module: Any, pooled: Tensor) -> Tensor:
-    first, second = _first_child(module, _PORT_FC1), _first_child(module, _PORT_FC2)
-    z = first(pooled if _takes_rows(first) else unpooled(pooled))
-    if isinstance(second, nn.ModuleList):
-        return torch.stack([_port_row(head, z) for head in second], 1)
-    return branch_major(_port_row(second, z), len(_port_branches(module) or ()))
+    z = _port_row(_first_child(module, _PORT_FC1), pooled)
+    second = _first_child(module, _PORT_FC2)
+    heads = second if isinstance(second, nn.ModuleList) else [second]
+    wide = torch.cat([_port_row(head, z) for head in heads], 1)
+    return branch_major(wide, len(_port_branches(module)))
 
 
-def _port_row(head: nn.Module, z: Tensor) -> Tensor:
-    if _takes_rows(head):
-        return head(z.flatten(1)).flatten(1)  # type: ignore[no-any-return]  # a module's output
-    return head(z if z.dim() == 4 else unpooled(z)).flatten(1)  # type: ignore[no-any-return]  # likewise
-
-
-def _takes_rows(module: nn.Module) -> bool:
-    kinds = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return bool(kinds) and isinstance(kinds[0], nn.Linear)
+def _port_row(module: nn.Module, x: Tensor) -> Tensor:
+    """Calls ``module`` on [B, C], or on maps of one position where it begins with a convolution."""
+    layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    takes_rows = bool(layers) and isinstance(layers[0], nn.Linear)
+    out: Tensor = module(x if takes_rows else unpooled(x))
+    return out.flatten(1)
 
 
 def _port_parts(module: Any) -> Parts | None:
     second = _first_child(module, _PORT_FC2)
-    blocks = [conv_norm_relu(branch) for branch in _port_branches(module) or ()]
+    blocks = [conv_norm_relu(branch) for branch in _port_branches(module)]
     return parts.parts_of(blocks, conv_norm_relu(_first_child(module, _PORT_FC1)), second)
 
 
 PORTS = Family(
     name="SKConv of the common ports",
     recognises=_is_port,
-    maps=_port_maps,
+    maps=lambda module, x: [branch(x) for branch in _port_branches(module)],
     logits=_port_logits,
     example=lambda module: (images(first_conv(module).in_channels),),
     parts=_port_parts,
@@ -196,7 +185,6 @@ PORTS = Family(
 #
 # One grouped convolution makes the branches, radix-major in its channels. The logits come grouped
 # by cardinality: [B, cardinality, radix, C / cardinality]. At radix 1 the softmax is a sigmoid.
-
 
 # In the order that they are called, as far as a module has them.
 _RESNEST_CONV = ("conv", "bn0", "drop", "dropblock", "act0", "relu")
@@ -212,10 +200,6 @@ def _present(module: Any, names: tuple[str, ...]) -> list[nn.Module]:
     return [children[name] for name in names if name in children]
 
 
-def _resnest_maps(module: Any, x: Tensor) -> list[Tensor]:
-    return list(through(_present(module, _RESNEST_CONV), x).chunk(module.radix, 1))
-
-
 def _resnest_logits(module: Any, pooled: Tensor) -> Tensor:
     wide = through(_present(module, _RESNEST_MLP), unpooled(pooled))
     cardinality = first_conv(module.fc2).groups
@@ -226,7 +210,7 @@ def _resnest_logits(module: Any, pooled: Tensor) -> Tensor:
 SPLIT_ATTENTION = Family(
     name="ResNeSt split attention",
     recognises=lambda module: _is_split_attention(module) and module.radix > 1,
-    maps=_resnest_maps,
+    maps=lambda module, x: through(_present(module, _RESNEST_CONV), x).chunk(module.radix, 1),
     logits=_resnest_logits,
     example=lambda module: (images(first_conv(module.conv).in_channels),),
     stacks=False,
@@ -275,14 +259,11 @@ SK_FUSION = Family(
 #
 # ``main_conv`` makes both branches at once, [B, 2 * C, H, W]; ``mixing_conv`` is the MLP.
 
-_SIMCLR_M = 2
-
-
 SIMCLR = Family(
     name="SimCLRv2 SK convolution",
     recognises=lambda module: has(module, "main_conv", "mixing_conv"),
-    maps=lambda module, x: module.main_conv(x).chunk(_SIMCLR_M, 1),
-    logits=lambda module, pooled: branch_major(module.mixing_conv(unpooled(pooled)), _SIMCLR_M),
+    maps=lambda module, x: module.main_conv(x).chunk(2, 1),
+    logits=lambda module, pooled: branch_major(module.mixing_conv(unpooled(pooled)), 2),
     example=lambda module: (images(first_conv(module.main_conv).in_channels),),
 )
 
@@ -290,9 +271,6 @@ SIMCLR = Family(
 # The reweighting of three spatial mixers: CycleMLP and Vision Permutator, on maps [B, H, W, C].
 #
 # ``reweight`` gives logits [B, C, 3]; ``proj`` and ``proj_drop`` follow.
-
-_MIXERS = 3
-
 
 _MIXED = ("mlp_c", "reweight", "proj", "proj_drop")
 
@@ -303,7 +281,7 @@ def _channels_first(x: Tensor) -> Tensor:
 
 def _reweight_logits(module: Any, pooled: Tensor) -> Tensor:
     wide: Tensor = module.reweight(pooled)
-    return wide.reshape(*pooled.shape, _MIXERS).transpose(1, 2)
+    return wide.reshape(*pooled.shape, 3).transpose(1, 2)
 
 
 def _cycle_maps(module: Any, x: Tensor) -> list[Tensor]:
@@ -312,16 +290,16 @@ def _cycle_maps(module: Any, x: Tensor) -> list[Tensor]:
 
 
 def _permutator_maps(module: Any, x: Tensor) -> list[Tensor]:
-    B, H, W, C = x.shape
-    segments = x.reshape(B, H, W, module.segment_dim, -1)
-    # A linear layer over height and the channels of a segment; then the same over width.
-    tall = segments.permute(0, 3, 2, 1, 4)
-    h = module.mlp_h(tall.reshape(B, module.segment_dim, W, -1))
-    h = h.reshape(tall.shape).permute(0, 3, 2, 1, 4).reshape(B, H, W, C)
-    broad = segments.permute(0, 1, 3, 2, 4)
-    w = module.mlp_w(broad.reshape(B, H, module.segment_dim, -1))
-    w = w.reshape(broad.shape).permute(0, 1, 3, 2, 4).reshape(B, H, W, C)
+    segments = x.reshape(*x.shape[:3], module.segment_dim, -1)
+    h, w = _mixed(module.mlp_h, segments, 1), _mixed(module.mlp_w, segments, 2)
     return [_channels_first(part) for part in (h, w, module.mlp_c(x))]
+
+
+def _mixed(mlp: nn.Module, segments: Tensor, axis: int) -> Tensor:
+    """Applies a linear layer over one axis of space and the channels of a segment."""
+    turned = segments.transpose(axis, 3)
+    mixed: Tensor = mlp(turned.flatten(3)).reshape(turned.shape)
+    return mixed.transpose(axis, 3).flatten(3)
 
 
 def _maps_of(module: Any, side: int) -> Tensor:

@@ -127,7 +127,9 @@ def restore(model: nn.Module) -> Report:
     for path, module in model.named_modules():
         if isinstance(module, Accelerated):
             rows.append(Row(path, module._skt_family.name, "restored"))
-            _unswap(module)
+            for name in [name for name in vars(module) if name.startswith("_skt_")]:
+                delattr(module, name)
+            module.__class__ = _restored_class(cast(Any, type(module)))
     return Report(tuple(rows))
 
 
@@ -136,20 +138,33 @@ class _Part:
     """A module that the swap relied on: the swapped one or one inside it.
 
     Attributes:
-        path: its name in the swapped module.
+        path: the names that lead to it from the swapped module.
         module: itself.
-        kind: its class, looked at by torch.compile, which knows the others by their guards.
         children: its children.
+        kind: its class.
         settings: its plain attributes, where they are not read by calling it.
         methods: what its forward calls of its class, likewise.
     """
 
-    path: str
+    path: tuple[str, ...]
     module: nn.Module
-    kind: type[nn.Module]
     children: tuple[nn.Module | None, ...]
+    kind: type
     settings: tuple[tuple[str, Any], ...]
     methods: tuple[tuple[str, Any], ...]
+
+    def describes(self, module: nn.Module) -> bool:
+        """Compares as torch.compile can guard on: by class, since a child is no constant."""
+        return (
+            _own_class(module) is self.kind
+            and all(getattr(module, name, None) == value for name, value in self.settings)
+            and all(_function(module, name) is method for name, method in self.methods)
+        )
+
+    def is_as_it_was(self) -> bool:
+        """Compares the module itself, outside of torch.compile."""
+        same = tuple(self.module._modules.values()) == self.children
+        return same and (not (self.settings or self.methods) or self.describes(self.module))
 
 
 class Accelerated(nn.Module):
@@ -174,13 +189,10 @@ class Accelerated(nn.Module):
         """Tells whether the family computes what the module is now; compares anew on a change."""
         if torch.compiler.is_dynamo_compiling():
             return self._skt_checked.reason is None and all(
-                _is_as(_below(self, part.path), part) for part in self._skt_parts
+                part.describes(_below(self, part.path)) for part in self._skt_parts
             )
-        for part in self._skt_parts:
-            same = tuple(part.module._modules.values()) == part.children
-            if not same or ((part.settings or part.methods) and not _is_set(part)):
-                _look_at(self, check(self, self._skt_family, self._skt_original))
-                break
+        if not all(part.is_as_it_was() for part in self._skt_parts):
+            _look_at(self, check(self, self._skt_family, self._skt_original))
         return self._skt_checked.reason is None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -207,7 +219,8 @@ def _tried(path: str, module: nn.Module) -> Row | None:
     if found is None or isinstance(found, str):
         return None if found is None else Row(path, type(module).__name__, "left", found)
     family, checked = found
-    _swap(module, family, checked)
+    _look_at(module, checked)
+    module.__class__ = _accelerated_class(cast(Any, type(module)), family)
     remark = "" if family.stacks else "its own forward under torch.compile without kernels"
     return Row(path, family.name, "accelerated", remark)
 
@@ -226,28 +239,29 @@ def _contains(outer: str, inner: str) -> bool:
     return not outer or inner == outer or inner.startswith(f"{outer}.")
 
 
-def _swap(module: Any, family: Family, checked: Checked) -> None:
-    _look_at(module, checked)
-    module.__class__ = _accelerated_class(cast(Any, type(module)), family)
-
-
 def _look_at(module: Any, checked: Checked) -> None:
     """Keeps ``checked`` and what it was found for."""
     module._skt_checked = checked
     module._skt_silent = tuple(module.get_submodule(path) for path in checked.silent)
     parts = []
     for path, child in module.named_modules():
-        read = child is module or path in checked.silent
-        children = tuple(child._modules.values())
-        if read or children:
-            settings, methods = (_settings(child), _methods(child)) if read else ((), ())
-            if child is module:  # `forward` itself asks for it
+        names, children = tuple(path.split(".") if path else ()), tuple(child._modules.values())
+        is_read = child in (module, *module._skt_silent)
+        if is_read or children:
+            settings, methods = (_settings(child), _methods(child)) if is_read else ((), ())
+            if child is module:  # its new forward asks for that of its class
                 methods = tuple(method for method in methods if method[0] != "forward")
-            parts.append(_Part(path, child, _own_class(child), children, settings, methods))
+            parts.append(_Part(names, child, children, _own_class(child), settings, methods))
     module._skt_parts = tuple(parts)
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
+def _below(module: Any, names: tuple[str, ...]) -> Any:
+    for name in names:
+        module = module._modules[name]
+    return module
+
+
+def _own_class(module: Any) -> Any:
     return getattr(module, "_skt_original", type(module))
 
 
@@ -265,40 +279,16 @@ def _is_plain(value: Any) -> bool:
 
 
 def _methods(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    forward = _own_class(module).forward
-    names = {"forward", *getattr(getattr(forward, "__code__", None), "co_names", ())}
-    found = [(name, _method(module, _own_class(module), name)) for name in sorted(names)]
+    """Returns the functions of ``module`` that its own forward names."""
+    code = getattr(_own_class(module).forward, "__code__", None)
+    names = {"forward", *getattr(code, "co_names", ())}
+    found = [(name, _function(module, name)) for name in sorted(names)]
     return tuple((name, method) for name, method in found if inspect.isroutine(method))
 
 
-def _function(method: Any) -> Any:
+def _function(module: nn.Module, name: str) -> Any:
+    method = getattr(module, name, None)
     return getattr(method, "__func__", method)
-
-
-def _method(module: nn.Module, cls: type[nn.Module], name: str) -> Any:
-    return module.__dict__.get(name, getattr(cls, name, None))
-
-
-def _is_set(part: _Part) -> bool:
-    state = part.module.__dict__
-    return all(state.get(name) == value for name, value in part.settings) and all(
-        _method(part.module, part.kind, name) is method for name, method in part.methods
-    )
-
-
-def _is_as(module: nn.Module, part: _Part) -> bool:
-    """Compares in a way that torch.compile guards on: by class, since a child is no constant."""
-    return (
-        _own_class(module) is part.kind
-        and all(getattr(module, name, None) == value for name, value in part.settings)
-        and all(_function(getattr(module, k)) is _function(v) for k, v in part.methods)
-    )
-
-
-def _below(module: nn.Module, path: str) -> Any:
-    for name in path.split(".") if path else ():
-        module = cast(nn.Module, module._modules[name])
-    return module
 
 
 @functools.cache
@@ -327,7 +317,7 @@ def _accelerated_class(original: Any, family: Family) -> Any:
         "__doc__": original.__doc__,
         "_skt_family": family,
         "_skt_original": original,
-        # Of an instance that another way than `_swap` made; it runs its own forward.
+        # Of an instance that was made in another way; it runs its own forward.
         "_skt_checked": Checked("it was not compared"),
         "_skt_silent": (),
         "_skt_parts": (),
@@ -345,12 +335,6 @@ def _bound(
     if len(args) + len(kwargs) != len(names) or given.keys() != set(names):
         return None
     return tuple(given[name] for name in names)
-
-
-def _unswap(module: Any) -> None:
-    for name in [name for name in vars(module) if name.startswith("_skt_")]:
-        delattr(module, name)
-    module.__class__ = _restored_class(cast(Any, type(module)))
 
 
 @functools.cache
@@ -372,11 +356,7 @@ def _new(original: Any, family: Family) -> Any:
 
 
 def check_model(model: nn.Module) -> None:
-    """Checks that ``model`` is a module whose class can be told.
-
-    Raises:
-        TypeError: it is not a module, or TorchScript's.
-    """
+    """Raises TypeError where ``model`` is no module, or TorchScript's, whose class is not told."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):

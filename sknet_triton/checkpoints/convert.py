@@ -6,12 +6,12 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sknet_triton.checkpoints.layouts import HEAD, LAYOUTS, Layout, LayoutName, renamer
+from sknet_triton.checkpoints.layouts import LAYOUTS, Layout, LayoutName, renamer
 
 Source = Literal[LayoutName, "auto"]
 
@@ -52,35 +52,23 @@ def convert_state_dict(
         ValueError: the layout is not found or not the only one; a key has no place in the target,
             or is unknown to the source and would mean something to the target.
     """
-    wanted = layout_called("target", target)
-    tensors = unwrap(state_dict)
-    layout, prefix = detect(tensors, source)
-    known, unknown = _renamed(tensors, layout, prefix)
-    converted = _laid_out(join_heads(known), wanted)
-    meant = renamer(wanted)
-    for key in unknown:
-        if meant(key) is not None:
+    wanted = _layout_called("target", target)
+    tensors = _unwrapped(state_dict)
+    layout, prefix = _detected(tensors, source)
+    rename, meant = renamer(layout), renamer(wanted)
+    known, unknown = {}, {}
+    for key, tensor in tensors.items():
+        name = rename(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if name is not None:
+            known[name] = tensor
+        elif meant(key) is not None:
             raise ValueError(
                 f"state_dict: {key!r} is unknown to the layout {layout.name!r} under {prefix!r}, "
                 f"and {target!r} would take it for its own; remove or rename it"
             )
-    return {**converted, **unknown}
-
-
-def _renamed(
-    tensors: Mapping[str, Tensor], layout: Layout, prefix: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns what the layout knows with this package's keys, and the rest as it is."""
-    rename = renamer(layout)
-    known, unknown = {}, {}
-    for key, tensor in tensors.items():
-        name = rename(key.removeprefix(prefix)) if key.startswith(prefix) else None
-        if name is None:
-            if not _is_counter(key, tensor, prefix):
-                unknown[key] = tensor
-        else:
-            known[name] = tensor
-    return known, unknown
+        elif not _is_counter(key, tensor, prefix):
+            unknown[key] = tensor
+    return {**_laid_out(_joined_heads(known), wanted), **unknown}
 
 
 def _is_counter(key: str, tensor: Tensor, prefix: str) -> bool:
@@ -92,7 +80,7 @@ def _is_counter(key: str, tensor: Tensor, prefix: str) -> bool:
 def _laid_out(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     rename = renamer(layout, back=True)
     placed, homeless = {}, []
-    for key, tensor in (split_heads(tensors) if HEAD in layout.modules else tensors).items():
+    for key, tensor in (_split_heads(tensors) if layout.has_heads else tensors).items():
         name = rename(key)
         if name is None or (key.endswith(".fc2.bias") and not layout.fc2_bias):
             homeless.append(key)
@@ -118,24 +106,17 @@ _HOLDERS = (
 )
 # Modules that torch.compile, activation checkpointing, FSDP, Lightning and the data-parallel and
 # averaging wrappers put around a network or a part of it.
-_WRAPPERS = frozenset(
-    (
-        "_orig_mod",
-        "_checkpoint_wrapped_module",
-        "_fsdp_wrapped_module",
-        "_forward_module",
-        "module",
-    )
-)
+_WRAPPERS = {
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "_forward_module",
+    "module",
+}
 
 
-def unwrap(checkpoint: Any) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint without the names of wrappers within their keys.
-
-    Raises:
-        TypeError: ``checkpoint`` is no mapping from strings.
-        ValueError: it holds no state dict or several, or something other than dense tensors.
-    """
+def _unwrapped(checkpoint: Any) -> dict[str, Tensor]:
+    """Returns the tensors of a checkpoint without the names of wrappers within their keys."""
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"state_dict: expected a mapping, got {type(checkpoint).__name__}")
     held = dict(_networks(checkpoint, ())) or {
@@ -148,7 +129,7 @@ def unwrap(checkpoint: Any) -> dict[str, Tensor]:
         )
     (state_dict,) = held.values() or (checkpoint,)
     if state_dict is not checkpoint:
-        return unwrap(state_dict)
+        return _unwrapped(state_dict)
     tensors: dict[str, Tensor] = {}
     for key, value in checkpoint.items():
         # What a wrapper counts beside the tensors.
@@ -192,55 +173,33 @@ def _check_entry(key: Any, value: Any) -> None:
         )
 
 
-class Found(NamedTuple):
-    """A layout, and what its keys begin with: empty, or such as ``module.`` or ``encoder.``."""
-
-    layout: Layout
-    prefix: str
-
-
-def layout_called(argument: str, name: str) -> Layout:
-    """Returns the layout of that name.
-
-    Raises:
-        ValueError: there is none; ``argument`` says where ``name`` was given.
-    """
-    for layout in LAYOUTS.values():
-        if layout.name == name:
-            return layout
-    names = ", ".join(map(repr, get_args(LayoutName)))
-    raise ValueError(f"{argument}: expected one of {names}, got {name!r}")
+def _layout_called(argument: str, name: str) -> Layout:
+    if name not in LAYOUTS:
+        names = ", ".join(map(repr, LAYOUTS))
+        raise ValueError(f"{argument}: expected one of {names}, got {name!r}")
+    return LAYOUTS[name]
 
 
-def detect(keys: Collection[str], source: str) -> Found:
-    """Finds the layout of ``keys`` by its mark: ``source``, or for ``"auto"`` the one that fits.
-
-    Raises:
-        ValueError: ``source`` is unknown; no layout fits, or several, or one under several
-            prefixes.
-    """
-    wanted = LAYOUTS.values() if source == "auto" else [layout_called("source", source)]
+def _detected(keys: Collection[str], source: str) -> tuple[Layout, str]:
+    """Returns the layout of ``keys``, told by its mark, and what comes before it."""
+    wanted = LAYOUTS.values() if source == "auto" else [_layout_called("source", source)]
     found = [
-        Found(layout, key.removesuffix(layout.mark))
+        (layout, key.removesuffix(layout.mark))
         for layout in wanted
         for key in keys
         if f".{key}".endswith(f".{layout.mark}")
     ]
     if not found:
         looked_for = "".join(f"\n  {layout.name}: {layout.mark}" for layout in wanted)
+        first = ", ".join([*keys][:5]) + (", ..." if len(keys) > 5 else "")
         raise ValueError(
             f"state_dict: no layout of an SKNet found for source={source!r}. Looked for a key, "
-            f"after any prefix:{looked_for}\nin {len(keys)} keys: {_first(keys)}"
+            f"after any prefix:{looked_for}\nin {len(keys)} keys: {first}"
         )
     if len(found) > 1:
         places = ", ".join(f"{layout.name} under {prefix!r}" for layout, prefix in found)
         raise ValueError(f"state_dict: expected one network, got {len(found)}: {places}")
     return found[0]
-
-
-def _first(keys: Collection[str], most: int = 5) -> str:
-    shown = ", ".join(list(keys)[:most])
-    return f"{shown}, ..." if len(keys) > most else shown
 
 
 # fc2 as one convolution or as a head a branch. A bias of zeros is none: it goes when heads are
@@ -250,12 +209,8 @@ _HEAD = re.compile(r"(?P<fc2>stages\.\d+\.\d+\.sk\.fc2)\.(?P<branch>\d+)\.(?P<le
 _FC2 = re.compile(r"(?P<sk>stages\.\d+\.\d+\.sk)\.fc2\.weight")
 
 
-def join_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Joins ``fc2.0``, ``fc2.1``, ... of every unit to ``fc2``, whose rows are branch-major.
-
-    Raises:
-        ValueError: the heads of a unit are not counted from 0, or differ in shape.
-    """
+def _joined_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Joins ``fc2.0``, ``fc2.1``, ... of every unit to ``fc2``, whose rows are branch-major."""
     joined, heads = {}, dict[str, dict[int, Tensor]]()
     for key, tensor in tensors.items():
         match = _HEAD.fullmatch(key)
@@ -274,12 +229,8 @@ def join_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def split_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Splits every ``fc2`` into ``fc2.0``, ``fc2.1``, ..., each with a bias.
-
-    Raises:
-        ValueError: the rows of an fc2 cannot be dealt out to the branches of its unit.
-    """
+def _split_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Splits every ``fc2`` into ``fc2.0``, ``fc2.1``, ..., each with a bias."""
     split = dict(tensors)
     for sk in _units(tensors):
         weight = split.pop(f"{sk}.fc2.weight")

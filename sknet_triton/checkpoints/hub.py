@@ -8,12 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sknet_triton.checkpoints.load import (
-    CheckpointMismatchError,
-    diff_states,
-    hints,
-    read_safetensors,
-)
+from sknet_triton.checkpoints.load import CheckpointMismatchError, diff_states, read_safetensors
 from sknet_triton.layers import SKUnit
 from sknet_triton.models import SKNet, StageSpec
 
@@ -110,7 +105,7 @@ class SKNetHub(
         model = cls(**from_config(config), device="meta")
         diff = diff_states(model.state_dict(), tensors)
         if diff:
-            raise CheckpointMismatchError(diff, hints(diff))
+            raise CheckpointMismatchError(diff)
         model.load_state_dict(tensors, assign=True)
         return model
 

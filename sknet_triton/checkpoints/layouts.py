@@ -34,158 +34,128 @@ class Layout:
     first: tuple[int, int, int] = (1, 0, 0)
     fc2_bias: bool = False
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether fc2 is one head a branch, which conversion joins and splits."""
+        return f"{_UNIT}.sk.fc2.{{branch}}" in self.modules
+
 
 _UNIT = "stages.{stage}.{unit}"
-_BRANCH = f"{_UNIT}.sk.branches.{{branch}}"
-# fc2 as one head a branch: conversion joins the heads to this package's fc2.
-FC2, HEAD = f"{_UNIT}.sk.fc2", f"{_UNIT}.sk.fc2.{{branch}}"
 
 
-def _blocks(paths: Mapping[str, str], conv: str, bn: str) -> dict[str, str]:
-    """Completes paths of blocks, which hold a convolution and its batch norm."""
-    ends = (("conv", conv), ("bn", bn))
-    return {f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in paths.items() for a, b in ends}
+def _modules(stem: str, unit: str, inside: Mapping[str, str], head: str) -> dict[str, str]:
+    """Completes the paths inside a unit, and spells blocks out.
 
-
-_OURS = (
-    "stem",
-    f"{_UNIT}.reduce",
-    _BRANCH,
-    f"{_UNIT}.sk.fc1",
-    f"{_UNIT}.increase",
-    f"{_UNIT}.shortcut",
-)
-
-_TIMM_UNIT = "layer{stage}.{unit}"
-_CV_UNIT = "features.stage{stage}.unit{unit}"
-_STAGED_UNIT = "stage_{stage}.{unit}"
+    A block holds a convolution and its batch norm: ``{kind}`` stands for conv and bn, ``{n}`` for
+    0 and 1.
+    """
+    paths = {"stem": stem, **{f"{_UNIT}.{a}": f"{unit}.{b}" for a, b in inside.items()}}
+    modules = {"head": head}
+    for ours, theirs in paths.items():
+        if "{kind}" in theirs or "{n}" in theirs:
+            for n, kind in enumerate(("conv", "bn")):
+                spelt = theirs.replace("{kind}", kind).replace("{n}", str(n))
+                modules[f"{ours}.{kind}"] = spelt
+        else:
+            modules[ours] = theirs
+    return modules
 
 
 def _staged(name: LayoutName, sk: str) -> Layout:
     """The two implementations with ``stage_1``, ``convs`` and a biased head a branch."""
-    return Layout(
-        name=name,
-        mark=f"stage_1.0.{sk}.convs.0.0.weight",
-        modules={
-            **_blocks(
-                {
-                    "stem": "basic_conv",
-                    f"{_UNIT}.reduce": f"{_STAGED_UNIT}.conv1",
-                    _BRANCH: f"{_STAGED_UNIT}.{sk}.convs.{{branch}}",
-                    f"{_UNIT}.sk.fc1": f"{_STAGED_UNIT}.{sk}.fc",
-                    f"{_UNIT}.increase": f"{_STAGED_UNIT}.conv3",
-                    f"{_UNIT}.shortcut": f"{_STAGED_UNIT}.shortcut",
-                },
-                "0",
-                "1",
-            ),
-            HEAD: f"{_STAGED_UNIT}.{sk}.fcs.{{branch}}",
-            "head": "classifier",
-        },
-        fc2_bias=True,
-    )
+    inside = {
+        "reduce": "conv1.{n}",
+        "sk.branches.{branch}": f"{sk}.convs.{{branch}}.{{n}}",
+        "sk.fc1": f"{sk}.fc.{{n}}",
+        "sk.fc2.{branch}": f"{sk}.fcs.{{branch}}",
+        "increase": "conv3.{n}",
+        "shortcut": "shortcut.{n}",
+    }
+    modules = _modules("basic_conv.{n}", "stage_{stage}.{unit}", inside, "classifier")
+    return Layout(name, f"stage_1.0.{sk}.convs.0.0.weight", modules, fc2_bias=True)
 
 
-LAYOUTS: Mapping[LayoutName, Layout] = {
+_OURS = {
+    "reduce": "reduce.{kind}",
+    "sk.branches.{branch}": "sk.branches.{branch}.{kind}",
+    "sk.fc1": "sk.fc1.{kind}",
+    "sk.fc1.norm": "sk.fc1.norm",
+    "sk.fc2": "sk.fc2",
+    "increase": "increase.{kind}",
+    "shortcut": "shortcut.{kind}",
+}
+_TIMM = {
+    "reduce": "conv1.{kind}",
+    "sk.branches.{branch}": "conv2.paths.{branch}.{kind}",
+    "sk.fc1.conv": "conv2.attn.fc_reduce",
+    "sk.fc1.bn": "conv2.attn.bn",
+    "sk.fc2": "conv2.attn.fc_select",
+    "increase": "conv3.{kind}",
+    "shortcut": "downsample.{n}",
+}
+_PORTS = {
+    "reduce": "conv1.{n}",
+    "sk.branches.{branch}": "conv2.conv.{branch}.{n}",
+    "sk.fc1": "conv2.fc1.{n}",
+    "sk.fc2": "conv2.fc2",
+    "increase": "conv3.{n}",
+    "shortcut": "downsample.{n}",
+}
+_PYTORCHCV = {
+    "reduce": "body.conv1.{kind}",
+    "sk.branches.{branch}": "body.conv2.branches.branch{branch}.{kind}",
+    "sk.fc1": "body.conv2.fc1.{kind}",
+    "sk.fc2": "body.conv2.fc2",
+    "increase": "body.conv3.{kind}",
+    "shortcut": "identity_conv.{kind}",
+}
+_INSIGHT = {
+    "reduce": "{kind}1",
+    "sk.branches.0": "{kind}2",
+    "sk.branches.1": "{kind}2g",
+    "sk.fc1": "{kind}_fc1",
+    "sk.fc2": "conv_fc2",
+    "increase": "{kind}3",
+    "shortcut": "downsample.{n}",
+}
+
+LAYOUTS: Mapping[str, Layout] = {
     layout.name: layout
     for layout in (
         Layout(
-            name="sknet_triton",
-            mark="stages.0.0.sk.branches.0.conv.weight",
-            modules={
-                **_blocks({path: path for path in _OURS}, "conv", "bn"),
-                f"{_UNIT}.sk.fc1.norm": f"{_UNIT}.sk.fc1.norm",
-                FC2: FC2,
-                "head": "head",
-            },
+            "sknet_triton",
+            "stages.0.0.sk.branches.0.conv.weight",
+            _modules("stem.{kind}", _UNIT, _OURS, "head"),
             first=(0, 0, 0),
             fc2_bias=True,
         ),
         Layout(
-            name="timm",
-            mark="layer1.0.conv2.paths.0.conv.weight",
-            modules={
-                "stem.conv": "conv1",
-                "stem.bn": "bn1",
-                **_blocks(
-                    {
-                        f"{_UNIT}.reduce": f"{_TIMM_UNIT}.conv1",
-                        _BRANCH: f"{_TIMM_UNIT}.conv2.paths.{{branch}}",
-                        f"{_UNIT}.increase": f"{_TIMM_UNIT}.conv3",
-                    },
-                    "conv",
-                    "bn",
-                ),
-                f"{_UNIT}.sk.fc1.conv": f"{_TIMM_UNIT}.conv2.attn.fc_reduce",
-                f"{_UNIT}.sk.fc1.bn": f"{_TIMM_UNIT}.conv2.attn.bn",
-                FC2: f"{_TIMM_UNIT}.conv2.attn.fc_select",
-                **_blocks({f"{_UNIT}.shortcut": f"{_TIMM_UNIT}.downsample"}, "0", "1"),
-                "head": "fc",
-            },
+            "timm",
+            "layer1.0.conv2.paths.0.conv.weight",
+            _modules("{kind}1", "layer{stage}.{unit}", _TIMM, "fc"),
         ),
         Layout(
-            name="ports",
-            mark="layer1.0.conv2.conv.0.0.weight",
-            modules={
-                **_blocks(
-                    {
-                        "stem": "conv",
-                        f"{_UNIT}.reduce": f"{_TIMM_UNIT}.conv1",
-                        _BRANCH: f"{_TIMM_UNIT}.conv2.conv.{{branch}}",
-                        f"{_UNIT}.sk.fc1": f"{_TIMM_UNIT}.conv2.fc1",
-                        f"{_UNIT}.increase": f"{_TIMM_UNIT}.conv3",
-                        f"{_UNIT}.shortcut": f"{_TIMM_UNIT}.downsample",
-                    },
-                    "0",
-                    "1",
-                ),
-                FC2: f"{_TIMM_UNIT}.conv2.fc2",
-                "head": "fc",
-            },
+            "ports",
+            "layer1.0.conv2.conv.0.0.weight",
+            _modules("conv.{n}", "layer{stage}.{unit}", _PORTS, "fc"),
         ),
         Layout(
-            name="pytorchcv",
-            mark="features.stage1.unit1.body.conv2.branches.branch2.conv.weight",
-            modules={
-                **_blocks(
-                    {
-                        "stem": "features.init_block.conv",
-                        f"{_UNIT}.reduce": f"{_CV_UNIT}.body.conv1",
-                        _BRANCH: f"{_CV_UNIT}.body.conv2.branches.branch{{branch}}",
-                        f"{_UNIT}.sk.fc1": f"{_CV_UNIT}.body.conv2.fc1",
-                        f"{_UNIT}.increase": f"{_CV_UNIT}.body.conv3",
-                        f"{_UNIT}.shortcut": f"{_CV_UNIT}.identity_conv",
-                    },
-                    "conv",
-                    "bn",
-                ),
-                FC2: f"{_CV_UNIT}.body.conv2.fc2",
-                "head": "output",
-            },
+            "pytorchcv",
+            "features.stage1.unit1.body.conv2.branches.branch2.conv.weight",
+            _modules(
+                "features.init_block.conv.{kind}",
+                "features.stage{stage}.unit{unit}",
+                _PYTORCHCV,
+                "output",
+            ),
             first=(1, 1, 2),
         ),
         _staged("developer0hye", "conv2_sk"),
         _staged("syt2", "conv2"),
         Layout(
-            name="pytorchinsight",
-            mark="layer1.0.conv2g.weight",
-            modules={
-                "stem.conv": "conv1",
-                "stem.bn": "bn1",
-                f"{_UNIT}.reduce.conv": f"{_TIMM_UNIT}.conv1",
-                f"{_UNIT}.reduce.bn": f"{_TIMM_UNIT}.bn1",
-                f"{_UNIT}.sk.branches.0.conv": f"{_TIMM_UNIT}.conv2",
-                f"{_UNIT}.sk.branches.0.bn": f"{_TIMM_UNIT}.bn2",
-                f"{_UNIT}.sk.branches.1.conv": f"{_TIMM_UNIT}.conv2g",
-                f"{_UNIT}.sk.branches.1.bn": f"{_TIMM_UNIT}.bn2g",
-                f"{_UNIT}.sk.fc1.conv": f"{_TIMM_UNIT}.conv_fc1",
-                f"{_UNIT}.sk.fc1.bn": f"{_TIMM_UNIT}.bn_fc1",
-                FC2: f"{_TIMM_UNIT}.conv_fc2",
-                f"{_UNIT}.increase.conv": f"{_TIMM_UNIT}.conv3",
-                f"{_UNIT}.increase.bn": f"{_TIMM_UNIT}.bn3",
-                **_blocks({f"{_UNIT}.shortcut": f"{_TIMM_UNIT}.downsample"}, "0", "1"),
-                "head": "fc",
-            },
+            "pytorchinsight",
+            "layer1.0.conv2g.weight",
+            _modules("{kind}1", "layer{stage}.{unit}", _INSIGHT, "fc"),
         ),
     )
 }
@@ -198,8 +168,7 @@ def renamer(layout: Layout, *, back: bool = False) -> Callable[[str], str | None
 
     It gives None for a key that is not in the layout's table. ``back`` is the other direction.
     """
-    pairs = [(theirs, ours) for ours, theirs in layout.modules.items()]
-    pairs = [(ours, theirs) for theirs, ours in pairs] if back else pairs
+    pairs = [(o, t) if back else (t, o) for o, t in layout.modules.items()]
     patterns = [(_pattern(known), wanted) for known, wanted in pairs]
     sign = 1 if back else -1
     steps = {name: sign * first for name, first in zip(_NUMBERS, layout.first, strict=True)}

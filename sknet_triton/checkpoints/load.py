@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,6 @@ Kind = Literal["missing", "unexpected", "different"]
 
 # As many lines as a terminal shows at once.
 _MOST_LINES = 20
-
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 class Entry(NamedTuple):
@@ -82,8 +80,7 @@ class StateDiff:
         return [row.key for row in self.rows if row.kind == kind]
 
     def __str__(self) -> str:
-        kinds: tuple[Kind, ...] = ("missing", "unexpected", "different")
-        counts = {kind: len(self.keys(kind)) for kind in kinds}
+        counts = {kind: len(self.keys(kind)) for kind in get_args(Kind)}
         head = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         lines = [head or "no differences", *map(str, self.rows[:_MOST_LINES])]
         if len(self) > _MOST_LINES:
@@ -98,17 +95,32 @@ class CheckpointMismatchError(ValueError):
         diff: every difference; the message shows the first.
     """
 
-    def __init__(self, diff: StateDiff, hints: tuple[str, ...] = ()) -> None:
+    def __init__(self, diff: StateDiff) -> None:
+        super().__init__(
+            "\n".join([f"the checkpoint does not fit the model: {diff}", *_hints(diff)])
+        )
         self.diff = diff
-        text = "\n".join([f"the checkpoint does not fit the model: {diff}", *hints])
-        super().__init__(text)
-        self.hints = hints
 
-    def __reduce__(
-        self,
-    ) -> tuple[type["CheckpointMismatchError"], tuple[StateDiff, tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type["CheckpointMismatchError"], tuple[StateDiff]]:
         # The default would call the class with the message.
-        return type(self), (self.diff, self.hints)
+        return type(self), (self.diff,)
+
+
+def _hints(diff: StateDiff) -> Iterator[str]:
+    """Yields what a person can do about ``diff``, a line each."""
+    rows = {row.key: row for row in diff}
+    if rows.keys() == {"head.weight", "head.bias"}:
+        found, wanted = rows["head.weight"].checkpoint, rows["head.weight"].model
+        yield (
+            f"only the head differs: num_classes is {found.shape[0] if found else 0} in the "
+            f"checkpoint and {wanted.shape[0] if wanted else 0} in the model; strict=False loads "
+            "all the rest"
+        )
+    if any(key.endswith(".sk.fc2.bias") for key in diff.keys("unexpected")):
+        yield (
+            "fc2 of SKConv has no bias: fold_fc2_bias(convert_state_dict(...)) moves it into one "
+            "more channel of fc1, for which d of a StageSpec makes room"
+        )
 
 
 def diff_states(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> StateDiff:
@@ -117,25 +129,19 @@ def diff_states(model: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -
     A count of batches that the checkpoint lacks is no difference: PyTorch before 0.4.1 had none.
     """
     rows = []
-    for key, tensor in model.items():
-        found = checkpoint.get(key)
-        if found is None:
-            if not key.endswith(".num_batches_tracked"):
-                rows.append(Difference(key, _entry(tensor), None))
-        elif not _fits(tensor, found):
-            rows.append(Difference(key, _entry(tensor), _entry(found)))
-    extra = [key for key in checkpoint if key not in model]
-    rows += [Difference(key, None, _entry(checkpoint[key])) for key in extra]
+    for key in (*model, *(key for key in checkpoint if key not in model)):
+        wanted, found = (
+            None if key not in state else Entry(tuple(state[key].shape), state[key].dtype)
+            for state in (model, checkpoint)
+        )
+        if wanted is None or found is None:
+            differs = found is not None or not key.endswith(".num_batches_tracked")
+        else:
+            same_kind = wanted.dtype.is_floating_point == found.dtype.is_floating_point
+            differs = wanted.shape != found.shape or not same_kind
+        if differs:
+            rows.append(Difference(key, wanted, found))
     return StateDiff(tuple(rows))
-
-
-def _fits(tensor: Tensor, found: Tensor) -> bool:
-    same_kind = tensor.is_floating_point() == found.is_floating_point()
-    return tensor.shape == found.shape and same_kind
-
-
-def _entry(tensor: Tensor) -> Entry:
-    return Entry(tuple(tensor.shape), tensor.dtype)
 
 
 def load_checkpoint(
@@ -165,13 +171,13 @@ def load_checkpoint(
             `read_checkpoint`; or ``model`` has other names, or is on the meta device.
     """
     state = _state(model)
+    state_dict: Any = checkpoint
     if isinstance(checkpoint, (str, os.PathLike)):
-        tensors = convert_state_dict(read_checkpoint(checkpoint), source)
-    else:
-        tensors = convert_state_dict(checkpoint, source)
+        state_dict = read_checkpoint(checkpoint)
+    tensors = convert_state_dict(state_dict, source)
     diff = diff_states(state, tensors)
     if diff and strict:
-        raise CheckpointMismatchError(diff, hints(diff))
+        raise CheckpointMismatchError(diff)
     differing = {row.key for row in diff}
     model.load_state_dict({k: v for k, v in tensors.items() if k not in differing}, strict=False)
     return diff
@@ -192,30 +198,6 @@ def _state(model: nn.Module) -> Mapping[str, Tensor]:
             "model.to_empty(device=...) gives it some"
         )
     return state
-
-
-def hints(diff: StateDiff) -> tuple[str, ...]:
-    """Returns what a person can do about ``diff``, a line each."""
-    return (*_about_head(diff), *_about_bias(diff))
-
-
-def _about_head(diff: StateDiff) -> Iterator[str]:
-    rows = {row.key: row for row in diff}
-    if rows.keys() != {"head.weight", "head.bias"}:
-        return
-    found, wanted = rows["head.weight"].checkpoint, rows["head.weight"].model
-    yield (
-        f"only the head differs: num_classes is {found.shape[0] if found else 0} in the checkpoint "
-        f"and {wanted.shape[0] if wanted else 0} in the model; strict=False loads all the rest"
-    )
-
-
-def _about_bias(diff: StateDiff) -> Iterator[str]:
-    if any(key.endswith(".sk.fc2.bias") for key in diff.keys("unexpected")):
-        yield (
-            "fc2 of SKConv has no bias: fold_fc2_bias(convert_state_dict(...)) moves it into one "
-            "more channel of fc1, for which d of a StageSpec makes room"
-        )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
@@ -240,10 +222,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         )
     with path.open("rb") as file:
         head = file.read(9)
-    if head.startswith((_ZIP, _PICKLE)):
+    if head.startswith((b"PK\x03\x04", b"\x80")):  # a zip file or a pickle
         return _read_torch(path)
-    # A header of JSON after its length in eight bytes.
-    if head[8:] == b"{":
+    if head[8:] == b"{":  # a header of JSON after its length in eight bytes
         return read_safetensors(path)
     raise ValueError(
         f"{path}: expected a safetensors file or one that torch.save wrote, got "
@@ -251,7 +232,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     )
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file onto the CPU; raises as `read_checkpoint`."""
     try:
         import safetensors
