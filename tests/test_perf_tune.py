@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,8 +23,8 @@ from perf.rows.schema import Timing
 from perf.rows.store import open_store
 from perf.static import trials
 from perf.static.aot import Compiled, Resources
-from perf.static.specialisations import LAYOUTS, Setting
-from perf.static.trials import TRIALS, AnyConfig, AnyKernel, Inputs, Subject
+from perf.static.specialisations import LAYOUTS, Setting, inputs
+from perf.static.trials import AnyConfig, AnyKernel, Given, Subject
 from perf.sweep import measure, tuning
 from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError
 from sknet_kernels import arguments, tuned
@@ -125,7 +124,7 @@ def test_launchers_take_what_the_table_has(monkeypatch: pytest.MonkeyPatch) -> N
     subject = small(FUSE)[0]
     written(subject, LaunchConfig(8, 8, splits=2), tuned.table_path(H200.name))
     _forget()
-    config = arguments.configuration(FUSE, subject.setting.branches(), None)
+    config = arguments.configuration(FUSE, subject.setting.branches())
     assert config == LaunchConfig(8, 8, splits=2)
 
 
@@ -166,7 +165,7 @@ def test_every_candidate_of_every_kernel_is_right(kernel: AnyKernel) -> None:
         problem: Any = subject.problem(FEW)
         configs = kernel.candidates(problem, FEW)
         assert len(configs) >= (6 if isinstance(kernel, StreamingKernel) else 2)
-        given = Inputs.drawn(subject.setting)
+        given = inputs(subject.setting)
         assert tuning.judged(subject, configs, given, CPU) == list(configs)
 
 
@@ -181,16 +180,16 @@ def test_what_is_wrong_is_refused_before_it_is_timed(
     problem: Any = subject.problem(FEW)
     configs = SELECT.candidates(problem, FEW)[:3]
     bad = configs[0 if whose == "heuristics" else 1]
-    trial = TRIALS[SELECT]
+    run = Subject.run
 
-    def wrong(given: Inputs, config: LaunchConfig) -> tuple[Tensor, ...]:
-        (out,) = trial.run(given, config)
+    def wrong(subject: Subject, given: Given, config: AnyConfig) -> list[Tensor]:
+        (out,) = run(subject, given, config)
         if config == bad:
             out[-1, -1, -1] += fault * out.abs().max()  # one element of many
-        return (out,)
+        return [out]
 
-    monkeypatch.setitem(trials.TRIALS, SELECT, dataclasses.replace(trial, run=wrong))
-    given = Inputs.drawn(subject.setting)
+    monkeypatch.setattr(Subject, "run", wrong)
+    given = inputs(subject.setting)
     if whose == "heuristics":
         with pytest.raises(tuning.WrongError, match="result 0 off by"):
             tuning.judged(subject, configs, given, CPU)
@@ -213,12 +212,13 @@ def test_every_other_round_runs_backwards(monkeypatch: pytest.MonkeyPatch) -> No
     order: list[object] = []
 
     def sample(run: Any, *_: object) -> list[float]:
-        order.append(run.args[1] if isinstance(run, functools.partial) else run())
+        order.append(run())
         return [1.0]
 
     two = [LaunchConfig(8, 8), LaunchConfig(8, 16)]
     monkeypatch.setattr(measure, "sample", sample)
     monkeypatch.setattr(tuning, "judged", lambda *_: two)
+    monkeypatch.setattr(Subject, "prepared", lambda self, given, config: lambda: config)
     tuning.measured(small(FUSE)[0], dataclasses.replace(CONDITIONS, rounds=3))
     assert order == [*two, *two[::-1], *two]
     order.clear()

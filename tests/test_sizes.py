@@ -3,7 +3,7 @@
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -31,6 +31,7 @@ from sknet_triton import Backend, SKConv, functional, reference, use_backend
 from sknet_triton.reference import steps
 from tests.address_arithmetic import narrow_offsets
 from tests.helpers import BACKENDS, DEVICE, ROOT, source_environment
+from tests.launchers import select, select_bwd, tiled
 
 both = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -105,32 +106,28 @@ WHOLE = LaunchConfig(block_c=2, block_s=2, splits=1, num_warps=1)
 SPLIT = LaunchConfig(block_c=2, block_s=2, splits=2, num_warps=1)
 
 
-@pytest.mark.parametrize("far", FAR, ids=str)
-def test_fuse_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
-    values = [randn(i, *far.shape) for i in range(2)]
-    xs = tuple(tensors.far(x, far.strides) for x in values)
-    for config in (WHOLE, SPLIT):
-        close(sk_fuse_fwd(xs, config=config), reference.sk_fuse(values))
+both_tilings = pytest.mark.parametrize("config", [WHOLE, SPLIT], ids=["whole", "split"])
 
 
+@both_tilings
 @pytest.mark.parametrize("far", FAR, ids=str)
-def test_select_and_its_backward_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
+def test_fuse_and_select_beyond_2_to_the_31(
+    far: Far, config: LaunchConfig, tensors: Tensors
+) -> None:
     (B, C, _), values = far.shape, [randn(i, *far.shape) for i in range(2)]
     dout, logits = randn(8, *far.shape), randn(9, B, 2, C)
     xs = tuple(tensors.far(x, far.strides) for x in values)
-    zeros = torch.zeros_like(dout)
-    out, far_dout = tensors.far(zeros, far.strides), tensors.far(dout, far.strides)
-    dxs = tuple(tensors.far(zeros, far.strides) for _ in xs)
-    sk_select_fwd(out, xs, logits, config=WHOLE)
-    close(out, reference.sk_select(values, logits))
+    out, *dxs = (tensors.far(torch.zeros_like(dout), far.strides) for _ in range(3))
+    with tiled(config):
+        pooled = sk_fuse_fwd(xs)
+        sk_select_fwd(out, xs, logits)
+        dlogits = sk_select_bwd(tuple(dxs), tensors.far(dout, far.strides), xs, logits)
     exact_dxs, exact_dlogits = reference.sk_select_bwd(dout, values, logits)
-    for config in (WHOLE, SPLIT):
-        close(sk_select_bwd(dxs, far_dout, xs, logits, config=config), exact_dlogits)
-        for dx, exact in zip(dxs, exact_dxs, strict=True):
-            close(dx, exact)
-            dx.zero_()
+    exact = (reference.sk_fuse(values), reference.sk_select(values, logits), exact_dlogits)
+    all_close((pooled, out, dlogits, *dxs), (*exact, *exact_dxs))
 
 
+@both_tilings
 @pytest.mark.parametrize(
     ("shape", "strides"),
     [
@@ -141,17 +138,18 @@ def test_select_and_its_backward_beyond_2_to_the_31(far: Far, tensors: Tensors) 
     ids=["images", "branches", "channels"],
 )
 def test_logits_beyond_2_to_the_31(
-    shape: tuple[int, int, int], strides: tuple[int, int, int], tensors: Tensors
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    config: LaunchConfig,
+    tensors: Tensors,
 ) -> None:
     (B, M, C), logits = shape, randn(9, *shape)
     far_logits = tensors.far(logits, strides)
-    xs, dout = tuple(randn(i, B, C, 4) for i in range(M)), randn(8, B, C, 4)
-    out, dxs = torch.empty_like(dout), tuple(torch.empty_like(dout) for _ in range(M))
-    sk_select_fwd(out, xs, far_logits)
-    close(out, reference.sk_select(xs, logits))
-    for config in (WHOLE, SPLIT):
-        dlogits = sk_select_bwd(dxs, dout, xs, far_logits, config=config)
-        close(dlogits, reference.sk_select_bwd(dout, xs, logits)[1])
+    xs, dout = [randn(i, B, C, 4) for i in range(M)], randn(8, B, C, 4)
+    out = select(xs, far_logits, config=config)
+    _, dlogits = select_bwd(dout, xs, far_logits, config=config)
+    exact = reference.sk_select(xs, logits), reference.sk_select_bwd(dout, xs, logits)[1]
+    all_close((out, dlogits), exact)
 
 
 @pytest.mark.parametrize("far", FAR, ids=str)
@@ -166,13 +164,13 @@ def test_fuse_select_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
     norms = Norms(tuple(mean), tuple(var), tuple(gamma), tuple(beta), 0.0)
     logits, share, drift = randn(12, B, 2, C), randn(13, B, C).float(), randn(14, 2, 2, C).float()
 
-    close(sk_moments(xs, config=SPLIT)[0], steps.moments(values)[0])
-    sums = sk_fuse_select_sums(far_dout, xs, norms, config=SPLIT)
+    with tiled(SPLIT):
+        close(sk_moments(xs)[0], steps.moments(values)[0])
+        sums = sk_fuse_select_sums(far_dout, xs, norms)
     close(sums.sum(0), steps.sums(dout, values, norms))
-    sk_fuse_select_dx(dxs, far_dout, xs, norms, logits, share, drift, config=WHOLE)
-    exact_dxs = steps.dx(dout, values, logits.float(), norms, share, drift)
-    for dx, exact in zip(dxs, exact_dxs, strict=True):
-        close(dx, exact)
+    with tiled(WHOLE):
+        sk_fuse_select_dx(dxs, far_dout, xs, norms, logits, share, drift)
+    all_close(dxs, steps.dx(dout, values, logits.float(), norms, share, drift))
 
 
 def randn(seed: int, *shape: int) -> Tensor:
@@ -186,6 +184,11 @@ def close(actual: Tensor, exact: Tensor) -> None:
     eps = torch.finfo(actual.dtype).eps
     assert not torch.equal(exact, torch.zeros_like(exact))
     torch.testing.assert_close(actual, exact.to(actual.dtype), rtol=16 * eps, atol=16 * eps)
+
+
+def all_close(actual: Iterable[Tensor], exact: Iterable[Tensor]) -> None:
+    for x, expected in zip(actual, exact, strict=True):
+        close(x, expected)
 
 
 # --- the same in what the compiler makes --------------------------------------------------------

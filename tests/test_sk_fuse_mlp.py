@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perf.static.specialisations import chosen
 from sknet_kernels.norms import ChannelGradients, Norms, Running
 from sknet_kernels.sk_fuse_mlp import (
     sk_channels_bwd,
@@ -19,7 +20,7 @@ from sknet_kernels.sk_fuse_mlp import (
     sk_hidden_bwd,
     sk_logits,
 )
-from sknet_kernels.small import SmallConfig
+from sknet_kernels.small import CHANNELS_BWD, HIDDEN, HIDDEN_BWD, LOGITS, SmallConfig
 from tests.helpers import store_rounding
 
 EPS = 1e-5
@@ -69,6 +70,12 @@ CASES = (
 # Tiles so small that every loop of a kernel has several turns, the last of them partly filled.
 VECTOR_TILES = SmallConfig(block_b=2, block_c=32, block_d=8, block_p=2, num_warps=1)
 MATRIX_TILES = SmallConfig(16, block_c=4, block_d=16, block_n=16, block_r=4, num_warps=1)
+TILES = {
+    HIDDEN: VECTOR_TILES,
+    HIDDEN_BWD: VECTOR_TILES,
+    LOGITS: MATRIX_TILES,
+    CHANNELS_BWD: MATRIX_TILES,
+}
 EMPTY = MLPCase(0, 24, 5, 2, splits=2)
 
 
@@ -78,8 +85,6 @@ class Given:
 
     case: MLPCase
     device: torch.device
-    vector_tiles: SmallConfig | None = None
-    matrix_tiles: SmallConfig | None = None
 
     def small(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self.case.acc, device=self.device)
@@ -184,9 +189,7 @@ def given(request: pytest.FixtureRequest, device: torch.device) -> Given:
 
 
 def test_hidden(given: Given) -> None:
-    pooled, hidden = sk_hidden(
-        given.partials, S, given.fc1_weight, given.fc1_bias, config=given.vector_tiles
-    )
+    pooled, hidden = sk_hidden(given.partials, S, given.fc1_weight, given.fc1_bias)
     partials, weight = given.partials.double(), given.fc1_weight.double()
     exact, magnitude = partials.sum(0) / S, partials.abs().sum(0) / S
     assert_close("pooled", pooled, exact, magnitude)
@@ -200,12 +203,7 @@ def test_hidden(given: Given) -> None:
 def test_logits(given: Given) -> None:
     case, hidden = given.case, given.hidden.double()
     logits, stats, kept = sk_logits(
-        given.hidden,
-        given.fc1_norm,
-        given.fc2_weight,
-        given.fc2_bias,
-        case.M,
-        config=given.matrix_tiles,
+        given.hidden, given.fc1_norm, given.fc2_weight, given.fc2_bias, case.M
     )
     (mean,), (var,), (gamma,), (beta,), _ = given.fc1_norm
     if stats is None or kept is None:
@@ -239,11 +237,7 @@ def test_logits(given: Given) -> None:
 def test_hidden_bwd(given: Given) -> None:
     case = given.case
     sums, dlogits, dz = sk_hidden_bwd(
-        given.partial_sums,
-        given.logits,
-        given.norms,
-        given.fc2_weight,
-        config=given.vector_tiles,
+        given.partial_sums, given.logits, given.norms, given.fc2_weight
     )
     exact = given.partial_sums.double().sum(0)
     size = given.partial_sums.double().abs().sum(0)
@@ -277,26 +271,20 @@ def test_channels_bwd(given: Given) -> None:
 
 @pytest.mark.slow
 def test_many_tiles(device: torch.device) -> None:
-    tiled = Given(MLPCase(17, 36, 20, 2, splits=3), device, VECTOR_TILES, MATRIX_TILES)
-    test_hidden(tiled)
-    test_logits(tiled)
-    test_hidden_bwd(tiled)
-    test_channels_bwd(tiled)
+    given = Given(MLPCase(17, 36, 20, 2, splits=3), device)
+    for test in (test_hidden, test_logits, test_hidden_bwd, test_channels_bwd):
+        with chosen(TILES, device):
+            test(given)
 
 
 def test_running_statistics_move_once_in_many_tiles(device: torch.device) -> None:
-    given = Given(MLPCase(17, 36, 20, 2), device, VECTOR_TILES, MATRIX_TILES)
+    given = Given(MLPCase(17, 36, 20, 2), device)
     mean, var = torch.zeros(20, device=device), torch.ones(20, device=device)
     tracked = torch.tensor(3, device=device)
-    _, stats, kept = sk_logits(
-        given.hidden,
-        given.fc1_norm,
-        given.fc2_weight,
-        given.fc2_bias,
-        2,
-        Running((mean,), (var,), (tracked,), 0.25),
-        config=given.matrix_tiles,
-    )
+    running = Running((mean,), (var,), (tracked,), 0.25)
+    fc2 = (given.fc2_weight, given.fc2_bias)
+    with chosen(TILES, device):
+        _, stats, kept = sk_logits(given.hidden, given.fc1_norm, *fc2, 2, running)
     assert stats is not None
     assert kept is None
     hidden = given.hidden.double()
@@ -388,7 +376,6 @@ def channels_bwd(given: Given) -> ChannelGradients:
         S,
         given.case.batch_stats,
         given.case.fc1_batch_stats,
-        config=given.matrix_tiles,
     )
 
 

@@ -67,12 +67,8 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
     return torch.float32, tl.float32
 
 
-def configuration(
-    kernel: StreamingKernel, xs: Sequence[Tensor], config: LaunchConfig | None
-) -> LaunchConfig:
-    """Returns ``config``, or where it is None what suits the branches ``xs`` [B, C, *spatial]."""
-    if config is not None:
-        return config
+def configuration(kernel: StreamingKernel, xs: Sequence[Tensor]) -> LaunchConfig:
+    """Returns what suits the branches ``xs`` [B, C, *spatial]: how often sums are split, too."""
 
     def find() -> LaunchConfig:
         views = [as_bcs(x) for x in xs]
@@ -99,7 +95,6 @@ def streaming_launch(
     function: Any,
     kernel: StreamingKernel,
     *pointers: Pointer,
-    config: LaunchConfig | None = None,
     **options: Any,
 ) -> Launch:
     """Returns the launch of a kernel that reads branches ``x_ptrs`` tile by tile.
@@ -108,16 +103,15 @@ def streaming_launch(
         function: the ``triton.jit`` function. It takes ``pointers`` first, then what its signature
             names of these: ``strides`` of the full-size tensors in the order of `_FULL_SIZE`;
             ``logits_strides``; ``B``, ``C``, ``S``; ``splits`` of ``tiles`` tiles each; constants.
-        kernel: whose configuration is taken where ``config`` is None.
+        kernel: whose configuration is taken.
         pointers: as `Launch` has them; full-size ones are [B, C, *spatial] and lie evenly.
-        config: tile sizes and splits.
         options: whatever else it takes, by name.
     """
     named = dict(zip(function.arg_names, pointers, strict=False))
     full_size = [as_bcs(x) for name in _FULL_SIZE for x in _as_tuple(named.get(name, ()))]
     xs = _as_tuple(named["x_ptrs"])
     problem = problem_of(full_size, len(xs))
-    config = configuration(kernel, xs, config)
+    config = configuration(kernel, xs)
     strides = tuple(x.stride() for x in full_size)
     values = {
         # Of one alone where all have the same.
@@ -144,7 +138,6 @@ def small_launch(
     kernel: SmallKernel,
     shapes: Mapping[str, str],
     *pointers: Pointer,
-    config: SmallConfig | None = None,
     **options: Any,
 ) -> Launch:
     """Returns the launch of a kernel that reads no branch.
@@ -153,10 +146,9 @@ def small_launch(
         function: the ``triton.jit`` function. It takes ``pointers`` first, then what its signature
             names of these: ``weight_strides``, ``logits_strides``; ``B``, ``C``, ``d``, ``N`` =
             M * C, ``size`` = B * C; the parts of a sum, ``splits``; constants.
-        kernel: whose configuration is taken where ``config`` is None.
+        kernel: whose configuration is taken.
         shapes: of the pointers, by name, that settle the sizes: a letter an axis, ``k`` for parts.
         pointers: as `Launch` has them; the first is a tensor.
-        config: tile sizes.
         options: whatever else it takes, by name.
     """
     named: dict[str, Any] = dict(zip(function.arg_names, pointers, strict=False))
@@ -166,7 +158,7 @@ def small_launch(
         sizes |= zip(letters, x.shape, strict=True)
     B, C, M, d, k = (sizes[letter] for letter in "BCMdk")
     problem = SmallProblem(B, C, M, d, k, tensors[0].itemsize)
-    config = config or choice(kernel, problem, DeviceFacts.of(tensors[0].device))
+    config: SmallConfig = choice(kernel, problem, DeviceFacts.of(tensors[0].device))
     values = {"B": B, "C": C, "d": d, "N": M * C, "size": B * C, "splits": k, "NUM_BRANCHES": M}
     values |= {name.upper(): value for name, value in vars(config).items()}
     if "weight_ptr" in named:

@@ -12,7 +12,7 @@ from sknet_kernels.arguments import (
     small_launch,
     streaming_launch,
 )
-from sknet_kernels.config import FUSE, LaunchConfig
+from sknet_kernels.config import FUSE
 from sknet_kernels.jit import (
     known_strides,
     load_tile,
@@ -29,7 +29,7 @@ from sknet_kernels.jit import (
 from sknet_kernels.launch import launch
 from sknet_kernels.layout import positions
 from sknet_kernels.norms import Norms
-from sknet_kernels.small import FUSE_COMBINE, SmallConfig
+from sknet_kernels.small import FUSE_COMBINE
 
 
 @triton.jit(do_not_specialize=["B", "C", "S", "tiles", "splits"])
@@ -111,38 +111,26 @@ def _sk_fuse_combine_kernel(
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def sk_fuse_partials(
-    xs: tuple[Tensor, ...], norms: Norms | None, *, config: LaunchConfig | None = None
-) -> Tensor:
+def sk_fuse_partials(xs: tuple[Tensor, ...], norms: Norms | None) -> Tensor:
     """Launches fuse: M tensors [B, C, *spatial] -> partial sums [splits, B, C] in the sums' dtype.
 
     They are to be added in order; they are not divided by S. With ``norms`` the branches are
     normalised and rectified on the fly.
     """
-    x = xs[0]
-    config = configuration(FUSE, xs, config)
-    partial = x.new_empty((config.splits, *x.shape[:2]), dtype=accumulator(x.dtype)[0])
-    norm_ptrs, eps = norms and norms[:4], norms and norms.eps
-    launch(sk_fuse_launch, partial, xs, norm_ptrs, EPS=eps, config=config)
+    x, splits = xs[0], configuration(FUSE, xs).splits
+    partial = x.new_empty((splits, *x.shape[:2]), dtype=accumulator(x.dtype)[0])
+    launch(sk_fuse_launch, partial, xs, norms and norms[:4], EPS=norms and norms.eps)
     return partial
 
 
-def sk_fuse_fwd(
-    xs: tuple[Tensor, ...],
-    *,
-    reduction: str = "mean",
-    combine: SmallConfig | None = None,
-    config: LaunchConfig | None = None,
-) -> Tensor:
+def sk_fuse_fwd(xs: tuple[Tensor, ...], reduction: str = "mean") -> Tensor:
     """Launches fuse: M tensors [B, C, *spatial] -> [B, C] in their dtype.
 
-    ``reduction`` over space is "mean" or "sum"; ``combine`` is how partial sums are joined.
+    ``reduction`` over space is "mean" or "sum".
     """
     x = xs[0]
-    partial = sk_fuse_partials(xs, None, config=config)
-    out = x.new_empty(x.shape[:2])
-    mean = reduction == "mean"
-    launch(sk_fuse_combine_launch, out, partial, S=positions(x), MEAN=mean, config=combine)
+    partial, out = sk_fuse_partials(xs, None), x.new_empty(x.shape[:2])
+    launch(sk_fuse_combine_launch, out, partial, S=positions(x), MEAN=reduction == "mean")
     return out
 
 

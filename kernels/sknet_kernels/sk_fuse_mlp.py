@@ -34,7 +34,7 @@ from sknet_kernels.jit import (
 )
 from sknet_kernels.launch import launch
 from sknet_kernels.norms import ChannelGradients, Norms, Running, common_dtype
-from sknet_kernels.small import CHANNELS_BWD, HIDDEN, HIDDEN_BWD, LOGITS, SmallConfig
+from sknet_kernels.small import CHANNELS_BWD, HIDDEN, HIDDEN_BWD, LOGITS
 
 # Terms of dbeta_i and dgamma_i that are summed over images, those of a_i and those of share apart.
 DBETA_ATTN = tl.constexpr(0)
@@ -612,17 +612,12 @@ def _sk_channels_bwd_kernel(
 
 
 def sk_hidden(
-    partials: Tensor,
-    S: int,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    *,
-    config: SmallConfig | None = None,
+    partials: Tensor, S: int, fc1_weight: Tensor, fc1_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Launches the pooled average and fc1: partial sums [splits, B, C] -> [B, C] and [B, d]."""
     _, B, C = partials.shape
     pooled, hidden = partials.new_empty((B, C)), partials.new_empty((B, fc1_weight.shape[0]))
-    launch(sk_hidden_launch, pooled, hidden, partials, fc1_weight, fc1_bias, S=S, config=config)
+    launch(sk_hidden_launch, pooled, hidden, partials, fc1_weight, fc1_bias, S=S)
     return pooled, hidden
 
 
@@ -633,8 +628,6 @@ def sk_logits(
     fc2_bias: Tensor | None,
     M: int,
     running: Running | None = None,
-    *,
-    config: SmallConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Launches fc1's norm, ReLU and fc2: hidden [B, d] -> logits [B, M, C] and statistics.
 
@@ -648,31 +641,21 @@ def sk_logits(
     stats = hidden.new_empty((2, d)) if vectors[0] is None else None
     kept = hidden.new_empty((2, d)) if vectors[0] is None and running is None else None
     moved, momentum = _moved(running)
-    launch(
-        sk_logits_launch,
-        logits, stats, kept, moved, hidden, vectors, fc2_weight, fc2_bias,
-        EPS=fc1_norm.eps, keep=1 - momentum, momentum=momentum, config=config,
-    )  # fmt: skip
+    pointers = (logits, stats, kept, moved, hidden, vectors, fc2_weight, fc2_bias)
+    factors = {"keep": 1 - momentum, "momentum": momentum}
+    launch(sk_logits_launch, *pointers, EPS=fc1_norm.eps, **factors)
     return logits, stats, kept
 
 
 def sk_hidden_bwd(
-    partials: Tensor,
-    logits: Tensor,
-    norms: Norms,
-    fc2_weight: Tensor,
-    *,
-    config: SmallConfig | None = None,
+    partials: Tensor, logits: Tensor, norms: Norms, fc2_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward to z: [splits, 4, B, M, C] -> sums [4, B, M, C], dlogits, dz [B, d]."""
     sums = None if partials.shape[0] == 1 else partials.new_empty(partials.shape[1:])
     dlogits = torch.empty_like(logits)
     dz = logits.new_empty((logits.shape[0], fc2_weight.shape[1]))
-    launch(
-        sk_hidden_bwd_launch,
-        dlogits, dz, sums, partials, logits, norms.weight, norms.bias, fc2_weight,
-        config=config,
-    )  # fmt: skip
+    pointers = (dlogits, dz, sums, partials, logits, norms.weight, norms.bias, fc2_weight)
+    launch(sk_hidden_bwd_launch, *pointers)
     return partials[0] if sums is None else sums, dlogits, dz
 
 
@@ -692,8 +675,6 @@ def sk_channels_bwd(
     S: int,
     batch_stats: bool,
     fc1_batch_stats: bool,
-    *,
-    config: SmallConfig | None = None,
 ) -> ChannelGradients:
     """Launches what is left of the backward but the branches' gradients.
 
@@ -714,12 +695,10 @@ def sk_channels_bwd(
         fc2_weight=fc2_weight.new_empty(fc2_weight.shape),
         fc2_bias=_empty(fc2_bias),
     )
+    pointers = (sums, dlogits, dz, logits, pooled, hidden, vectors, fc1_weight, gradients)
     whole_d = max(16, next_power_of_two(hidden.shape[1]))
-    launch(
-        sk_channels_bwd_launch,
-        sums, dlogits, dz, logits, pooled, hidden, vectors, fc1_weight, gradients,
-        S=S, EPS=fc1_norm.eps, BATCH_STATS=fc1_batch_stats, WHOLE_D=whole_d, config=config,
-    )  # fmt: skip
+    options = {"EPS": fc1_norm.eps, "BATCH_STATS": fc1_batch_stats, "WHOLE_D": whole_d}
+    launch(sk_channels_bwd_launch, *pointers, S=S, **options)
     return gradients
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sknet_kernels.arguments import accumulator, configuration, streaming_launch
-from sknet_kernels.config import DX, SUMS, LaunchConfig
+from sknet_kernels.config import DX, SUMS
 from sknet_kernels.jit import (
     DBETA,
     DGAMMA,
@@ -177,19 +177,15 @@ def _sk_fuse_select_dx_kernel(
             store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, ALIGN, LAYOUT, dx)
 
 
-def sk_fuse_select_sums(
-    dout: Tensor, xs: tuple[Tensor, ...], norms: Norms, *, config: LaunchConfig | None = None
-) -> Tensor:
+def sk_fuse_select_sums(dout: Tensor, xs: tuple[Tensor, ...], norms: Norms) -> Tensor:
     """Launches the sums: dout and M tensors [B, C, *spatial] -> partial sums [splits, 4, B, M, C].
 
     They are to be added in order; the four are `DOUT_KEEP`, `KEEP`, `DOUT_KEEP_XHAT`, `KEEP_XHAT`.
     """
-    config = configuration(SUMS, xs, config)
     B, C = dout.shape[:2]
-    shape = (config.splits, NUM_SUMS.value, B, len(xs), C)
+    shape = (configuration(SUMS, xs).splits, NUM_SUMS.value, B, len(xs), C)
     partial = dout.new_empty(shape, dtype=accumulator(dout.dtype)[0])
-    pointers = (partial, dout, xs, norms[:4])
-    launch(sk_fuse_select_sums_launch, *pointers, EPS=norms.eps, config=config)
+    launch(sk_fuse_select_sums_launch, partial, dout, xs, norms[:4], EPS=norms.eps)
     return partial
 
 
@@ -201,8 +197,6 @@ def sk_fuse_select_dx(
     logits: Tensor,
     share: Tensor,
     drift: Tensor | None,
-    *,
-    config: LaunchConfig | None = None,
 ) -> None:
     """Launches the gradients of the branches: fills ``dxs`` [B, C, *spatial].
 
@@ -210,7 +204,7 @@ def sk_fuse_select_dx(
     of the sums; ``drift`` is None where the statistics are constants.
     """
     pointers = (dout, dxs, xs, norms[:4], logits, share, drift)
-    launch(sk_fuse_select_dx_launch, *pointers, EPS=norms.eps, config=config)
+    launch(sk_fuse_select_dx_launch, *pointers, EPS=norms.eps)
 
 
 sk_fuse_select_sums_launch = functools.partial(streaming_launch, _sk_fuse_select_sums_kernel, SUMS)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sknet_kernels.arguments import accumulator, configuration, small_launch, streaming_launch
-from sknet_kernels.config import MOMENTS, LaunchConfig
+from sknet_kernels.config import MOMENTS
 from sknet_kernels.jit import (
     count_batch,
     known_strides,
@@ -22,7 +22,7 @@ from sknet_kernels.jit import (
 )
 from sknet_kernels.launch import launch
 from sknet_kernels.norms import Running
-from sknet_kernels.small import MOMENTS_FINISH, SmallConfig
+from sknet_kernels.small import MOMENTS_FINISH
 
 # Rows of the parts: how many values, their mean, the sum of their squared deviations from it.
 COUNT = tl.constexpr(0)
@@ -194,29 +194,23 @@ def _sk_moments_finish_kernel(
 
 
 def sk_moments(
-    xs: tuple[Tensor, ...],
-    running: Running | None = None,
-    *,
-    finish: SmallConfig | None = None,
-    config: LaunchConfig | None = None,
+    xs: tuple[Tensor, ...], running: Running | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Launches moments: M tensors [B, C, *spatial] -> statistics, two of [2, M, C].
 
     Both begin with the mean. The first are to be applied, with the biased variance; the second are
     what a running average keeps, with the unbiased one. With ``running`` the second are not
-    returned: it is moved towards them. ``finish`` is how parts are joined.
+    returned: it is moved towards them.
     """
-    x = xs[0]
-    M, C = len(xs), x.shape[1]
-    config = configuration(MOMENTS, xs, config)
-    acc, _ = accumulator(x.dtype)
-    partial = x.new_empty((config.splits, 3, M, C), dtype=acc)
+    x, splits = xs[0], configuration(MOMENTS, xs).splits
+    M, C, acc = len(xs), x.shape[1], accumulator(x.dtype)[0]
+    partial = x.new_empty((splits, NUM_ROWS.value, M, C), dtype=acc)
     applied = x.new_empty((2, M, C), dtype=acc)
     kept = x.new_empty((2, M, C), dtype=acc) if running is None else None
-    launch(sk_moments_launch, partial, xs, config=config)
-    *pointers, momentum = running or (None, None, None, 0.0)
-    moved = {"keep": 1 - momentum, "momentum": momentum}
-    launch(sk_moments_finish_launch, applied, kept, *pointers, partial, **moved, config=finish)
+    launch(sk_moments_launch, partial, xs)
+    *moved, momentum = running or (None, None, None, 0.0)
+    factors = {"keep": 1 - momentum, "momentum": momentum}
+    launch(sk_moments_finish_launch, applied, kept, *moved, partial, **factors)
     return applied, kept
 
 

@@ -13,7 +13,7 @@ from sknet_kernels.arguments import (
     small_launch,
     streaming_launch,
 )
-from sknet_kernels.config import SELECT, SELECT_BWD, LaunchConfig
+from sknet_kernels.config import SELECT, SELECT_BWD
 from sknet_kernels.jit import (
     branch_weights_bwd,
     image_weights,
@@ -32,7 +32,7 @@ from sknet_kernels.jit import (
 )
 from sknet_kernels.launch import launch
 from sknet_kernels.norms import Norms
-from sknet_kernels.small import SELECT_BWD_COMBINE, SmallConfig
+from sknet_kernels.small import SELECT_BWD_COMBINE
 
 
 @triton.jit(do_not_specialize=["C", "S", "tiles", "splits"])
@@ -193,7 +193,6 @@ def sk_select_fwd(
     norms: Norms | None = None,
     *,
     activation: str = "softmax",
-    config: LaunchConfig | None = None,
 ) -> None:
     """Launches select: M tensors and logits [B, M, C] -> ``out``, [B, C, *spatial].
 
@@ -201,7 +200,7 @@ def sk_select_fwd(
     and rectified on the fly.
     """
     pointers, eps = (out, xs, logits, norms and norms[:4]), norms and norms.eps
-    launch(sk_select_fwd_launch, *pointers, ACTIVATION=activation, EPS=eps, config=config)
+    launch(sk_select_fwd_launch, *pointers, ACTIVATION=activation, EPS=eps)
 
 
 def sk_select_bwd(
@@ -211,20 +210,13 @@ def sk_select_bwd(
     logits: Tensor,
     *,
     activation: str = "softmax",
-    combine: SmallConfig | None = None,
-    config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Launches select's backward: fills ``dxs`` [B, C, *spatial], returns dlogits [B, M, C].
-
-    ``combine`` is how partial sums are joined.
-    """
-    config = configuration(SELECT_BWD, xs, config)
-    partial = dout.new_empty((config.splits, *logits.shape), dtype=accumulator(dout.dtype)[0])
+    """Launches select's backward: fills ``dxs`` [B, C, *spatial], returns dlogits [B, M, C]."""
+    splits = configuration(SELECT_BWD, xs).splits
+    partial = dout.new_empty((splits, *logits.shape), dtype=accumulator(dout.dtype)[0])
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    pointers = (dout, dxs, partial, xs, logits)
-    launch(sk_select_bwd_launch, *pointers, ACTIVATION=activation, config=config)
-    pointers = (dlogits, partial, logits)
-    launch(sk_select_bwd_combine_launch, *pointers, ACTIVATION=activation, config=combine)
+    launch(sk_select_bwd_launch, dout, dxs, partial, xs, logits, ACTIVATION=activation)
+    launch(sk_select_bwd_combine_launch, dlogits, partial, logits, ACTIVATION=activation)
     return dlogits
 
 

@@ -1,25 +1,27 @@
 """The launches to compile ahead of time: every kernel, as a call with real shapes makes it."""
 
+import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from sknet_kernels import arguments
+from sknet_kernels import arguments, tuned
 from sknet_kernels import launch as launching
 from sknet_kernels.config import MAX_BRANCHES, STREAMING_KERNELS, DeviceFacts, StreamingKernel
-from sknet_kernels.launch import Launch
+from sknet_kernels.launch import Launch, planned
 from sknet_kernels.norms import Norms, Running
-from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_partials
-from sknet_kernels.sk_fuse_mlp import sk_channels_bwd, sk_hidden, sk_hidden_bwd, sk_logits
-from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
-from sknet_kernels.sk_moments import sk_moments
+from sknet_kernels.sk_fuse import sk_fuse_fwd
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
+from sknet_triton import ops
+from sknet_triton.reference.steps import Steps
 
+LAUNCHERS = ops.launchers()
 LAYOUTS = ("contiguous", "channels_last")
 # Channels and positions of SKNet-50's stages at 224 x 224.
 NETWORK_STAGES = ((128, 3136), (256, 784), (512, 196), (1024, 49))
@@ -165,6 +167,79 @@ def recorded(facts: DeviceFacts) -> Iterator[list[Launch]]:
     arguments._configuration.cache_clear()
 
 
+@contextmanager
+def chosen(own: Mapping[Any, Any], device: str | torch.device) -> Iterator[dict[Any, Any]]:
+    """Lets launchers on ``device`` take the configurations in ``own``, by kernel.
+
+    Yields the problems that configurations are asked for, by kernel. Nothing is remembered.
+    """
+    asked: dict[Any, Any] = {}
+
+    def choice(kernel: Any, problem: Any, facts: DeviceFacts) -> Any:
+        asked[kernel] = problem
+        return own.get(kernel) or tuned.choice(kernel, problem, facts)
+
+    arguments._configuration.cache_clear()
+    with mock.patch.object(arguments, "choice", choice), planned(object(), torch.device(device)):
+        yield asked
+    arguments._configuration.cache_clear()
+
+
+def inputs(setting: Setting) -> dict[str, Any]:
+    """Draws what the steps of `sk_fuse_select` take, by the names of their parameters.
+
+    Without memory where the setting's device is "meta".
+    """
+    (B, C, S), M, device = setting.shape, setting.M, setting.device
+    d = max(32, C // _REDUCTION)
+
+    def norms(count: int, size: int) -> Norms:
+        def vectors(least: float, most: float) -> tuple[Tensor, ...]:
+            drawn = (torch.empty(size, device=device) for _ in range(count))
+            return tuple(x.uniform_(least, most) for x in drawn)
+
+        return Norms(
+            vectors(0.25, 0.75), vectors(0.5, 1.5), vectors(0.5, 1.5), vectors(-0.5, 0.5), 1e-5
+        )
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    return {
+        # Away from zero, so that means have digits to be compared by.
+        "branches": tuple(x.normal_(0.5) for x in setting.branches()),
+        "dout": setting.branch().normal_(),
+        "logits": normal(B, M, C),
+        "norms": norms(M, C),
+        "fc1_weight": normal(d, C),
+        "fc1_bias": None,
+        "fc1_norm": norms(1, d),
+        "fc2_weight": normal(M * C, d),
+        "fc2_bias": None,
+        "pooled": normal(B, C),
+        "hidden": normal(B, d),
+        "sums": normal(4, B, M, C),
+        "dlogits": normal(B, M, C),
+        "dz": normal(B, d),
+        "share": normal(B, C) / S,
+        "drift": normal(2, M, C) / S,
+        "M": M,
+        "S": S,
+        "batch_stats": True,
+        "fc1_batch_stats": True,
+    }
+
+
+def carried_out(steps: Steps, step: str, given: Mapping[str, Any]) -> Any:
+    """Returns what a step makes of what it names of `inputs`."""
+    function = getattr(steps, step)
+    if step == "logits" and given["fc1_batch_stats"]:
+        of_batch = given["fc1_norm"]._replace(mean=(None,), var=(None,))
+        given = {**given, "fc1_norm": of_batch, "running": given.get("fc1_running")}
+    names = inspect.signature(function).parameters
+    return function(**{name: given[name] for name in names if name in given})
+
+
 def _stages(setting: Setting) -> None:
     """The stages by themselves, on branches that are activated already."""
     xs, (B, C, _) = setting.branches(), setting.shape
@@ -176,34 +251,13 @@ def _stages(setting: Setting) -> None:
 
 def _fuse_select(setting: Setting, batch_stats: bool) -> None:
     """Everything between the convolutions and V, forward and backward."""
-    xs, out, (_, C, S), M = setting.branches(), setting.branch(), setting.shape, setting.M
-    d = max(32, C // _REDUCTION)
-
-    def vectors(*sizes: int) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(size, device=setting.device) for size in sizes)
-
-    def running(n: int, size: int) -> Running:
-        tracked = tuple(torch.empty((), dtype=torch.int64, device=setting.device) for _ in range(n))
-        return Running(vectors(*[size] * n), vectors(*[size] * n), tracked, 0.1)
-
+    given = inputs(setting) | {"batch_stats": batch_stats, "fc1_batch_stats": batch_stats}
     if batch_stats:
-        (mean, var), _ = sk_moments(xs, running(M, C))
+        for name, norms in (("running", given["norms"]), ("fc1_running", given["fc1_norm"])):
+            tracked = [torch.zeros_like(x[0], dtype=torch.int64) for x in norms.mean]
+            given[name] = Running(norms.mean, norms.var, tuple(tracked), momentum=0.1)
     else:
-        mean, var = torch.empty(2, M, C, device=setting.device)
-    norms = Norms(tuple(mean), tuple(var), vectors(*[C] * M), vectors(*[C] * M), 1e-5)
-    fc1_norm = Norms(vectors(d), vectors(d), vectors(d), vectors(d), 1e-5)
-    given = fc1_norm._replace(mean=(None,), var=(None,)) if batch_stats else fc1_norm
-    fc1, fc2 = (
-        torch.empty(d, C, device=setting.device),
-        torch.empty(M * C, d, device=setting.device),
-    )
-
-    pooled, hidden = sk_hidden(sk_fuse_partials(xs, norms), S, fc1, None)
-    logits, _, _ = sk_logits(hidden, given, fc2, None, M, running(1, d) if batch_stats else None)
-    sk_select_fwd(out, xs, logits, norms)
-    partials = sk_fuse_select_sums(out, xs, norms)
-    sums, dlogits, dz = sk_hidden_bwd(partials, logits, norms, fc2)
-    small = (sums, dlogits, dz, logits, pooled, hidden, norms, fc1_norm, fc1, None, fc2, None)
-    gradients = sk_channels_bwd(*small, S, batch_stats, batch_stats)
-    dxs = setting.branches()
-    sk_fuse_select_dx(dxs, out, xs, norms, logits, gradients.share, gradients.drift)
+        given["drift"] = None
+    for step in fields(Steps):
+        if batch_stats or step.name != "moments":
+            carried_out(LAUNCHERS, step.name, given)

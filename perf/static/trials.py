@@ -1,19 +1,26 @@
 """A kernel with a configuration of one's own: run, judged by float64, or modelled."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from perf.static.aot import TARGETS, compile_launch
 from perf.static.model import ceiling, reading
-from perf.static.specialisations import Setting, kernel_name, recorded
-from sknet_kernels import arguments, tuned
+from perf.static.specialisations import (
+    LAUNCHERS,
+    Setting,
+    carried_out,
+    chosen,
+    inputs,
+    kernel_name,
+    recorded,
+)
 from sknet_kernels.config import (
     DX,
     FUSE,
@@ -26,13 +33,9 @@ from sknet_kernels.config import (
     Problem,
     StreamingKernel,
 )
-from sknet_kernels.launch import Launch
-from sknet_kernels.norms import Norms
-from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_partials
-from sknet_kernels.sk_fuse_mlp import sk_channels_bwd, sk_hidden, sk_hidden_bwd, sk_logits
-from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
-from sknet_kernels.sk_moments import sk_moments
-from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
+from sknet_kernels.launch import Launch, planned
+from sknet_kernels.sk_fuse import sk_fuse_fwd
+from sknet_kernels.sk_select import sk_select_bwd
 from sknet_kernels.small import (
     CHANNELS_BWD,
     FUSE_COMBINE,
@@ -46,199 +49,64 @@ from sknet_kernels.small import (
     SmallProblem,
 )
 from sknet_triton import reference
-from sknet_triton.reference import steps
+from sknet_triton.reference import REFERENCE
 
+Given = Mapping[str, Any]
 AnyKernel = StreamingKernel | SmallKernel
 AnyConfig = LaunchConfig | SmallConfig
 
-_REDUCTION = 16
 _MODELLED = next(target for target in TARGETS if target.name == "sm_90")
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What the steps of `sk_fuse_select` read: branches and dout [B, C, S], the rest as there."""
-
-    xs: tuple[Tensor, ...]
-    dout: Tensor
-    logits: Tensor
-    norms: Norms
-    fc1: Tensor
-    fc1_norm: Norms
-    fc2: Tensor
-    pooled: Tensor
-    hidden: Tensor
-    sums: Tensor
-    dlogits: Tensor
-    dz: Tensor
-    share: Tensor
-    drift: Tensor
-
-    @classmethod
-    def drawn(cls, setting: Setting) -> "Inputs":
-        """Draws them for ``setting``, without memory where its device is "meta"."""
-        (B, C, S), M, device = setting.shape, setting.M, setting.device
-        d = max(32, C // _REDUCTION)
-
-        def norms(count: int, size: int) -> Norms:
-            def vectors(least: float, most: float) -> tuple[Tensor, ...]:
-                drawn = (torch.empty(size, device=device) for _ in range(count))
-                return tuple(x.uniform_(least, most) for x in drawn)
-
-            return Norms(
-                vectors(0.25, 0.75), vectors(0.5, 1.5), vectors(0.5, 1.5), vectors(-0.5, 0.5), 1e-5
-            )
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, device=device)
-
-        return cls(
-            # Away from zero, so that means have digits to be compared by.
-            xs=tuple(x.normal_(0.5) for x in setting.branches()),
-            dout=setting.branch().normal_(),
-            logits=normal(B, M, C),
-            norms=norms(M, C),
-            fc1=normal(d, C),
-            fc1_norm=norms(1, d),
-            fc2=normal(M * C, d),
-            pooled=normal(B, C),
-            hidden=normal(B, d),
-            sums=normal(4, B, M, C),
-            dlogits=normal(B, M, C),
-            dz=normal(B, d),
-            share=normal(B, C) / S,
-            drift=normal(2, M, C) / S,
-        )
-
-    def double(self) -> "Inputs":
-        """Returns the same in float64."""
-
-        def wide(x: Any) -> Any:
-            return x.double() if isinstance(x, Tensor) else x
-
-        return Inputs(**{f.name: tree_map(wide, getattr(self, f.name)) for f in fields(self)})
-
-
-@dataclass(frozen=True)
 class Trial:
-    """A kernel as `sk_fuse_select` uses it, in its step: the pass, and what joins its partial sums.
+    """What a kernel is run in: the step that its pass and the joining of partial sums belong to.
+
+    Both take `inputs`.
 
     Attributes:
-        run: the step, or a small kernel alone where it joins no pass.
-        exact: the same by formulas.
-        option: the argument of ``run`` that takes the kernel's configuration.
+        run: by launchers.
+        exact: by formulas.
     """
 
-    run: Callable[..., tuple[Tensor, ...]]
-    exact: Callable[[Inputs], tuple[Tensor, ...]]
-    option: str = "config"
+    run: Callable[[Given], Any]
+    exact: Callable[[Given], Any]
 
 
-def _moments(given: Inputs, **configs: Any) -> tuple[Tensor, ...]:
-    applied, kept = sk_moments(given.xs, **configs)
-    assert kept is not None
-    return applied, kept
+def _step(name: str) -> Trial:
+    return Trial(
+        functools.partial(carried_out, LAUNCHERS, name),
+        functools.partial(carried_out, REFERENCE, name),
+    )
 
 
-def _hidden(
-    given: Inputs, config: LaunchConfig | None = None, small: SmallConfig | None = None
-) -> tuple[Tensor, ...]:
-    partials = sk_fuse_partials(given.xs, given.norms, config=config)
-    return sk_hidden(partials, given.dout.shape[2], given.fc1, None, config=small)
+def _select_bwd(given: Given) -> tuple[tuple[Tensor, ...], Tensor]:
+    dxs, dout = tuple(map(torch.empty_like, given["branches"])), given["dout"]
+    return dxs, sk_select_bwd(dxs, dout, given["branches"], given["logits"])
 
 
-def _fuse(given: Inputs, **configs: Any) -> tuple[Tensor, ...]:
-    return (sk_fuse_fwd(given.xs, **configs),)
-
-
-def _logits(given: Inputs, config: SmallConfig | None = None) -> tuple[Tensor, ...]:
-    M = len(given.xs)
-    return _present(sk_logits(given.hidden, _of_batch(given), given.fc2, None, M, config=config))
-
-
-def _logits_exact(given: Inputs) -> tuple[Tensor, ...]:
-    M = len(given.xs)
-    return _present(steps.logits(given.hidden, _of_batch(given), given.fc2, None, M))
-
-
-def _of_batch(given: Inputs) -> Norms:
-    """fc1's norm with the statistics of the batch."""
-    return given.fc1_norm._replace(mean=(None,), var=(None,))
-
-
-def _select(given: Inputs, config: LaunchConfig | None = None) -> tuple[Tensor, ...]:
-    out = torch.empty_like(given.dout)
-    sk_select_fwd(out, given.xs, given.logits, given.norms, config=config)
-    return (out,)
-
-
-def _select_bwd(given: Inputs, **configs: Any) -> tuple[Tensor, ...]:
-    dxs = tuple(torch.empty_like(x) for x in given.xs)
-    return sk_select_bwd(dxs, given.dout, given.xs, given.logits, **configs), *dxs
-
-
-def _select_bwd_exact(given: Inputs) -> tuple[Tensor, ...]:
-    dxs, dlogits = reference.sk_select_bwd(given.dout, given.xs, given.logits)
-    return dlogits, *dxs
-
-
-def _hidden_bwd(
-    given: Inputs, config: LaunchConfig | None = None, small: SmallConfig | None = None
-) -> tuple[Tensor, ...]:
-    partials = sk_fuse_select_sums(given.dout, given.xs, given.norms, config=config)
-    return sk_hidden_bwd(partials, given.logits, given.norms, given.fc2, config=small)
-
-
-def _channels_bwd(given: Inputs, config: SmallConfig | None = None) -> tuple[Tensor, ...]:
-    return _present(sk_channels_bwd(*_small_tensors(given), config=config))
-
-
-def _small_tensors(given: Inputs) -> tuple[Any, ...]:
-    """What `sk_channels_bwd` takes, with the batch's statistics everywhere."""
-    small = (given.sums, given.dlogits, given.dz, given.logits, given.pooled, given.hidden)
-    weights = (given.fc1, None, given.fc2, None)
-    return (*small, given.norms, given.fc1_norm, *weights, given.dout.shape[2], True, True)
-
-
-def _dx(given: Inputs, config: LaunchConfig | None = None) -> tuple[Tensor, ...]:
-    dxs = tuple(torch.empty_like(x) for x in given.xs)
-    small = (given.norms, given.logits, given.share, given.drift)
-    sk_fuse_select_dx(dxs, given.dout, given.xs, *small, config=config)
-    return dxs
-
-
-def _present(results: Any) -> tuple[Tensor, ...]:
-    return tuple(x for x in results if x is not None)
-
-
-_MOMENTS = Trial(_moments, lambda given: steps.moments(given.xs))
-_HIDDEN = Trial(_hidden, lambda given: steps.hidden(given.xs, given.norms, given.fc1, None))
-_SELECT_BWD = Trial(_select_bwd, _select_bwd_exact)
-_HIDDEN_BWD = Trial(
-    _hidden_bwd,
-    lambda given: steps.hidden_bwd(given.dout, given.xs, given.logits, given.norms, given.fc2),
+_FUSE = Trial(
+    lambda given: sk_fuse_fwd(given["branches"]),
+    lambda given: reference.sk_fuse(given["branches"]),
+)
+_SELECT_BWD = Trial(
+    _select_bwd,
+    lambda given: reference.sk_select_bwd(given["dout"], given["branches"], given["logits"]),
 )
 TRIALS: dict[AnyKernel, Trial] = {
-    MOMENTS: _MOMENTS,
-    FUSE: _HIDDEN,
-    SELECT: Trial(_select, lambda given: (steps.out(given.xs, given.logits, given.norms),)),
+    MOMENTS: _step("moments"),
+    FUSE: _step("hidden"),
+    SELECT: _step("out"),
     SELECT_BWD: _SELECT_BWD,
-    SUMS: _HIDDEN_BWD,
-    DX: Trial(
-        _dx,
-        lambda given: tuple(
-            steps.dx(given.dout, given.xs, given.logits, given.norms, given.share, given.drift)
-        ),
-    ),
-    MOMENTS_FINISH: replace(_MOMENTS, option="finish"),
-    HIDDEN: replace(_HIDDEN, option="small"),
-    LOGITS: Trial(_logits, _logits_exact),
-    HIDDEN_BWD: replace(_HIDDEN_BWD, option="small"),
-    CHANNELS_BWD: Trial(
-        _channels_bwd, lambda given: _present(steps.channels_bwd(*_small_tensors(given)))
-    ),
-    FUSE_COMBINE: Trial(_fuse, lambda given: (reference.sk_fuse(given.xs),), option="combine"),
-    SELECT_BWD_COMBINE: replace(_SELECT_BWD, option="combine"),
+    SUMS: _step("hidden_bwd"),
+    DX: _step("dx"),
+    MOMENTS_FINISH: _step("moments"),
+    HIDDEN: _step("hidden"),
+    LOGITS: _step("logits"),
+    HIDDEN_BWD: _step("hidden_bwd"),
+    CHANNELS_BWD: _step("channels_bwd"),
+    FUSE_COMBINE: _FUSE,
+    SELECT_BWD_COMBINE: _SELECT_BWD,
 }
 
 
@@ -249,23 +117,42 @@ class Subject:
     kernel: AnyKernel
     setting: Setting
 
-    def run(self, given: Inputs, config: AnyConfig | None) -> tuple[Tensor, ...]:
-        """Runs the kernel's step, the kernel with ``config``."""
-        trial = TRIALS[self.kernel]
-        return trial.run(given, **{trial.option: config})
+    def run(self, given: Given, config: AnyConfig | None) -> list[Tensor]:
+        """Returns the results of the kernel's step, the kernel launched with ``config``."""
+        with chosen({self.kernel: config}, self.setting.device):
+            return _tensors(TRIALS[self.kernel].run(given))
+
+    def exact(self, given: Given) -> list[Tensor]:
+        """Returns the same by formulas in float64."""
+        return _tensors(TRIALS[self.kernel].exact(tree_map_only(Tensor, Tensor.double, given)))
+
+    def prepared(self, given: Given, config: AnyConfig) -> Callable[[], object]:
+        """Returns what runs the step like that again, its launches remembered."""
+        key = object()
+
+        def call() -> object:
+            with planned(key, torch.device(self.setting.device)):
+                return TRIALS[self.kernel].run(given)
+
+        with chosen({self.kernel: config}, self.setting.device):
+            call()
+        return call
 
     def problem(self, facts: DeviceFacts) -> Problem | SmallProblem:
         """Returns what its launcher chooses a configuration by, on a device of ``facts``."""
-        asked: list[Problem | SmallProblem] = []
+        problem: Problem | SmallProblem = self._launched(None, facts)[1]
+        return problem
 
-        def choice(kernel: AnyKernel, problem: Any, device: DeviceFacts) -> Any:
-            if kernel is self.kernel:
-                asked.append(problem)
-            return tuned.choice(kernel, problem, device)
+    def launch(self, config: AnyConfig | None, facts: DeviceFacts) -> Launch:
+        """Returns the kernel's launch with ``config``, on tensors without memory."""
+        return self._launched(config, facts)[0]
 
-        with mock.patch.object(arguments, "choice", choice):
-            self.launch(None, facts)
-        return asked[0]
+    def _launched(self, config: AnyConfig | None, facts: DeviceFacts) -> tuple[Launch, Any]:
+        given = inputs(replace(self.setting, device="meta"))
+        with recorded(facts) as launches, chosen({self.kernel: config}, "meta") as asked:
+            TRIALS[self.kernel].run(given)
+        launch = next(each for each in launches if kernel_name(each) == self.kernel.name)
+        return launch, asked[self.kernel]
 
     @property
     def label(self) -> str:
@@ -282,12 +169,9 @@ class Subject:
         passes = kernel.passes(given.M) if isinstance(kernel, StreamingKernel) else 0
         return passes * math.prod(given.shape) * given.dtype.itemsize
 
-    def launch(self, config: AnyConfig | None, facts: DeviceFacts) -> Launch:
-        """Returns the kernel's launch with ``config``, on tensors without memory."""
-        given = Inputs.drawn(replace(self.setting, device="meta"))
-        with recorded(facts) as launches:
-            self.run(given, config)
-        return next(launch for launch in launches if kernel_name(launch) == self.kernel.name)
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(results) if isinstance(x, Tensor)]
 
 
 def modelled(subject: Subject) -> Iterator[dict[str, Any]]:

@@ -25,8 +25,8 @@ from torch import Tensor
 from perf.rows import env
 from perf.rows.schema import Timing, tuned_key, tuned_line
 from perf.rows.store import Store
-from perf.static.specialisations import Setting
-from perf.static.trials import TRIALS, AnyConfig, AnyKernel, Inputs, Subject
+from perf.static.specialisations import Setting, inputs
+from perf.static.trials import AnyConfig, AnyKernel, Given, Subject
 from perf.sweep import contest, measure
 from perf.sweep.contest import Conditions
 from perf.sweep.sweep import Ending, in_turn
@@ -123,20 +123,20 @@ def measured(subject: Subject, conditions: Conditions) -> tuple[AnyConfig, Timin
     facts = DeviceFacts.of(conditions.device)
     problem: Any = subject.problem(facts)
     configs = subject.kernel.candidates(problem, facts)
-    given = Inputs.drawn(subject.setting)
+    given = inputs(subject.setting)
     right = judged(subject, configs, given, conditions.device)
+    calls = {config: subject.prepared(given, config) for config in right}
     times: dict[AnyConfig, list[float]] = {config: [] for config in right}
     for i in range(conditions.rounds):
         for config in right[:: 1 if i % 2 == 0 else -1]:
-            call = functools.partial(subject.run, given, config)
             seconds = conditions.seconds / conditions.rounds
-            times[config] += measure.sample(call, conditions.device, seconds)
+            times[config] += measure.sample(calls[config], conditions.device, seconds)
     best, heuristic_ms, ms = fastest(times)
     return best, Timing(heuristic_ms, ms, len(right), len(configs) - len(right))
 
 
 def judged(
-    subject: Subject, configs: Sequence[AnyConfig], given: Inputs, device: torch.device
+    subject: Subject, configs: Sequence[AnyConfig], given: Given, device: torch.device
 ) -> list[AnyConfig]:
     """Returns the configurations whose results are right; the first, the heuristics', must be.
 
@@ -144,9 +144,9 @@ def judged(
         WrongError: it is not.
         DeviceLostError: the device does not answer any more.
     """
-    exact = TRIALS[subject.kernel].exact(given.double())
+    exact = subject.exact(given)
     B, _, S = subject.setting.shape
-    first: tuple[Tensor, ...] | None = None
+    first: list[Tensor] | None = None
     right = []
     for config in configs:
         try:
