@@ -89,9 +89,7 @@ class PortSKConv(PlainSKConv):
         pooled = functools.reduce(torch.add, maps).mean(dim=(2, 3), keepdim=True)
         logits = self.fc2(self.fc1(pooled)).unflatten(1, (self.M, -1))
         attn = torch.softmax(logits, dim=1).unbind(dim=1)
-        weighted = [a * x for a, x in zip(attn, maps, strict=True)]
-        out: Tensor = functools.reduce(torch.add, weighted)
-        return out
+        return functools.reduce(torch.add, [a * x for a, x in zip(attn, maps, strict=True)])
 
 
 def with_plain_convs(module: nn.Module, plain: type[PlainSKConv] = PlainSKConv) -> nn.Module:

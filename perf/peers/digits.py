@@ -29,8 +29,7 @@ class DigitsNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits [B, 10]."""
-        logits: Tensor = self.head(self.units(self.stem(x)).mean(dim=(2, 3)))
-        return logits
+        return self.head(self.units(self.stem(x)).mean(dim=(2, 3)))
 
 
 @functools.cache

@@ -8,7 +8,6 @@ means the same for all of them.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -27,9 +26,7 @@ class OnList(nn.Module):
         self.module = module
 
     def forward(self, *branches: Tensor) -> Tensor:
-        """M branches [B, C, H, W] -> [B, C, H, W]."""
-        out: Tensor = self.module(list(branches))
-        return out
+        return self.module(list(branches))
 
 
 class OnChannelsLast(nn.Module):
@@ -40,9 +37,7 @@ class OnChannelsLast(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
-        out: Tensor = self.module(x.permute(0, 2, 3, 1))
-        return out.permute(0, 3, 1, 2)
+        return self.module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -139,27 +134,19 @@ def original(module: nn.Module) -> nn.Module:
     return twin
 
 
-def unsupported(case: Case) -> str | None:
-    """Tells why a family cannot have the sizes of ``case``; None where it can."""
-    if case.workload == "vision_permutator" and case.C % case.H:
-        return f"Vision Permutator cuts {case.C} channels into one segment a row, not into {case.H}"
-    return None
+# timm's networks and layers, where it can be imported. They compute something else than ours, with
+# their own parameters; each is checked against its own float64 run.
 
-
-# timm's networks, where it can be imported. They compute something else than ours, with their own
-# parameters; each is checked against its own float64 run.
-
-Competitor = Literal["timm-sk", "timm-se"]
-
-_MODELS: dict[tuple[Competitor, str], str] = {
+_COUNTERPARTS = {
     ("timm-sk", "sknet50"): "skresnext50_32x4d",
     ("timm-se", "sknet50"): "seresnext50_32x4d",
+    ("timm-sk", "sk_conv"): "",
 }
 
 
-def timm_unavailable(source: Competitor, case: Case) -> str | None:
+def timm_unavailable(source: str, case: Case) -> str | None:
     """Tells why ``source`` cannot carry out ``case``; None where it can."""
-    if not _has_counterpart(source, case):
+    if case.M != 2 or (source, case.workload) not in _COUNTERPARTS:
         return f"{source} has no counterpart of {case.workload} with M={case.M}"
     try:
         import timm  # noqa: F401
@@ -169,21 +156,11 @@ def timm_unavailable(source: Competitor, case: Case) -> str | None:
     return None
 
 
-def timm_build(source: Competitor, case: Case) -> nn.Module:
+def timm_build(source: str, case: Case) -> nn.Module:
     """Returns timm's counterpart of the workload, with timm's own initialisation."""
     import timm
     from timm.layers.selective_kernel import SelectiveKernel
 
     if case.workload == "sk_conv":
-        layer: nn.Module = SelectiveKernel(
-            case.C, case.C, kernel_size=[3, 5], groups=32, split_input=False
-        )
-        return layer
-    model: nn.Module = timm.create_model(_MODELS[source, case.workload])
-    return model
-
-
-def _has_counterpart(source: Competitor, case: Case) -> bool:
-    if case.M != 2:
-        return False
-    return (source, case.workload) in _MODELS or (source, case.workload) == ("timm-sk", "sk_conv")
+        return SelectiveKernel(case.C, case.C, kernel_size=[3, 5], groups=32, split_input=False)
+    return timm.create_model(_COUNTERPARTS[source, case.workload])

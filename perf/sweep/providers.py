@@ -231,7 +231,7 @@ class Provider:
         owner = BASELINE if case.workload == "copy" else PASSES_OF
         if case.level == "pass" and self.name != owner:
             return f"{case.workload} is a pass of {owner}"
-        if self.source == "timm-sk" or self.source == "timm-se":
+        if self.source in ("timm-sk", "timm-se"):
             return families.timm_unavailable(self.source, case)
         if self.source == "port" and case.level in ("op", "family"):
             return "a port is a layer or a whole network"
