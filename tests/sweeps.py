@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from perf.__main__ import main
-from perf.rows.schema import Case, Result, Row
+from perf.rows.schema import Case, Result
 from perf.rows.store import open_store
+from perf.rows.typed_csv import Values
 from perf.sweep import sweep
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import Provider
@@ -66,7 +67,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, silent: bool = 
     return said.err
 
 
-def write_report(path: Path, rows: Iterable[Row]) -> None:
+def write_report(path: Path, rows: Iterable[Values]) -> None:
     """Writes a new report of ``rows``."""
     with open_store(path, resume=False) as store:
         store.append(rows)

@@ -14,7 +14,8 @@ from perf.__main__ import main
 from perf.peers import baseline
 from perf.report import tables
 from perf.rows import env, schema
-from perf.rows.schema import Result, Row
+from perf.rows.schema import Result
+from perf.rows.typed_csv import values_of
 from perf.sweep import measure, workloads
 from perf.sweep.workloads import make_case
 from tests.sweeps import refusal, write_report
@@ -38,7 +39,7 @@ def write(tmp_path: Path) -> Write:
         provider = changes.pop("provider", "plain-eager")
         environment = replace(ENV, torch=changes.pop("torch", ENV.torch))
         result = Result(**{"status": "ok", **times, **changes})
-        write_report(path, [Row(CASE, provider, result, environment)])
+        write_report(path, [values_of(CASE, result, environment, provider=provider)])
         return path
 
     return report

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from perf.__main__ import main
 from perf.report.figures import explained, growths, look, traffic_figure
 from perf.rows import env, schema
-from perf.rows.schema import Result, Row
+from perf.rows.schema import Result
+from perf.rows.typed_csv import Values, values_of
 from perf.sweep.providers import PROVIDERS
 from perf.sweep.workloads import make_case
 from tests.sweeps import refusal, write_report
@@ -29,7 +30,8 @@ PNG = b"\x89PNG\r\n"
 def report(tmp_path: Path) -> Path:
     """A report of two batches and two resolutions, with a provider that is not supported."""
     path = tmp_path / "report.csv"
-    rows: list[Row] = []
+    rows: list[Values] = []
+    absent = Result("unsupported", "no GPU")
     for batch in (1, 8):
         for resolution in (64, 224):
             case = make_case("sk_fuse", "infer", batch=batch, resolution=resolution)
@@ -37,8 +39,8 @@ def report(tmp_path: Path) -> Path:
                 ms = batch * resolution / 1e3 / i
                 times = {"ms_p50": ms, "ms_p20": 0.9 * ms, "ms_p80": 1.1 * ms}
                 bytes_ = {"bytes_needed": 10**6, "copy_gbps": 10.0, "pct_copy": 40.0 * i}
-                rows.append(Row(case, name, Result("ok", **times, **bytes_), ENV))  # type: ignore[arg-type]
-            rows.append(Row(case, "ours-triton-eager", Result("unsupported", "no GPU"), ENV))
+                rows.append(values_of(case, Result("ok", **times, **bytes_), ENV, provider=name))  # type: ignore[arg-type]
+            rows.append(values_of(case, absent, ENV, provider="ours-triton-eager"))
     write_report(path, rows)
     return path
 
@@ -146,7 +148,9 @@ def test_report_without_a_measured_row_is_refused(
 ) -> None:
     path = tmp_path / "a.csv"
     case = make_case("sk_fuse", "infer")
-    write_report(path, [Row(case, "ours-triton-eager", Result("unsupported", "no"), ENV)])
+    write_report(
+        path, [values_of(case, Result("unsupported", "no"), ENV, provider="ours-triton-eager")]
+    )
     refusal(capsys, "plot", str(path))
     assert list(tmp_path.iterdir()) == [path]
 

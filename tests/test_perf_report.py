@@ -11,8 +11,9 @@ import torch
 
 from perf.report import tables
 from perf.rows import env, schema
-from perf.rows.schema import Case, Result, Row
+from perf.rows.schema import SCHEMA, Case, Result
 from perf.rows.store import open_store
+from perf.rows.typed_csv import Values, values_of
 from perf.sweep.workloads import make_case
 from tests.sweeps import write_report
 
@@ -20,8 +21,9 @@ ENV = env.snapshot(torch.device("cpu"), seed=3, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64, stage=2)
 
 
-def row(provider: str = "plain-eager", case: Case = CASE, **result: object) -> Row:
-    return Row(case, provider, Result(**{"status": "ok", "ms_p50": 1.5, **result}), ENV)  # type: ignore[arg-type]
+def row(provider: str = "plain-eager", case: Case = CASE, **result: object) -> Values:
+    found = Result(**{"status": "ok", "ms_p50": 1.5, **result})  # type: ignore[arg-type]
+    return values_of(case, found, ENV, provider=provider)
 
 
 def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_report_torn_at_any_byte_resumes_with_its_whole_rows(
     for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
         with open_store(path, resume=True) as store:
-            done = [r for r in rows if schema.key_of(r.case, r.provider) in store.keys]
+            done = [r for r in rows if SCHEMA.key_of(r) in store.keys]
             assert len(done) == max(whole[:length].count(b"\n") - 1, 0)
             store.append(r for r in rows if r not in done)
         assert path.read_bytes() == whole

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,9 @@ import torch
 
 from perf.__main__ import IO_ERROR, main
 from perf.rows import StopError, UsageError, env, schema
-from perf.rows.schema import Result, Row
+from perf.rows.schema import Result
 from perf.rows.store import Store, collect, open_store
+from perf.rows.typed_csv import Values, values_of
 from perf.sweep.sweep import Rank, part_of, parts_of
 from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
@@ -35,9 +35,13 @@ SWEEP = ["run", "--level", "op", "--batch", "1:8:1", "--provider", "plain-eager"
 forks = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
-def rows_of(count: int) -> list[Row]:
+def rows_of(count: int) -> list[Values]:
     result = Result("ok", ms_p50=1.0, ms_p20=0.9, ms_p80=1.1)
-    return [Row(replace(CASE, B=B), PROVIDER, result, ENV) for B in range(1, count + 1)]
+    return [row_of(result, B=B) for B in range(1, count + 1)]
+
+
+def row_of(result: Result, **changes: object) -> Values:
+    return {**values_of(CASE, result, ENV, provider=PROVIDER), **changes}
 
 
 def keys_in(path: Path) -> list[tuple[object, ...]]:
@@ -55,12 +59,12 @@ def test_any_number_is_written_and_read_back(value: float, tmp_path: Path) -> No
     path = tmp_path / "a.csv"
     result = Result("unverified", "output off", out_err=value, grad_err_bound=value)
     with open_store(path, resume=False) as store:
-        store.append([Row(CASE, PROVIDER, result, ENV)])
+        store.append([row_of(result)])
     frame = schema.read(path)
     assert frame.out_err.tolist() == pytest.approx([value], rel=1e-5, nan_ok=True)
     assert frame.grad_err_bound.tolist() == pytest.approx([value], rel=1e-5, nan_ok=True)
     with open_store(path, resume=True) as store:
-        assert store.keys == {schema.key_of(CASE, PROVIDER)}
+        assert store.keys == {schema.SCHEMA.key_of(row_of(result))}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_any_number_is_written_and_read_back(value: float, tmp_path: Path) -> No
 )
 def test_any_text_is_one_field_of_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    row = Row(CASE, PROVIDER, Result("error", text), replace(ENV, gpu=text))
+    row = row_of(Result("error", text), gpu=text)
     with open_store(path, resume=False) as store:
         store.append([row, *rows_of(1)])
     assert path.read_bytes().count(b"\n") == 3
@@ -105,7 +109,7 @@ def test_what_a_column_cannot_hold_is_an_error_before_it_is_written(tmp_path: Pa
             (Result("bad"), "status"),  # type: ignore[arg-type]  # as a bug would
         ):
             with pytest.raises(ValueError, match=f"^{name}: expected"):
-                store.append([*rows_of(1), Row(CASE, PROVIDER, result, ENV)])
+                store.append([*rows_of(1), row_of(result)])
         assert store.keys == set()
     assert schema.read(path).empty
 
@@ -124,7 +128,7 @@ def full_after(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def append_one_by_one(store: Store, rows: list[Row]) -> None:
+def append_one_by_one(store: Store, rows: list[Values]) -> None:
     for row in rows:
         store.append([row])
 
@@ -442,7 +446,7 @@ def test_name_of_a_report_is_a_name_and_no_pattern(
             other.write_text("not ours")
         for index in (0, 1, 10):
             with open_store(part_of(path, Rank(index, index, 11)), resume=False) as part:
-                part.append([replace(row, provider="plain-eager") for row in rows_of(index + 1)])
+                part.append([{**row, "provider": "plain-eager"} for row in rows_of(index + 1)])
         assert len(parts_of(path)) == 3
         assert main([*TINY, "--provider", "plain-eager", f"--out={path}", "--resume"]) == 0
         assert parts_of(path) == []

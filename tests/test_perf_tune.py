@@ -21,6 +21,7 @@ from perf.rows import schema as rows
 from perf.rows.env import Environment
 from perf.rows.schema import Timing
 from perf.rows.store import open_store
+from perf.rows.typed_csv import values_of
 from perf.static import trials
 from perf.static.aot import Compiled, Resources
 from perf.static.specialisations import LAYOUTS, Setting, inputs
@@ -77,9 +78,9 @@ def described(launch: Launch) -> tuple[Any, ...]:
 def written(subject: Subject, config: AnyConfig, path: Path) -> None:
     where = Environment("H200", 0, "", "", "", 0, 0, 1, "", "", "", "", "", "", False, 0, "")
     problem = subject.problem(H200)
-    line = rows.tuned_line(subject.kernel.name, problem, config, Timing(2.0, 1.0, 9, 1), where)
+    row = values_of(problem, config, Timing(2.0, 1.0, 9, 1), where, kernel=subject.kernel.name)
     with open_store(path, resume=True, columns=rows.TUNED) as store:
-        store.append_lines({rows.tuned_key(subject.kernel.name, problem): line})
+        store.append([row])
 
 
 # The table

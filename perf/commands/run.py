@@ -212,7 +212,7 @@ def _opened(path: Path, team: Team, *, resume: bool) -> Iterator[tuple[Store | N
             return
         with team.all_or_none():
             own = stack.enter_context(open_store(part_of(path, team.rank), resume=False))
-            own.keys |= schema.keys(path)
+            own.keys |= set(map(schema.SCHEMA.key_of, schema.read(path).to_dict("records")))
         yield report, own
 
 

@@ -53,24 +53,14 @@ class Environment:
 
 @dataclass(frozen=True)
 class Switches:
-    """What PyTorch is set to, as columns of a row: read while its provider is timed.
-
-    Attributes:
-        cudnn: whether cuDNN may be used at all.
-        cudnn_benchmark: whether it chooses its algorithms by timing them.
-        cudnn_deterministic: whether it takes repeatable algorithms only.
-        cudnn_tf32: whether convolutions in float32 may compute in TF32.
-        matmul_tf32: whether products of matrices in float32 may.
-        deterministic: whether PyTorch is to use repeatable algorithms only.
-        timed_threads: of PyTorch.
-    """
+    """What PyTorch is set to, as columns of a row: read while its provider is timed."""
 
     cudnn: bool
-    cudnn_benchmark: bool
+    cudnn_benchmark: bool  # whether it chooses its algorithms by timing them
     cudnn_deterministic: bool
-    cudnn_tf32: bool
-    matmul_tf32: bool
-    deterministic: bool
+    cudnn_tf32: bool  # whether convolutions in float32 may compute in TF32
+    matmul_tf32: bool  # whether products of matrices in float32 may
+    deterministic: bool  # whether PyTorch is to use repeatable algorithms only
     timed_threads: int
 
 
@@ -135,11 +125,9 @@ def _git_state() -> tuple[str, bool]:
 @functools.cache
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
 
 
 @functools.cache

@@ -4,9 +4,9 @@ First the report of a sweep, a row for each case and provider; then the other ta
 launches counted, the host's time, launches that were timed.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import pandas as pd
 
@@ -71,72 +71,53 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one provider on one case; None where it does not apply.
+    """What came of one provider on one case; None where it does not apply."""
 
-    Attributes:
-        status: ok; unverified where the result was wrong, which is then never timed; unsupported
-            where the provider cannot carry the case out here, or cannot run the backward pass
-            alone again; oom; error.
-        reason: one line that says why the status is not ok.
-        ms_p50: median time of one call, in milliseconds; on a GPU the GPU's own, with a cold L2.
-        ms_p20: its 20 % quantile.
-        ms_p80: its 80 % quantile.
-        n: samples that the quantiles are over.
-        images_per_s: images in a second at the median of the time that counts, for all but ops and
-            passes; `counts_call_to_call` says which of the two does.
-        compile_s: seconds of the first call, where it compiles, with cold caches.
-        bytes_needed: bytes that the mathematics has to move, where no convolution moves more.
-        gbps: those bytes over the median time; None where they are 0.
-        copy_gbps: bandwidth of a large copy, measured in the same process.
-        pct_copy: gbps as a percentage of it; over 100 where the tensors stay in a cache.
-        gflops: 1e9 floating-point operations of one call, a multiply-add being two, the backward
-            pass counted as two forward passes.
-        tflops_per_s: those over the median time.
-        launches: kernels, copies and fills of one call, on a GPU.
-        peak_mb: most memory in MiB that one call allocates at a time, on a GPU; None in a graph,
-            whose memory is kept between calls.
-        saved_mb: MiB that the forward pass keeps for the backward pass.
-        saved_own_mb: those without the inputs, which the caller may hold anyway.
-        accuracy: share of held-out images named rightly, for the workload.
-        out_err: largest error of the output over its largest value, against float64.
-        out_err_bound: what it was allowed to be.
-        grad_err: largest error of a gradient over its norm, against float64.
-        grad_err_bound: what it was allowed to be.
-        judged_batch: images that float64 was run on; a network's batch repeats them.
-        call_ms_p50: median time from one call to the next on a GPU, by the clock, in milliseconds;
-            where batches are small, this is what a user waits for (ms_p50 is then the GPU's share).
-        call_ms_p20: its 20 % quantile.
-        call_ms_p80: its 80 % quantile.
-        cudnn: this and the rest are the `Switches`, as they were while it was timed.
-    """
-
+    # ok; unverified where the result was wrong, which is then never timed; unsupported where the
+    # provider cannot carry the case out here, or cannot run the backward pass alone again; oom;
+    # error. The reason is one line that says why it is not ok.
     status: Status
     reason: str = ""
+    # Time of one call in milliseconds, median and 20 % and 80 % quantiles over n samples; on a GPU
+    # the GPU's own, with a cold L2.
     ms_p50: float | None = None
     ms_p20: float | None = None
     ms_p80: float | None = None
     n: int | None = None
+    # At the median of the time that counts, for all but ops and passes; `counts_call_to_call` says
+    # which of the two does.
     images_per_s: float | None = None
-    compile_s: float | None = None
+    compile_s: float | None = None  # of the first call, where it compiles, with cold caches
+    # What the mathematics has to move, where no convolution moves more, and over the median time.
     bytes_needed: int | None = None
-    gbps: float | None = None
-    copy_gbps: float | None = None
-    pct_copy: float | None = None
+    gbps: float | None = None  # none where the bytes are 0
+    copy_gbps: float | None = None  # of a large copy, measured in the same process
+    pct_copy: float | None = None  # over 100 where the tensors stay in a cache
+    # 1e9 operations of one call, a multiply-add being two, the backward pass two forward passes.
     gflops: float | None = None
     tflops_per_s: float | None = None
-    launches: int | None = None
+    launches: int | None = None  # kernels, copies and fills of one call, on a GPU
+    # Most memory in MiB that one call allocates at a time, on a GPU; none in a graph, whose memory
+    # is kept between calls.
     peak_mb: float | None = None
+    # MiB that the forward pass keeps for the backward pass, and without the inputs, which the
+    # caller may hold anyway.
     saved_mb: float | None = None
     saved_own_mb: float | None = None
-    accuracy: float | None = None
+    accuracy: float | None = None  # share of held-out images named rightly, for the workload
+    # Largest errors against float64, and what they were allowed to be: of the output over its
+    # largest value, of a gradient over its norm.
     out_err: float | None = None
     out_err_bound: float | None = None
     grad_err: float | None = None
     grad_err_bound: float | None = None
-    judged_batch: int | None = None
+    judged_batch: int | None = None  # images of the float64 run; a network's batch repeats them
+    # From one call to the next on a GPU, by the clock: what a user waits for where batches are
+    # small.
     call_ms_p50: float | None = None
     call_ms_p20: float | None = None
     call_ms_p80: float | None = None
+    # The `Switches`, as they were while it was timed.
     cudnn: bool | None = None
     cudnn_benchmark: bool | None = None
     cudnn_deterministic: bool | None = None
@@ -144,16 +125,6 @@ class Result:
     matmul_tf32: bool | None = None
     deterministic: bool | None = None
     timed_threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the CSV."""
-
-    case: Case
-    provider: str
-    result: Result
-    env: Environment
 
 
 CASE_COLUMNS = tuple(f.name for f in fields(Case))
@@ -168,24 +139,6 @@ SCHEMA = Schema(
     key=KEY_COLUMNS,
 )
 
-Key = tuple[str, ...]
-
-
-def key_of(case: Case, provider: str) -> Key:
-    """Returns what identifies a row: its key columns as the CSV spells them."""
-    return (*(str(getattr(case, name)) for name in CASE_COLUMNS), provider)
-
-
-def line(row: Row) -> str:
-    """Returns one line of a report.
-
-    Raises:
-        ValueError: a value could not be read back.
-    """
-    parts = (row.case, row.result, row.env)
-    case, result, env = ([getattr(part, f.name) for f in fields(part)] for part in parts)
-    return SCHEMA.line([*case, row.provider, *result, *env])
-
 
 def read(path: Path) -> pd.DataFrame:
     """Reads a report as a frame with the dtypes of the dataclasses; row i is line i + 2.
@@ -197,12 +150,6 @@ def read(path: Path) -> pd.DataFrame:
         UsageError: it cannot be read.
     """
     return SCHEMA.read(path)
-
-
-def keys(path: Path) -> set[Key]:
-    """Returns the keys of the rows in a report, as `read` reads it."""
-    frame = read(path)[list(KEY_COLUMNS)].astype(str)
-    return set(frame.itertuples(index=False, name=None))
 
 
 # Calls up to this batch are often over before the host has started the next one: a user waits for
@@ -242,12 +189,9 @@ class Traffic:
 class Launches:
     """What is launched between SKConv's convolutions and V; older files do not have it.
 
-    Attributes:
-        launches_training: forward, backward and running statistics.
-        launches_inference: forward in evaluation mode.
-        launches_counted: what was counted: ``operators`` of eager PyTorch, the kernels of
-            Inductor's ``Triton plan`` or ``CPU plan``, or launches and operators that reach a
-            ``driver``.
+    In training that is forward, backward and running statistics. Counted are ``operators`` of eager
+    PyTorch, the kernels of Inductor's ``Triton plan`` or ``CPU plan``, or launches and operators
+    that reach a ``driver``.
     """
 
     launches_training: int | None = None
@@ -269,23 +213,13 @@ TRAFFIC = Schema(
 
 @dataclass(frozen=True)
 class Host:
-    """The host's time of SKConv without its branches' convolutions, beside the plain modules.
-
-    Attributes:
-        M: branches.
-        mode: ``infer``, or ``train`` with the backward pass and the running statistics.
-        ours_us: CPU time of one call, median over the rounds.
-        plain_us: the same of the plain modules.
-        ratio: ours to theirs, median of the rounds' ratios.
-        ratio_p20: of the rounds' ratios.
-        ratio_p80: likewise.
-    """
+    """The host's time of SKConv without its branches' convolutions, beside the plain modules."""
 
     M: int
-    mode: str
-    ours_us: float
+    mode: str  # infer, or train with the backward pass and the running statistics
+    ours_us: float  # CPU time of one call, median over the rounds
     plain_us: float
-    ratio: float
+    ratio: float  # ours to theirs, median and quantiles of the rounds' ratios
     ratio_p20: float
     ratio_p80: float
 
@@ -295,20 +229,12 @@ HOST = Schema(columns=(*columns_of(Host), *columns_of(Environment)), key=("M", "
 
 @dataclass(frozen=True)
 class Timing:
-    """What a launch configuration was chosen by.
+    """What a launch configuration was chosen by; times are medians with a cold L2."""
 
-    Attributes:
-        heuristic_ms: median time of the heuristics' configuration, with a cold L2, and of what
-            joins its partial sums.
-        ms: of the chosen one, which is the same where nothing was faster beyond the noise.
-        timed: how many configurations were timed.
-        refused: how many were not, since their results were wrong or they did not run.
-    """
-
-    heuristic_ms: float
-    ms: float
-    timed: int
-    refused: int
+    heuristic_ms: float  # of the heuristics' configuration, and of what joins its partial sums
+    ms: float  # of the chosen one: the same where nothing was faster beyond the noise
+    timed: int  # configurations
+    refused: int  # those whose results were wrong, or that did not run
 
 
 # Of streaming and of small kernels: what one of them has and the other has not is empty there.
@@ -326,23 +252,3 @@ TUNED = Schema(
     ),
     key=("kernel", *_PROBLEM),
 )
-
-
-def tuned_key(kernel: str, problem: Problem | SmallProblem) -> tuple[str, ...]:
-    """Returns what identifies a row of it: its key columns as the CSV is read."""
-    sizes = asdict(problem)
-    return (kernel, *(str(sizes.get(name)) for name in _PROBLEM))
-
-
-def tuned_line(
-    kernel: str,
-    problem: Problem | SmallProblem,
-    config: LaunchConfig | SmallConfig,
-    timing: Timing,
-    env: Environment,
-) -> str:
-    """Returns one line of that table."""
-    values: dict[str, Any] = {"kernel": kernel}
-    for part in (problem, config, timing, env):
-        values |= asdict(part)
-    return TUNED.line([values.get(name) for name in TUNED.names])

@@ -11,9 +11,9 @@ from io import FileIO
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from perf.rows import StopError, UsageError, schema
-from perf.rows.schema import SCHEMA, Key, Row
-from perf.rows.typed_csv import Schema, decode
+from perf.rows import StopError, UsageError
+from perf.rows.schema import SCHEMA
+from perf.rows.typed_csv import Key, Schema, Values, decode
 
 
 class Store:
@@ -48,13 +48,13 @@ class Store:
         """Lets other runs open the file."""
         self._file.close()
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Appends the rows of one case.
+    def append(self, rows: Iterable[Values]) -> None:
+        """Appends rows, all or none.
 
         Raises:
             StopError: they could not be written; the file is as it was before.
         """
-        self.append_lines({schema.key_of(row.case, row.provider): schema.line(row) for row in rows})
+        self.append_lines({self.columns.key_of(row): self.columns.line(row) for row in rows})
 
     def append_lines(self, lines: dict[Key, str]) -> None:
         """Appends lines of the file, by key, as `append` does."""

@@ -6,8 +6,8 @@ What is written can be read back. What is read is checked, and refused by file a
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -16,11 +16,14 @@ import pandas as pd
 
 from perf.rows import UsageError, printable
 
+Values = dict[str, Any]
+Key = tuple[str, ...]
+
 _SIGNIFICANT_DIGITS = 6
 _MOST_CHARACTERS = 1000
 _DTYPES = {int: "Int64", float: "float64", bool: "boolean", str: "str"}
 _LARGEST = 2**63 - 1
-_INT = re.compile(r"-?[0-9]+")
+_INT = re.compile(r"-?[0-9]{1,19}")
 _FLOAT = re.compile(r"-?([0-9]+\.?[0-9]*(e[-+]?[0-9]+)?|nan|inf)")
 
 
@@ -63,22 +66,19 @@ class Column:
         if not text and self.optional:
             return None
         if self.choices:
-            if text not in self.choices:
-                raise self._error(f"one of {', '.join(self.choices)}", text)
+            expected, right = f"one of {', '.join(self.choices)}", text in self.choices
+        elif self.kind is int:
+            expected = "a whole number of 64 bits"
+            right = bool(_INT.fullmatch(text)) and abs(int(text)) <= _LARGEST
+        elif self.kind is float:
+            expected, right = "a number", bool(_FLOAT.fullmatch(text))
+        elif self.kind is bool:
+            expected, right = "True or False", text in ("True", "False")
+        else:
             return text
-        if self.kind is int:
-            if not _INT.fullmatch(text) or len(text) > 20 or abs(int(text)) > _LARGEST:
-                raise self._error("a whole number of 64 bits", text)
-            return int(text)
-        if self.kind is float:
-            if not _FLOAT.fullmatch(text):
-                raise self._error("a number", text)
-            return float(text)
-        if self.kind is bool:
-            if text not in ("True", "False"):
-                raise self._error("True or False", text)
-            return text == "True"
-        return text
+        if not right:
+            raise ValueError(f"{self.name}: expected {expected}, got {text!r}")
+        return text == "True" if self.kind is bool else self.kind(text)
 
     def format(self, value: object) -> str:
         """Returns ``value`` as a cell.
@@ -95,26 +95,26 @@ class Column:
         self.parse(text)
         return text
 
-    def _error(self, expected: str, got: str) -> ValueError:
-        return ValueError(f"{self.name}: expected {expected}, got {got!r}")
-
 
 def columns_of(part: type) -> tuple[Column, ...]:
     """Returns the columns of a dataclass: an optional field with a default may be missing."""
-    hints = get_type_hints(part)
-    return tuple(
-        _column(field.name, hints[field.name], has_default=field.default is not MISSING)
-        for field in fields(part)
-    )
+    columns = []
+    for name, hint in get_type_hints(part).items():
+        kinds = get_args(hint) or (hint,)
+        if isinstance(kinds[0], str):
+            columns.append(Column(name, str, choices=kinds))
+        else:
+            optional = NoneType in kinds
+            younger = optional and hasattr(part, name)
+            columns.append(Column(name, kinds[0], optional=optional, younger=younger))
+    return tuple(columns)
 
 
-def _column(name: str, hint: Any, *, has_default: bool) -> Column:
-    arguments = get_args(hint)
-    optional = NoneType in arguments
-    kinds = [argument for argument in arguments if argument is not NoneType] or [hint]
-    if isinstance(kinds[0], str):
-        return Column(name, str, choices=tuple(kinds))
-    return Column(name, kinds[0], optional=optional, younger=optional and has_default)
+def values_of(*parts: Any, **named: Any) -> Values:
+    """Returns the values of a row by column: the fields of dataclasses, and others by name."""
+    for part in parts:
+        named |= asdict(part)
+    return named
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,17 @@ class Schema:
         """Returns the first line of a file."""
         return _line(self.names)
 
-    def line(self, values: Iterable[object]) -> str:
-        """Returns one line of a file from a value for each column.
+    def line(self, values: Values) -> str:
+        """Returns one line of a file; a value that is not there is none.
 
         Raises:
             ValueError: a value could not be read back.
         """
-        pairs = zip(self.columns, values, strict=True)
-        return _line([column.format(value) for column, value in pairs])
+        return _line([column.format(values.get(column.name)) for column in self.columns])
+
+    def key_of(self, values: Mapping[Any, Any]) -> Key:
+        """Returns what tells a row apart: its values in the columns of the key, as text."""
+        return tuple(str(values.get(name)) for name in self.key)
 
     def read(self, path: Path) -> pd.DataFrame:
         """Reads a file as a frame with the dtypes of the dataclasses; row i is line i + 2.
@@ -157,7 +160,7 @@ class Schema:
             }
         )
 
-    def rows(self, text: str, path: Path) -> list[dict[str, Any]]:
+    def rows(self, text: str, path: Path) -> list[Values]:
         """Returns the values of every line of the text of ``path`` after its header.
 
         Raises:
@@ -170,8 +173,8 @@ class Schema:
         columns = self._columns(lines[0], path)
         if torn:
             raise SchemaError(path, len(lines) + 1, "the line is cut off")
-        rows: list[dict[str, Any]] = []
-        first: dict[tuple[Any, ...], int] = {}
+        rows: list[Values] = []
+        first: dict[Key, int] = {}
         for number, line in enumerate(lines[1:], start=2):
             try:
                 cells = _cells(line)
@@ -181,7 +184,7 @@ class Schema:
                     column.name: column.parse(cell)
                     for column, cell in zip(columns, cells, strict=True)
                 }
-                key = tuple(row[name] for name in self.key)
+                key = self.key_of(row)
                 if first.setdefault(key, number) != number:
                     raise ValueError(f"the same key as in line {first[key]}")
             except (ValueError, csv.Error) as error:
@@ -189,7 +192,7 @@ class Schema:
             rows.append(row)
         return rows
 
-    def lines_by_key(self, text: str, path: Path) -> dict[tuple[str, ...], str]:
+    def lines_by_key(self, text: str, path: Path) -> dict[Key, str]:
         """Returns the lines of ``text``, a file that can be gone on with, by key.
 
         Raises:
@@ -201,8 +204,8 @@ class Schema:
             raise SchemaError(
                 path, 1, "not exactly the columns of this version; choose another --out"
             )
-        keys = (tuple(str(row[name]) for name in self.key) for row in rows)
-        return dict(zip(keys, (f"{line}\n" for line in lines), strict=True))
+        keys = map(self.key_of, rows)
+        return {key: f"{line}\n" for key, line in zip(keys, lines, strict=True)}
 
     def _columns(self, header: str, path: Path) -> list[Column]:
         """Returns the columns that a file has; those that are younger than it may be missing."""
@@ -256,7 +259,7 @@ def _cells(line: str) -> list[str]:
     return next(csv.reader([line], strict=True), [])
 
 
-def _line(values: Iterable[str] | Sequence[str]) -> str:
+def _line(values: Iterable[str]) -> str:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerow(values)
     return buffer.getvalue()

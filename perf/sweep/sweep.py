@@ -21,8 +21,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from perf.rows import StopError, UsageError, env, one_line
-from perf.rows.schema import Row, key_of
+from perf.rows.schema import SCHEMA
 from perf.rows.store import Store
+from perf.rows.typed_csv import values_of
 from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError, measure_case
 from perf.sweep.presets import Job
 from perf.sweep.providers import PROVIDERS
@@ -87,8 +88,8 @@ def unfinished(jobs: Sequence[Job], store: Store) -> list[Job]:
     """Returns the jobs without those providers that have a row."""
     rest = []
     for job in jobs:
-        names = tuple(name for name in job.providers if key_of(job.case, name) not in store.keys)
-        if names:
+        keys = {name: SCHEMA.key_of(values_of(job.case, provider=name)) for name in job.providers}
+        if names := tuple(name for name, key in keys.items() if key not in store.keys):
             rest.append(Job(job.case, names))
     return rest
 
@@ -97,7 +98,9 @@ def _measure(job: Job, store: Store, conditions: Conditions, ranks: int) -> None
     providers = tuple(PROVIDERS[name] for name in job.providers)
     results = measure_case(job.case, providers, conditions)
     now = env.snapshot(conditions.device, conditions.seed, ranks)
-    store.append(Row(job.case, name, result, now) for name, result in results.items())
+    store.append(
+        values_of(job.case, result, now, provider=name) for name, result in results.items()
+    )
     if len(results) < len(job.providers):
         raise BudgetSpentError
 

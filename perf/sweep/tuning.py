@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from perf.rows import env
-from perf.rows.schema import Timing, tuned_key, tuned_line
+from perf.rows.schema import TUNED, Timing
 from perf.rows.store import Store
+from perf.rows.typed_csv import Key, values_of
 from perf.static.specialisations import Setting, inputs
 from perf.static.trials import AnyConfig, AnyKernel, Given, Subject
 from perf.sweep import contest, measure
@@ -76,8 +77,7 @@ def tune(
     def append(subject: Subject) -> None:
         with in_force(store.path):
             problem = subject.problem(DeviceFacts.of(conditions.device))
-            key = tuned_key(subject.kernel.name, problem)
-            if key in store.keys:
+            if _key(subject, problem) in store.keys:
                 return
             try:
                 config, timing = measured(subject, conditions)
@@ -85,8 +85,7 @@ def tune(
                 print(f"{subject.label}: {error}", file=sys.stderr)
                 return
         now = env.snapshot(conditions.device, conditions.seed, ranks=1)
-        line = tuned_line(subject.kernel.name, problem, config, timing, now)
-        store.append_lines({key: line})
+        store.append([values_of(problem, config, timing, now, kernel=subject.kernel.name)])
 
     tasks = ((subject.label, functools.partial(append, subject)) for subject in chosen)
     return in_turn(tasks, conditions.device, budget)
@@ -108,8 +107,11 @@ def unfinished(chosen: Sequence[Subject], store: Store, device: torch.device) ->
     """Returns the subjects that have no row."""
     facts = DeviceFacts.of(device)
     with in_force(store.path):
-        keys = [tuned_key(s.kernel.name, s.problem(facts)) for s in chosen]
-    return [s for s, key in zip(chosen, keys, strict=True) if key not in store.keys]
+        return [s for s in chosen if _key(s, s.problem(facts)) not in store.keys]
+
+
+def _key(subject: Subject, problem: Any) -> Key:
+    return TUNED.key_of(values_of(problem, kernel=subject.kernel.name))
 
 
 def measured(subject: Subject, conditions: Conditions) -> tuple[AnyConfig, Timing]:
