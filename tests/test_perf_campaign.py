@@ -231,10 +231,7 @@ def test_a_part_that_appends_rows_gets_a_budget_below_its_time() -> None:
     line = command.command(swept, args, 100.0)
     assert line[-4:] == ("--out=a.csv", "--resume", "--budget", f"{100 - 2 * GRACE:.0f}")
     args.device = "cpu"
-    assert command.command(swept, args, 100.0)[-6:] == (
-        *("--device", "cpu"),
-        *command.REHEARSAL,
-    )
+    assert command.command(swept, args, 100.0)[-6:] == (*("--device", "cpu"), *command.REHEARSAL)
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,7 @@ def test_every_figure_is_a_png_and_an_svg(
     assert main(["plot", str(report), "--out", str(tmp_path / "figures")]) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     names = {path.stem.removeprefix("report-") for path in paths}
-    assert names == {
-        "speedup",
-        "bandwidth",
-        "passes",
-        "growth-sk_fuse-infer",
-    }
+    assert names == {"speedup", "bandwidth", "passes", "growth-sk_fuse-infer"}
     for path in paths:
         if path.suffix == ".png":
             assert path.read_bytes().startswith(PNG)

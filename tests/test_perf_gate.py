@@ -77,11 +77,7 @@ def nan_in_one_place(*branches: Tensor) -> Tensor:
     ],
 )
 def test_planted_wrong_provider_is_unverified_and_never_timed(
-    plant: Plant,
-    monkeypatch: pytest.MonkeyPatch,
-    workload: str,
-    forward: Forward,
-    dtype: str,
+    plant: Plant, monkeypatch: pytest.MonkeyPatch, workload: str, forward: Forward, dtype: str
 ) -> None:
     plant(workload, forward)
     timed: list[str] = []
@@ -100,9 +96,7 @@ def test_planted_wrong_provider_is_unverified_and_never_timed(
     assert timed == ["plain-eager"]
 
 
-def test_right_output_with_wrong_gradient_is_unverified(
-    plant: Plant,
-) -> None:
+def test_right_output_with_wrong_gradient_is_unverified(plant: Plant) -> None:
     def no_gradient_for_logits(logits: Tensor, *branches: Tensor) -> Tensor:
         out: Tensor = baseline.plain_select(logits, *branches)
         return out + 1e-2 * (logits - logits.detach()).sum()
@@ -176,9 +170,7 @@ def test_what_hardly_magnifies_hardly_widens_the_bound(workload: str) -> None:
     assert oracle.magnified < 0.3 * oracle.floor
 
 
-def test_failing_provider_is_a_row_with_one_line_of_reason(
-    plant: Plant,
-) -> None:
+def test_failing_provider_is_a_row_with_one_line_of_reason(plant: Plant) -> None:
     def fail(*branches: Tensor) -> Tensor:
         raise RuntimeError("first line\nsecond line")
 

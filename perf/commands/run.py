@@ -167,7 +167,7 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
     }
     axes = {name: tuple(values) for name, values in given.items() if values}
     chosen = tuple(replace(grid, **axes) for grid in kept)
-    combinations = sum(math.prod(map(len, grid.axes.values())) for grid in chosen)
+    combinations = sum(math.prod(map(len, grid.axes)) for grid in chosen)
     if combinations > MOST_CASES:
         raise UsageError(f"{combinations:,} cases are more than the {MOST_CASES:,} of a sweep")
     return chosen

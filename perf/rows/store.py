@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 from perf.rows import StopError, UsageError
 from perf.rows.schema import SCHEMA
@@ -34,13 +34,8 @@ class Store:
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None and self._new and not self.keys and self._is_untouched():
+    def __exit__(self, failure: object, *_: object) -> None:
+        if failure and self._new and not self.keys and self._is_untouched():
             self.path.unlink()
         self.close()
 
@@ -84,7 +79,10 @@ class Store:
         descriptor, data = self._file.fileno(), text.encode()
         with _undisturbed():
             try:
-                self._check_nobody_wrote()
+                if not self._is_untouched():
+                    raise StopError(
+                        f"{self.path}: removed or changed by somebody else during the run"
+                    )
                 written = 0
                 while written < len(data):
                     written += os.pwrite(descriptor, data[written:], self._size + written)
@@ -98,10 +96,6 @@ class Store:
                 ) from error
             self._size += len(data)
             self.keys.update(keys)
-
-    def _check_nobody_wrote(self) -> None:
-        if not self._is_untouched():
-            raise StopError(f"{self.path}: removed or changed by somebody else during the run")
 
     def _is_untouched(self) -> bool:
         here = os.fstat(self._file.fileno())
@@ -139,7 +133,7 @@ def open_store(path: Path, *, resume: bool, columns: Schema = SCHEMA) -> Store:
         lock(path, file.fileno())
         store.load()
     except BaseException as error:
-        store.__exit__(type(error), error, None)
+        store.__exit__(error)
         if isinstance(error, StopError):  # no room for the header
             raise UsageError(str(error)) from error
         raise

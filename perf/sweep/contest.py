@@ -23,15 +23,7 @@ from perf.rows.schema import Case, Result, counts_call_to_call
 from perf.static.bytes import saved
 from perf.sweep import gate, measure, workloads
 from perf.sweep.gate import Oracle
-from perf.sweep.providers import (
-    PASSES_OF,
-    PROVIDERS,
-    Call,
-    Provider,
-    Results,
-    evaluate,
-    settings,
-)
+from perf.sweep.providers import PASSES_OF, PROVIDERS, Call, Provider, Results, evaluate, settings
 from perf.sweep.workloads import Source
 
 

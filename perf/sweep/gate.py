@@ -13,14 +13,13 @@ what plain PyTorch achieves in the case's dtype on the same data, in the worse o
   network, whose averages lie behind other layers, it is those.
 - Gradients, each tensor's error in the 2-norm over its norm, or over the largest norm of all where
   its own is zero but for float64's rounding: at most 2 x plain's + 8 roundings + sqrt(n) roundings
-  of float32 + the condition. A ReLU
-  whose input lies within rounding of zero passes its gradient on in one correct run and not in
-  another; one such element moves a gradient by far more than rounding does (1e-3 against 1e-6,
-  measured on SKConv in float32). The condition is how far the float64 gradients move when the
-  inputs move by 4 x plain's relative output error, so that more ReLUs change sides than between two
-  correct runs. Ops have no ReLU, and there it is a few roundings. Where few ReLUs are near zero the
-  condition may miss the one that a correct provider hits, so a gradient beyond its bound is judged
-  again on other inputs, at most twice; a fault is there on every draw, such a ReLU on few.
+  of float32 + the condition. A ReLU whose input lies within rounding of zero passes its gradient on
+  in one correct run and not in another; one such element moves a gradient by far more than rounding
+  does (1e-3 against 1e-6, measured on SKConv in float32). The condition is how far the float64
+  gradients move when the inputs move by 4 x plain's relative output error, so that more ReLUs
+  change sides than between two correct runs; without ReLUs it is a few roundings. It may miss the
+  one ReLU that a correct provider hits, so a gradient beyond its bound is judged again on other
+  inputs, at most twice; a fault is there on every draw, such a ReLU on few.
 
 Through a whole network, in 16 bits or with few positions for a batch norm to average over, plain's
 own gradients are mostly rounding. The bound in the row then shows how little was proved; the rows
@@ -36,7 +35,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from perf.rows.schema import LAYOUTS, Case
+from perf.rows.schema import LAYOUTS, Case, Mode
 from perf.sweep import workloads
 from perf.sweep.providers import Call, Evaluation, evaluate, settings
 
@@ -81,23 +80,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Oracle:
-    """What the right answer is, and how well plain PyTorch meets it.
+    """What the right answer is, and how well plain PyTorch meets it."""
 
-    Attributes:
-        exact: the float64 run.
-        floor: what roundings may do to any result.
-        magnified: what they may do to the output beyond that.
-        plain_out_err: error of plain PyTorch's output.
-        plain_grad_err: errors of its gradients.
-        condition: how far the float64 gradients move with the inputs.
-    """
-
-    exact: Evaluation
-    floor: float
-    magnified: float
+    exact: Evaluation  # the float64 run
+    floor: float  # what roundings may do to any result
+    magnified: float  # what they may do to the output beyond that
     plain_out_err: float
     plain_grad_err: Mapping[str, float]
-    condition: float
+    condition: float  # how far the float64 gradients move with the inputs
 
     def judge(self, evaluation: Evaluation) -> Verdict:
         """Compares a provider's run with the oracle; of the gradients the worst one counts.
@@ -133,28 +123,32 @@ def consult(
         inputs: its inputs.
         seed: draws the gradient that arrives, and the direction in which the inputs move.
     """
+
+    def plain(case: Case, inputs: tuple[Tensor, ...], mode: Mode = case.mode) -> Evaluation:
+        module = make_module(case).to(inputs[0].dtype)
+        laid_out = tuple(workloads.laid_out(x, case) for x in inputs)
+        call = Call(replace(case, mode=mode), module, module, laid_out, seed)
+        with settings(call.case, benchmark=False):
+            return evaluate(call, call)
+
     exact_inputs = tuple(x.double() for x in inputs)
-    exact = _evaluate_plain(make_module(case).double(), case, exact_inputs, seed)
+    exact = plain(case, exact_inputs)
     roundoff = workloads.ROUNDOFF_OF[case.dtype]
     out_err, grad_err = 0.0, dict.fromkeys(exact.grads, 0.0)
     for layout in LAYOUTS:
-        laid_out = replace(case, layout=layout)
-        rough = _evaluate_plain(make_module(laid_out), laid_out, inputs, seed)
+        rough = plain(replace(case, layout=layout), inputs)
         out_err = max(out_err, output_error(rough.out, exact.out))
         for name, err in gradient_errors(rough.grads, exact.grads).items():
             grad_err[name] = max(grad_err[name], err)
     condition = 0.0
     if case.differentiates:
-        moved = _moved(exact_inputs, CONDITION_STEP * max(out_err, roundoff), seed)
-        near = _evaluate_plain(make_module(case).double(), case, moved, seed)
+        near = plain(case, _moved(exact_inputs, CONDITION_STEP * max(out_err, roundoff), seed))
         condition = max(gradient_errors(near.grads, exact.grads).values())
     walk = math.sqrt(max(x.numel() // x.shape[1] for x in inputs)) * workloads.ROUNDOFF_OF["fp32"]
     magnified = 0.0
     if case.level not in ("model", "workload"):
-        off = _planes_off(exact_inputs, walk, seed)
-        call = _call_of_plain(make_module(case).double(), case, off, seed)
-        with settings(case, benchmark=False), torch.no_grad():
-            magnified = max(output_error(call.forward(), exact.out) - walk, 0.0)
+        off = plain(case, _planes_off(exact_inputs, walk, seed), mode="infer")
+        magnified = max(output_error(off.out, exact.out) - walk, 0.0)
     floor = ROUNDINGS * roundoff + walk
     return Oracle(exact, floor, magnified, out_err, grad_err, condition)
 
@@ -181,20 +175,8 @@ def gradient_errors(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) ->
     }
 
 
-def _evaluate_plain(
-    module: nn.Module, case: Case, inputs: tuple[Tensor, ...], seed: int
-) -> Evaluation:
-    call = _call_of_plain(module, case, inputs, seed)
-    with settings(case, benchmark=False):
-        return evaluate(call, call)
-
-
-def _call_of_plain(module: nn.Module, case: Case, inputs: tuple[Tensor, ...], seed: int) -> Call:
-    return Call(case, module, module, tuple(workloads.laid_out(x, case) for x in inputs), seed)
-
-
 def _moved(inputs: tuple[Tensor, ...], step: float, seed: int) -> tuple[Tensor, ...]:
-    generator = _generator(inputs[0].device, seed + 1)
+    generator = torch.Generator(inputs[0].device).manual_seed(seed + 3)
     return tuple(
         x + step * x.std() * torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
         for x in inputs
@@ -203,13 +185,9 @@ def _moved(inputs: tuple[Tensor, ...], step: float, seed: int) -> tuple[Tensor, 
 
 def _planes_off(inputs: tuple[Tensor, ...], share: float, seed: int) -> tuple[Tensor, ...]:
     """Returns the inputs with every plane [b, c] larger or smaller by ``share`` of itself."""
-    generator = _generator(inputs[0].device, seed + 2)
+    generator = torch.Generator(inputs[0].device).manual_seed(seed + 4)
     return tuple(
         x + share * x * torch.randn(planes, generator=generator, device=x.device).sign()
         for x in inputs
         for planes in [(*x.shape[:2], *[1] * (x.dim() - 2))]
     )
-
-
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed + 2)

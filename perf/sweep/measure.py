@@ -40,18 +40,14 @@ class RunError(Exception):
 
 @dataclass
 class Times:
-    """Milliseconds per call, and what PyTorch was set to while they were taken.
-
-    Attributes:
-        ms: on a GPU by events, every call with a cold L2, however late the host starts it; on a
-            CPU by the clock, a sample a block of calls.
-        call_ms: from call to call on a GPU, by the clock: a sample a block of calls that the host
-            starts one after the other. Where calls are small this is the host's time.
-        switches: the settings.
-    """
+    """Milliseconds per call, and what PyTorch was set to while they were taken."""
 
     switches: Switches
+    # On a GPU by events, every call with a cold L2, however late the host starts it; on a CPU by
+    # the clock, a sample a block of calls.
     ms: list[float] = field(default_factory=list)
+    # From call to call on a GPU, by the clock: a sample a block of calls that the host starts one
+    # after the other. Where calls are small this is the host's time.
     call_ms: list[float] = field(default_factory=list)
 
 
@@ -64,12 +60,8 @@ def interleaved(
 ) -> dict[str, Times]:
     """Samples every run in turn, ``rounds`` times, so that a drifting clock favours none.
 
-    Args:
-        runs: what to call, by name.
-        context: what to call it in, by name.
-        device: where the runs compute.
-        seconds: time for each run, over all rounds; on a GPU for each of both clocks.
-        rounds: how often the turn goes round; every other round runs backwards.
+    Each runs in its ``context`` for ``seconds`` over all rounds, on a GPU for each of both clocks.
+    Every other round runs backwards.
 
     Raises:
         RunError: a run failed.

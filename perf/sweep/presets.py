@@ -41,24 +41,16 @@ class Grid:
         return LEVEL_OF[self.workloads[0]]
 
     @property
-    def axes(self) -> dict[str, tuple[Any, ...]]:
-        """What the cases are all combinations of, by the arguments of `make_case`."""
-        return {
-            "workload": self.workloads,
-            "mode": self.modes,
-            "dtype": self.dtypes,
-            "layout": self.layouts,
-            "M": self.Ms,
-            "batch": self.batches,
-            "resolution": self.resolutions,
-            "stage": self.stages,
-        }
+    def axes(self) -> tuple[tuple[Any, ...], ...]:
+        """What the cases are all combinations of: `make_case`'s arguments in their order."""
+        return (
+            *(self.workloads, self.modes, self.dtypes, self.layouts),
+            *(self.Ms, self.batches, self.resolutions, self.stages),
+        )
 
     def cases(self) -> list[Case]:
         """Returns the cases, each once: axes that a workload does not have are left out."""
-        axes = self.axes
-        every = itertools.product(*axes.values())
-        return list(dict.fromkeys(make_case(**dict(zip(axes, v, strict=True))) for v in every))
+        return list(dict.fromkeys(itertools.starmap(make_case, itertools.product(*self.axes))))
 
 
 @dataclass(frozen=True)
@@ -208,11 +200,7 @@ REST = (
     _bf16("sk_conv", modes=("bwd",), providers=BOTH_CALLED_ALIKE),
     _bf16("sk_fuse", "sk_select", layouts=LAYOUTS, stages=STAGES, providers=BOTH_CALLED_ALIKE),
     _bf16(
-        "sk_fuse_select",
-        dtypes=("fp32", "fp16"),
-        layouts=("nchw",),
-        Ms=(2, 3),
-        providers=_THREE,
+        "sk_fuse_select", dtypes=("fp32", "fp16"), layouts=("nchw",), Ms=(2, 3), providers=_THREE
     ),
     _bf16("sk_fuse_select", batches=(256,), resolutions=(160, 224, 320), providers=_THREE),
     _bf16("sk_fuse_select", providers=("plain-max-autotune", "plain-max-autotune-no-cudagraphs")),

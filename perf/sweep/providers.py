@@ -20,12 +20,7 @@ from perf.sweep import workloads
 from perf.sweep.workloads import Net, Source
 
 Wrap = Literal[
-    "eager",
-    "compile",
-    "reduce-overhead",
-    "max-autotune",
-    "max-autotune-no-cudagraphs",
-    "cudagraph",
+    "eager", "compile", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraph"
 ]
 # Calls before a capture, in which libraries choose their algorithms and kernels are compiled.
 CALLS_BEFORE_CAPTURE = 3

@@ -174,10 +174,7 @@ WORKLOADS = {
     "sknet50": _network(skt.sknet50),
     "sknet101": _network(skt.sknet101),
     "digits": Workload(
-        "workload",
-        lambda case: digits.DigitsNet(M=case.M),
-        inputs=_digit_images,
-        input_grads=False,
+        "workload", lambda case: digits.DigitsNet(M=case.M), inputs=_digit_images, input_grads=False
     ),
 }
 
@@ -200,7 +197,6 @@ LEVEL_OF: dict[str, Level] = {
 def make_case(
     workload: str,
     mode: Mode,
-    *,
     dtype: DType = "fp32",
     layout: Layout = "nchw",
     M: int = 2,
