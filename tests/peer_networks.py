@@ -6,13 +6,15 @@ modules within are those of `perf.peers.rebuilt`.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perf.peers import rebuilt
+from perf.peers.rebuilt import conv
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,11 @@ class Sizes:
     least: int = 32  # of the width of fc1
     split_input: bool = False
 
-    def options(self, channels: int, stride: int) -> dict[str, Any]:
-        """Returns the options of a selective-kernel module of ``channels``."""
-        width = max(channels // 16, self.least)
-        return {"stride": stride, "groups": self.groups, "width": width}
-
-    def stages(self) -> list[tuple[int, int, int]]:
-        """Units, width and stride of every stage."""
-        strides = [1] + [2] * (len(self.units) - 1)
-        return list(zip(self.units, self.widths, strides, strict=True))
+    def options(self, width: int, stride: int) -> dict[str, Any]:
+        """Returns the options of a selective-kernel module of ``width`` channels."""
+        split = {"split": True} if self.split_input else {}
+        narrow = max(width // 16, self.least)
+        return {"stride": stride, "groups": self.groups, "width": narrow, **split}
 
 
 PUBLISHED_WIDTHS = (128, 256, 512, 1024)
@@ -45,10 +43,6 @@ def published(depth: int, num_classes: int = 1000, **changes: Any) -> Sizes:
     return Sizes(UNITS[depth], PUBLISHED_WIDTHS, num_classes, **changes)
 
 
-def conv(cin: int, cout: int, k: int = 1, stride: int = 1, groups: int = 1) -> Any:
-    return nn.Conv2d(cin, cout, k, stride, k // 2, groups=groups, bias=False)
-
-
 def block(convolution: nn.Module, cout: int, *, act: bool = True, named: bool = False) -> Any:
     """Convolution, batch norm, ReLU: as 0, 1, 2, or as conv, bn, act."""
     parts = [convolution, nn.BatchNorm2d(cout), nn.ReLU(inplace=True)][: 3 if act else 2]
@@ -56,194 +50,108 @@ def block(convolution: nn.Module, cout: int, *, act: bool = True, named: bool = 
     return nn.Sequential(OrderedDict(zip(names, parts, strict=False)))
 
 
-def stacked_stages(
-    sizes: Sizes, unit: Callable[..., nn.Module], expansion: int = 2
-) -> list[nn.Sequential]:
-    """Builds unit(cin, width, cout, stride, sizes) for every unit."""
-    stages, channels = [], 64
-    for units, width, stride in sizes.stages():
-        out = expansion * width
-        first = unit(channels, width, out, stride, sizes)
-        rest = [unit(out, width, out, 1, sizes) for _ in range(units - 1)]
-        stages.append(nn.Sequential(first, *rest))
-        channels = out
-    return stages
+def put(root: nn.Module, path: str, child: nn.Module) -> None:
+    """Makes ``child`` what ``root`` has at ``path``, and what is missing on the way."""
+    *folders, name = path.split(".")
+    for folder in folders:
+        if not hasattr(root, folder):
+            root.add_module(folder, nn.Module())
+        root = root.get_submodule(folder)
+    root.add_module(name, child)
 
 
-class Residual(nn.Module):
-    """The unit that all of them have, whatever its parts are called."""
+@dataclass(frozen=True)
+class Peer:
+    """What a package calls the children of its network; called with sizes, it builds one."""
 
-    parts: tuple[str, ...]
-    shortcut_name: str
+    stem: tuple[str, ...]  # a block, or a convolution and a norm
+    stage: str
+    classifier: str
+    sk: Callable[..., nn.Module]
+    parts: tuple[str, str, str] = ("conv1", "conv2", "conv3")
+    shortcut: str = "downsample"
+    unit: str = "{0}"  # by its index in a stage, or its number
+    blocks: tuple[str, ...] = ()  # those whose layers have names
+    expansion: int = 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = x
-        for name in self.parts:
-            out = self.get_submodule(name)(out)
-        has = hasattr(self, self.shortcut_name)
-        shortcut = self.get_submodule(self.shortcut_name)(x) if has else x
-        return (out + shortcut).relu()
+    def __call__(self, sizes: Sizes) -> nn.Module:
+        return Network(self, sizes)
 
 
 class Network(nn.Module):
-    """Stem, pooling, stages, average, classifier, whatever they are called."""
+    """Stem, pooling, stages, average, classifier."""
 
-    stem_names: tuple[str, ...]
-    stage_names: list[str]
-    classifier_name: str
+    def __init__(self, peer: Peer, sizes: Sizes) -> None:
+        super().__init__()
+        self.peer = peer
+        self.stages = [peer.stage.format(i + 1) for i in range(len(sizes.units))]
+        stem = [conv(3, 64, 7, 2), nn.BatchNorm2d(64)]
+        if len(peer.stem) == 1:
+            stem = [block(stem[0], 64, named=peer.stem[0] in peer.blocks)]
+        for path, child in zip(peer.stem, stem, strict=True):
+            put(self, path, child)
+        channels = 64
+        for i, (count, width) in enumerate(zip(sizes.units, sizes.widths, strict=True)):
+            for j in range(count):
+                stride = 2 if i and not j else 1
+                cout = peer.expansion * width
+                kind = InsightUnit if peer.sk is InsightUnit else Unit
+                unit = kind(peer, channels, width, cout, stride, sizes)
+                put(self, f"{self.stages[i]}.{peer.unit.format(j, j + 1)}", unit)
+                channels = cout
+        put(self, peer.classifier, nn.Linear(channels, sizes.num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        for name in self.stem_names:
-            x = self.get_submodule(name)(x)
+        for path in self.peer.stem:
+            x = self.get_submodule(path)(x)
         x = nn.functional.max_pool2d(x.relu(), 3, 2, 1)
-        for name in self.stage_names:
-            x = self.get_submodule(name)(x)
-        out: Tensor = self.get_submodule(self.classifier_name)(x.mean((2, 3)))
+        for path in self.stages:
+            for unit in self.get_submodule(path).children():
+                x = unit(x)
+        out: Tensor = self.get_submodule(self.peer.classifier)(x.mean((2, 3)))
         return out
 
-    def add_stages(self, prefix: str, stages: list[nn.Sequential]) -> None:
-        self.stage_names = [f"{prefix}{i + 1}" for i in range(len(stages))]
-        for name, stage in zip(self.stage_names, stages, strict=True):
-            self.add_module(name, stage)
 
+class Unit(nn.Module):
+    """The unit that most of them have, whatever its parts are called."""
 
-# timm 1.0.31: skresnext50_32x4d; with split_input, segmentation_models_pytorch 0.6.0
-
-
-class TimmUnit(Residual):
-    parts, shortcut_name = ("conv1", "conv2", "conv3"), "downsample"
-
-    def __init__(self, cin: int, width: int, cout: int, stride: int, sizes: Sizes) -> None:
+    def __init__(
+        self, peer: Peer, cin: int, width: int, cout: int, stride: int, sizes: Sizes
+    ) -> None:
         super().__init__()
-        self.conv1 = block(conv(cin, width), width, named=True)
-        options = sizes.options(width, stride)
-        self.conv2 = rebuilt.SelectiveKernel(width, width, split=sizes.split_input, **options)
-        self.conv3 = block(conv(width, cout), cout, act=False, named=True)
+        self.peer = peer
+        first, sk, last = peer.parts
+        put(self, first, block(conv(cin, width, 1), width, named=first in peer.blocks))
+        put(self, sk, peer.sk(width, width, **sizes.options(width, stride)))
+        put(self, last, block(conv(width, cout, 1), cout, act=False, named=last in peer.blocks))
         if stride != 1 or cin != cout:
-            self.downsample = block(conv(cin, cout, stride=stride), cout, act=False)
+            named = peer.shortcut in peer.blocks
+            shortcut = block(conv(cin, cout, 1, stride), cout, act=False, named=named)
+            put(self, peer.shortcut, shortcut)
 
-
-class TimmSKNet(Network):
-    stem_names, classifier_name = ("conv1", "bn1"), "fc"
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = conv(3, 64, 7, 2), nn.BatchNorm2d(64)
-        self.add_stages("layer", stacked_stages(sizes, TimmUnit))
-        self.fc = nn.Linear(2 * sizes.widths[-1], sizes.num_classes)
-
-
-# bobo0810/SKNet_Pytorch and its copies
-
-
-class PortUnit(Residual):
-    parts, shortcut_name = ("conv1", "conv2", "conv3"), "downsample"
-
-    def __init__(self, cin: int, width: int, cout: int, stride: int, sizes: Sizes) -> None:
-        super().__init__()
-        self.conv1 = block(conv(cin, width), width)
-        self.conv2 = rebuilt.SKConv(width, width, **sizes.options(width, stride))
-        self.conv3 = block(conv(width, cout), cout, act=False)
-        if stride != 1 or cin != cout:
-            self.downsample = block(conv(cin, cout, stride=stride), cout, act=False)
-
-
-class PortSKNet(Network):
-    stem_names, classifier_name = ("conv",), "fc"
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.conv = block(conv(3, 64, 7, 2), 64)
-        self.add_stages("layer", stacked_stages(sizes, PortUnit))
-        self.fc = nn.Linear(2 * sizes.widths[-1], sizes.num_classes)
-
-
-# pytorchcv 0.0.74: sknet50, sknet101
-
-
-class CvUnit(Residual):
-    parts, shortcut_name = ("body.conv1", "body.conv2", "body.conv3"), "identity_conv"
-
-    def __init__(self, cin: int, width: int, cout: int, stride: int, sizes: Sizes) -> None:
-        super().__init__()
-        self.body = nn.ModuleDict(
-            {
-                "conv1": block(conv(cin, width), width, named=True),
-                "conv2": rebuilt.SKConvBlock(width, width, **sizes.options(width, stride)),
-                "conv3": block(conv(width, cout), cout, act=False, named=True),
-            }
-        )
-        if stride != 1 or cin != cout:
-            self.identity_conv = block(conv(cin, cout, stride=stride), cout, act=False, named=True)
-
-
-class CvSKNet(Network):
-    stem_names, classifier_name = ("features.init_block",), "output"
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        stem = nn.Sequential(OrderedDict(conv=block(conv(3, 64, 7, 2), 64, named=True)))
-        self.features = nn.ModuleDict({"init_block": stem})
-        self.stage_names = []
-        for i, stage in enumerate(stacked_stages(sizes, CvUnit)):
-            units = {f"unit{j + 1}": unit for j, unit in enumerate(stage)}
-            self.features[f"stage{i + 1}"] = nn.Sequential(OrderedDict(units))
-            self.stage_names.append(f"features.stage{i + 1}")
-        self.output = nn.Linear(2 * sizes.widths[-1], sizes.num_classes)
-
-
-# developer0hye/SKNet-PyTorch and syt2/SKNet: a biased head a branch
-
-
-class HeadsUnit(Residual):
-    shortcut_name = "shortcut"
-    sk = "conv2_sk"
-
-    def __init__(self, cin: int, width: int, cout: int, stride: int, sizes: Sizes) -> None:
-        super().__init__()
-        self.parts = ("conv1", self.sk, "conv3")
-        self.conv1 = block(conv(cin, width), width)
-        sk = rebuilt.SKConvHeads(width, width, M=2, **sizes.options(width, stride))
-        self.add_module(self.sk, sk)
-        self.conv3 = block(conv(width, cout), cout, act=False)
-        if cin != cout:
-            self.shortcut = block(conv(cin, cout, stride=stride), cout, act=False)
-
-
-class Syt2Unit(HeadsUnit):
-    sk = "conv2"
-
-
-class HeadsSKNet(Network):
-    stem_names, classifier_name = ("basic_conv",), "classifier"
-    unit: type[HeadsUnit] = HeadsUnit
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.basic_conv = block(conv(3, 64, 7, 2), 64)
-        self.add_stages("stage_", stacked_stages(sizes, self.unit))
-        self.classifier = nn.Linear(2 * sizes.widths[-1], sizes.num_classes)
-
-
-class Syt2SKNet(HeadsSKNet):
-    unit = Syt2Unit
-
-
-# implus/PytorchInsight: sk_resnet50, sk_resnet101
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for path in self.peer.parts:
+            out = self.get_submodule(path)(out)
+        has = hasattr(self, self.peer.shortcut)
+        shortcut = self.get_submodule(self.peer.shortcut)(x) if has else x
+        return (out + shortcut).relu()
 
 
 class InsightUnit(nn.Module):
-    def __init__(self, cin: int, width: int, cout: int, stride: int, sizes: Sizes) -> None:
+    def __init__(
+        self, peer: Peer, cin: int, width: int, cout: int, stride: int, sizes: Sizes
+    ) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv(cin, width), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = conv(cin, width, 1), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
         self.conv2g = conv(width, width, 3, stride, groups=sizes.groups)
         self.bn2g = nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = conv(width, cout), nn.BatchNorm2d(cout)
-        self.conv_fc1, self.bn_fc1 = conv(width, width // 16), nn.BatchNorm2d(width // 16)
-        self.conv_fc2 = conv(width // 16, 2 * width)
+        self.conv3, self.bn3 = conv(width, cout, 1), nn.BatchNorm2d(cout)
+        self.conv_fc1, self.bn_fc1 = conv(width, width // 16, 1), nn.BatchNorm2d(width // 16)
+        self.conv_fc2 = conv(width // 16, 2 * width, 1)
         if stride != 1 or cin != cout:
-            self.downsample = block(conv(cin, cout, stride=stride), cout, act=False)
+            self.downsample = block(conv(cin, cout, 1, stride), cout, act=False)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.bn1(self.conv1(x)).relu()
@@ -256,21 +164,36 @@ class InsightUnit(nn.Module):
         return out
 
 
-class InsightSKNet(Network):
-    stem_names, classifier_name = ("conv1", "bn1"), "fc"
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = conv(3, 64, 7, 2), nn.BatchNorm2d(64)
-        self.add_stages("layer", stacked_stages(sizes, InsightUnit, expansion=4))
-        self.fc = nn.Linear(4 * sizes.widths[-1], sizes.num_classes)
-
-
-PEERS: Mapping[str, Callable[[Sizes], nn.Module]] = {
-    "timm": TimmSKNet,
-    "ports": PortSKNet,
-    "pytorchcv": CvSKNet,
-    "developer0hye": HeadsSKNet,
-    "syt2": Syt2SKNet,
-    "pytorchinsight": InsightSKNet,
+# developer0hye/SKNet-PyTorch: a biased head a branch.
+HEADS = Peer(
+    stem=("basic_conv",),
+    stage="stage_{}",
+    classifier="classifier",
+    sk=partial(rebuilt.SKConvHeads, M=2),
+    parts=("conv1", "conv2_sk", "conv3"),
+    shortcut="shortcut",
+)
+PEERS: Mapping[str, Peer] = {
+    # timm 1.0.31: skresnext50_32x4d; with split_input, segmentation_models_pytorch 0.6.0.
+    "timm": Peer(
+        ("conv1", "bn1"), "layer{}", "fc", rebuilt.SelectiveKernel, blocks=("conv1", "conv3")
+    ),
+    # bobo0810/SKNet_Pytorch and its copies.
+    "ports": Peer(("conv",), "layer{}", "fc", rebuilt.SKConv),
+    # pytorchcv 0.0.74: sknet50, sknet101.
+    "pytorchcv": Peer(
+        stem=("features.init_block.conv",),
+        stage="features.stage{}",
+        classifier="output",
+        sk=rebuilt.SKConvBlock,
+        parts=("body.conv1", "body.conv2", "body.conv3"),
+        shortcut="identity_conv",
+        unit="unit{1}",
+        blocks=("features.init_block.conv", "body.conv1", "body.conv3", "identity_conv"),
+    ),
+    "developer0hye": HEADS,
+    # syt2/SKNet.
+    "syt2": replace(HEADS, parts=("conv1", "conv2", "conv3")),
+    # implus/PytorchInsight: sk_resnet50, sk_resnet101.
+    "pytorchinsight": Peer(("conv1", "bn1"), "layer{}", "fc", InsightUnit, expansion=4),
 }

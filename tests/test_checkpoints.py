@@ -27,9 +27,7 @@ from tests.helpers import EXACT_NETWORK, assert_same
 from tests.peer_networks import (
     PEERS,
     UNITS,
-    InsightSKNet,
     Sizes,
-    TimmSKNet,
     published,
 )
 from tests.plain_sknet import largest_error
@@ -118,7 +116,7 @@ def full(name: str, depth: int, **changes: Any) -> dict[str, Tensor]:
 
 def smp_encoder() -> dict[str, Tensor]:
     """segmentation_models_pytorch's timm-skresnext50_32x4d: split inputs, narrow fc1, no head."""
-    state = shapes_of(TimmSKNet, published(50, least=1, split_input=True))
+    state = shapes_of(PEERS["timm"], published(50, least=1, split_input=True))
     return {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
 
 
@@ -231,7 +229,7 @@ def test_a_bias_of_another_length_is_not_folded() -> None:
 
 def test_units_of_pytorchinsight_fit_an_skunit_with_its_branches() -> None:
     sizes = Sizes((1, 1), (64, 128))
-    network = randomised(InsightSKNet(sizes).double()).eval()
+    network = peer("pytorchinsight", sizes).eval()
     original = network.get_submodule("layer2.0")
     unit = SKUnit(
         256, 128, 512, 2, branches=[(3, 1, 1), (3, 1, 32)], d=8, dtype=torch.float64
