@@ -9,7 +9,6 @@ weights are published; a file of any layout that `sknet_triton.checkpoints` know
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,16 +39,9 @@ __all__ = ["SKNetTimm", "sknet26", "sknet50", "sknet101", "sknet101_caffe"]
 class SKNetTimm(SKNet):
     """An `SKNet` with the methods that timm's scripts and feature extractors call.
 
-    Args:
-        stages: as in `SKNet`, like num_classes, in_chans, variant, device and dtype.
-        num_classes: likewise.
-        in_chans: likewise.
-        global_pool: timm's name of a pooling; "" for none, where num_classes is 0.
-        drop_rate: dropout before the head, in training.
-        variant: likewise.
-        device: likewise.
-        dtype: likewise.
-        **unit_options: passed to every `SKUnit`.
+    ``global_pool`` is timm's name of a pooling; "" for none, where num_classes is 0. ``drop_rate``
+    is of a dropout before the head, in training. ``unit_options`` are passed to every `SKUnit`; the
+    other arguments are as in `SKNet`.
 
     Raises:
         ValueError: as in `SKNet`; or ``global_pool`` does not fit.
@@ -189,19 +181,11 @@ def _pooling(name: str, num_classes: int) -> Any:
     return pooling
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What the registry's name stands for."""
-
-    stages: tuple[StageSpec, ...]
-    variant: Variant = "paper"
-
-
-ARCHITECTURES = {
-    "sknet26": Architecture(SKNET26),
-    "sknet50": Architecture(SKNET50),
-    "sknet101": Architecture(SKNET101),
-    "sknet101_caffe": Architecture(SKNET101_CAFFE, "caffe"),
+NETWORKS = {
+    "sknet26": functools.partial(SKNetTimm, SKNET26),
+    "sknet50": functools.partial(SKNetTimm, SKNET50),
+    "sknet101": functools.partial(SKNetTimm, SKNET101),
+    "sknet101_caffe": functools.partial(SKNetTimm, SKNET101_CAFFE, variant="caffe"),
 }
 
 default_cfgs = generate_default_cfgs(
@@ -214,7 +198,7 @@ default_cfgs = generate_default_cfgs(
             "paper_name": "Selective Kernel Networks",
             "paper_ids": "arXiv:1903.06586",
         }
-        for name in ARCHITECTURES
+        for name in NETWORKS
     }
 )
 
@@ -240,9 +224,8 @@ def sknet101_caffe(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    architecture = ARCHITECTURES[name]
     model: nn.Module = build_model_with_cfg(
-        functools.partial(SKNetTimm, architecture.stages, variant=architecture.variant),
+        NETWORKS[name],
         name,
         pretrained,
         pretrained_filter_fn=_in_our_layout,

@@ -39,17 +39,11 @@ _MODULE_STATE = frozenset(vars(nn.Module()))
 
 @dataclass(frozen=True)
 class Checked:
-    """The answer.
+    """The answer."""
 
-    Attributes:
-        reason: why the family does not fit; None where it does.
-        silent: paths of the children that only the own forward calls.
-        inputs: how many arguments of forward were compared.
-    """
-
-    reason: str | None
-    silent: tuple[str, ...] = ()
-    inputs: int = 0
+    reason: str | None  # why the family does not fit; None where it does
+    silent: tuple[str, ...] = ()  # paths of the children that only the own forward calls
+    inputs: int = 0  # how many arguments of forward were compared
 
 
 class _UnfitError(Exception):
@@ -65,10 +59,9 @@ class _Outcome:
 
 
 def fitting(module: nn.Module, *, besides: bool = True) -> tuple[Family, Checked] | str | None:
-    """Returns the family that computes what ``module`` does, and what was found.
+    """Returns the family that computes what ``module`` does, and what `check` found.
 
     A text says why the families of its structure do not; None that none has its structure.
-    ``besides`` is as in `check`.
     """
     reasons = []
     for family in families():

@@ -32,12 +32,12 @@ _NAMES = re.compile(
 
 @dataclass(frozen=True)
 class Row:
-    """One module.
+    """What became of one module.
 
     Attributes:
-        path: its name in the model, as ``model.get_submodule`` takes it; empty for the model.
+        path: its name, as ``model.get_submodule`` takes it; empty for the model itself.
         kind: its family, or the name of its class where none was found.
-        status: what became of it.
+        status: what was done.
         reason: why it was left, or a remark.
     """
 
@@ -85,18 +85,16 @@ def accelerate(model: nn.Module) -> Report:
     on the CPU, in training and evaluation: outputs, gradients, buffers, and what else the forward
     does. One that differs, or that cannot be compared, is left, with the reason.
 
-    State dict, hooks, training mode, class (by isinstance) and forward's signature stay; so do all
-    random states. Outputs and gradients differ by rounding; under autocast the output has the maps'
-    dtype. channels_last is kept where the original lost it. A second call changes nothing. It works
+    State dict, hooks, training mode, class (by isinstance), forward's signature and all random
+    states stay; outputs and gradients differ by rounding. Under autocast the output has the maps'
+    dtype; channels_last is kept where the original lost it. A second call changes nothing. It works
     before and after torch.compile and DistributedDataParallel; before fully_shard only.
 
-    The module's own forward runs where the family does not pay (where no branches are stacked and
-    torch.compile works without kernels, as its row says), a child was replaced by one that does not
-    fit, a hook watches what would not be called, an optional argument is given, torch.fx traces, or
-    TorchScript compiles. Where the original kept a copy of its inputs (SKFF and SKFusion stack
-    them), the inputs themselves are kept for the backward now: one that is changed in place before
-    it makes autograd say that a variable needed for gradient computation has been modified by an
-    inplace operation.
+    The own forward runs where the family does not pay (its row says so), a child was replaced by
+    one that does not fit, a hook watches what would not be called, an optional argument is given,
+    torch.fx traces, or TorchScript compiles. SKFF and SKFusion keep their inputs for the backward,
+    where the originals kept a copy: after a change in place autograd says that a variable needed
+    for gradient computation has been modified by an inplace operation.
 
     Args:
         model: any module; it may itself be one to swap.
@@ -168,22 +166,14 @@ class _Part:
 
 
 class Accelerated(nn.Module):
-    """What the swapped modules have in common.
-
-    Attributes:
-        _skt_family: how the forward is computed.
-        _skt_original: the module's own class.
-        _skt_checked: what was found when it was compared.
-        _skt_silent: children that the own forward calls and the new one does not. A hook on one of
-            them brings the own forward back.
-        _skt_parts: what the comparison relied on.
-    """
+    """What the swapped modules have in common."""
 
     _skt_family: Family
-    _skt_original: Any
+    _skt_original: Any  # the module's own class
     _skt_checked: Checked
+    # Children that the own forward calls and the new one does not: a hook on one brings it back.
     _skt_silent: tuple[nn.Module, ...]
-    _skt_parts: tuple[_Part, ...]
+    _skt_parts: tuple[_Part, ...]  # what the comparison relied on
 
     def _skt_fits(self) -> bool:
         """Tells whether the family computes what the module is now; compares anew on a change."""

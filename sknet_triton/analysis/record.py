@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -24,11 +24,11 @@ from sknet_triton.reference.sk_select import attention
 # Those of the paper's Figure 3; its Figure 4 has the first two.
 SCALES = (1.0, 1.5, 2.0)
 
-View = Callable[[Tensor], Tensor]
 # The class of an image; None where it has none.
 Label: TypeAlias = int | None
 # Takes a unit's weights [B, M, C] of one call.
 Report = Callable[[Tensor], None]
+Watch = Callable[[Report], RemovableHandle]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Unit:
     path: str
     stage: int
     index: int
-    watch: Callable[[Report], RemovableHandle]
+    watch: Watch
 
 
 def sk_units(model: nn.Module) -> list[Unit]:
@@ -61,40 +61,28 @@ def sk_units(model: nn.Module) -> list[Unit]:
     Raises:
         ValueError: there is none; the reasons are named where a module comes near to one.
     """
-    found: list[tuple[str, Callable[[Report], RemovableHandle]]] = []
+    units: list[Unit] = []
     reasons: list[str] = []
+    sizes: dict[str, int] = {}  # of the stages
     for path, module in model.named_modules():
         watch = _watch(module)
         if isinstance(watch, str):
             reasons.append(f"; {path or 'the model'}: {watch}")
         elif watch is not None:
-            found.append((path, watch))
-    if not found:
+            parts = path.split(".")
+            numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+            stage = ".".join(parts[: numbers[-1]]) if numbers else ""
+            sizes[stage] = sizes.get(stage, 0) + 1
+            units.append(Unit(path, 1 + [*sizes].index(stage), sizes[stage], watch))
+    if not units:
         raise ValueError(
             "model: expected a selective-kernel unit, an SKConv or a module that accelerate knows, "
             f"got {type(model).__name__} with none{''.join(reasons)}"
         )
-    places = _places([path for path, _ in found])
-    return [
-        Unit(path, stage, index, watch)
-        for (path, watch), (stage, index) in zip(found, places, strict=True)
-    ]
+    return units
 
 
-def _places(paths: list[str]) -> list[tuple[int, int]]:
-    """Numbers the stages and the units within each."""
-    sizes: dict[str, int] = {}
-    places = []
-    for path in paths:
-        parts = path.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-        stage = ".".join(parts[: numbers[-1]]) if numbers else ""
-        sizes[stage] = sizes.get(stage, 0) + 1
-        places.append((1 + list(sizes).index(stage), sizes[stage]))
-    return places
-
-
-def _watch(module: nn.Module) -> Callable[[Report], RemovableHandle] | str | None:
+def _watch(module: nn.Module) -> Watch | str | None:
     """Returns how to watch ``module``, why it cannot be, or None for another kind of module."""
     if isinstance(module, SKConv):
         if module.aggregate == "sum":
@@ -103,11 +91,9 @@ def _watch(module: nn.Module) -> Callable[[Report], RemovableHandle] | str | Non
     if isinstance(module, Accelerated):
         return functools.partial(_watch_family, module, module._skt_family)
     found = fitting(module, besides=False)
-    return (
-        found
-        if found is None or isinstance(found, str)
-        else functools.partial(_watch_family, module, found[0])
-    )
+    if found is None or isinstance(found, str):
+        return found
+    return functools.partial(_watch_family, module, found[0])
 
 
 def _watch_conv(sk: SKConv, report: Report) -> RemovableHandle:
@@ -175,8 +161,7 @@ def record_attention(
         ValueError: the model has no such unit or calls none, the loader yields no image, or the
             labels or the maps in a unit are not as many as the images.
     """
-    views: dict[float, View] = {1.0: lambda images: images}
-    return _record(model, loader, views, device).drop(columns="scale")
+    return _record(model, loader, (1.0,), device).drop(columns="scale")
 
 
 def record_sizes(
@@ -206,8 +191,7 @@ def record_sizes(
     """
     if 1.0 not in scales:
         raise ValueError(f"scales: expected 1.0 among them, got {tuple(scales)}")
-    views = {float(scale): functools.partial(enlarge, scale=scale) for scale in scales}
-    return with_change(_record(model, loader, views, device))
+    return with_change(_record(model, loader, scales, device))
 
 
 def enlarge(images: Tensor, scale: float) -> Tensor:
@@ -255,11 +239,7 @@ class _Means:
     labels: Sequence[Label] = ()
 
     def add(self, unit: Unit, weights: Tensor) -> None:
-        """Adds the weights [B, M, C] of ``unit``.
-
-        Raises:
-            ValueError: B is not the number of labels.
-        """
+        """Adds the weights [B, M, C] of ``unit``."""
         if len(weights) != len(self.labels):
             raise ValueError(
                 f"model: expected weights for each of {len(self.labels)} images in {unit.path!r}, "
@@ -275,10 +255,7 @@ class _Means:
     def table(self, units: list[Unit]) -> pd.DataFrame:
         """Returns the means by scale, unit and class, with the columns of `record_sizes`."""
         rows = []
-        for scale, unit, label in sorted(
-            self.sums, key=lambda key: (key[0], units.index(key[1]), _sortable(key[2]))
-        ):
-            images, total = self.sums[scale, unit, label]
+        for (scale, unit, label), (images, total) in self.sums.items():
             weights = (total / images).tolist()
             rows.append(
                 {
@@ -292,17 +269,20 @@ class _Means:
                     **{f"{WEIGHT}{i}": weight for i, weight in enumerate(weights)},
                 }
             )
-        return pd.DataFrame(rows).astype({"label": "Int64"})
-
-
-def _sortable(label: Label) -> tuple[bool, int]:
-    return (label is not None, label or 0)
+        table = pd.DataFrame(rows).astype({"label": "Int64"})
+        places = {unit.path: place for place, unit in enumerate(units)}
+        return table.sort_values(
+            ["scale", "path", "label"],
+            key=lambda column: column.map(places) if column.name == "path" else column,
+            na_position="first",
+            ignore_index=True,
+        )
 
 
 def _record(
     model: nn.Module,
     loader: Iterable[Any],
-    views: Mapping[float, View],
+    scales: Sequence[float],
     device: torch.device | str | None,
 ) -> pd.DataFrame:
     check_model(model)
@@ -318,9 +298,9 @@ def _record(
         for batch in loader:
             images, means.labels = _split(batch)
             images_seen += len(images)
-            for scale, view in views.items():
-                means.scale = scale
-                inner(view(images.to(where)))
+            for scale in scales:
+                means.scale = float(scale)
+                inner(images.to(where) if scale == 1 else enlarge(images.to(where), scale))
     if not images_seen:
         raise ValueError("loader: expected at least one image, got none")
     if not means.sums:
@@ -358,9 +338,8 @@ def _described(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"a tensor of shape {tuple(x.shape)} and {x.dtype}"
     if isinstance(x, (list, tuple)):
-        return (
-            f"a {type(x).__name__} of {', '.join(type(part).__name__ for part in x) or 'nothing'}"
-        )
+        parts = ", ".join(type(part).__name__ for part in x)
+        return f"a {type(x).__name__} of {parts or 'nothing'}"
     return type(x).__name__
 
 
@@ -380,12 +359,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     Afterwards, also after an error or an interrupt, the training mode of every module, the buffers
     and torch's random states are as they were. A compiled model keeps its graphs.
     """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    tables: list[dict[str, Any]] = [module._buffers for module in modules]
-    held = [dict(table) for table in tables]
-    written = {id(x): x for table in held for x in table.values() if x is not None}
-    values = [(x, x.detach().clone()) for x in written.values()]
+    before = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    values = [(x, x.detach().clone()) for x in model.buffers()]
     gpus = list({x.device for x in model.parameters() if x.is_cuda})
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(gpus))
@@ -394,16 +369,15 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            for module in modules:
+            for module, *_ in before:
                 # Not eval(), which a model may override with more than this.
                 module.training = False
             yield
         finally:
-            for module, mode in zip(modules, modes, strict=True):
+            for module, mode, buffers in before:
                 module.training = mode
-            for table, before in zip(tables, held, strict=True):
-                table.clear()
-                table.update(before)
+                module._buffers.clear()
+                module._buffers.update(buffers)
             for x, value in values:
                 if not torch.equal(x, value):
                     # Through .data: a graph that waits for its backward finds its version.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -31,10 +29,9 @@ def with_change(table: pd.DataFrame) -> pd.DataFrame:
     keys = ["path", "label"]
     base = table.loc[table.scale == 1.0, [*keys, "difference"]]
     joined = table[keys].merge(base, how="left", on=keys, validate="many_to_one")
-    place = list(table.columns).index("difference")
-    changed = table.copy()
-    changed.insert(place + 1, "change", table.difference - joined.difference.to_numpy())
-    return changed
+    change = table.difference - joined.difference.to_numpy()
+    table.insert(1 + list(table.columns).index("difference"), "change", change)
+    return table
 
 
 def over_classes(table: pd.DataFrame) -> pd.DataFrame:
@@ -56,12 +53,8 @@ def over_classes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Writes a table, whole or not at all: an earlier file is replaced at the end.
-
-    The means keep every digit, so that `read_csv` returns the same table.
-    """
-    with _replaced(Path(path)) as draft:
-        table.to_csv(draft, index=False, lineterminator="\n")
+    """Writes a table with every digit, so that `read_csv` returns the same."""
+    table.to_csv(path, index=False, lineterminator="\n")
 
 
 def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -147,22 +140,8 @@ def plot_classes(table: pd.DataFrame) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure whole or not at all, in the format that the ending of ``path`` names."""
-    with _replaced(Path(path)) as draft:
-        figure.savefig(draft, dpi=_DPI)
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """Gives a draft to write to, which takes the place of ``path`` at the end, if it gets there."""
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    """Writes a figure in the format that the ending of ``path`` names."""
+    figure.savefig(path, dpi=_DPI)
 
 
 def _new_figure(width: float, height: float) -> Figure:

@@ -96,22 +96,14 @@ def _laid_out(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 
 # Under these keys a training script's checkpoint has its state dict.
 _HOLDERS = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "module",
-    "net",
-    "state_dict_ema",
-    "model_ema",
+    *("state_dict", "model", "model_state_dict", "module", "net"),
+    *("state_dict_ema", "model_ema"),
 )
 # Modules that torch.compile, activation checkpointing, FSDP, Lightning and the data-parallel and
 # averaging wrappers put around a network or a part of it.
 _WRAPPERS = {
-    "_orig_mod",
-    "_checkpoint_wrapped_module",
-    "_fsdp_wrapped_module",
-    "_forward_module",
-    "module",
+    *("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"),
+    *("_forward_module", "module"),
 }
 
 
@@ -272,7 +264,8 @@ def fold_fc2_bias(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return folded
     for sk in units:
         weight = _taken(folded, f"{sk}.fc2.weight", 4)
-        bias = _taken(folded, f"{sk}.fc2.bias", 1, weight.new_zeros(weight.shape[0]))
+        folded.setdefault(f"{sk}.fc2.bias", weight.new_zeros(weight.shape[0]))
+        bias = _taken(folded, f"{sk}.fc2.bias", 1)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{sk}.fc2.bias: expected {len(weight)} values, got {len(bias)}")
         folded[f"{sk}.fc2.weight"] = torch.cat([weight, bias.view(-1, 1, 1, 1)], 1)
@@ -283,16 +276,6 @@ def fold_fc2_bias(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
-def _taken(
-    tensors: dict[str, Tensor], key: str, axes: int, default: Tensor | None = None
-) -> Tensor:
-    tensor = tensors.pop(key, default)
-    if tensor is None or tensor.dim() != axes:
-        got = "none" if tensor is None else list(tensor.shape)
-        raise ValueError(f"{key}: expected a tensor of {axes} axes to fold the bias, got {got}")
-    return tensor
-
-
 # Axes of the tensor, value of the new channel.
 _NEW_CHANNEL = {
     "conv.weight": (4, 0.0),
@@ -301,6 +284,14 @@ _NEW_CHANNEL = {
     "bn.running_mean": (1, 0.0),
     "bn.running_var": (1, 1.0),
 }
+
+
+def _taken(tensors: dict[str, Tensor], key: str, axes: int) -> Tensor:
+    tensor = tensors.pop(key, None)
+    if tensor is None or tensor.dim() != axes:
+        got = "none" if tensor is None else list(tensor.shape)
+        raise ValueError(f"{key}: expected a tensor of {axes} axes to fold the bias, got {got}")
+    return tensor
 
 
 def _units(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -36,12 +36,9 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """One key.
+    """What a model and a checkpoint have under one key, None for nothing.
 
-    Attributes:
-        key: in this package's names, or as the checkpoint has it where it is no such name.
-        model: what the model has there, None for nothing.
-        checkpoint: what the checkpoint has there, None for nothing.
+    The key is in this package's names, or as the checkpoint has it where it is no such name.
     """
 
     key: str
