@@ -57,6 +57,18 @@ def by_hand() -> skt.SKConv:
     return sk
 
 
+class Calling(nn.Module):
+    """A network of one unit, ``sk``, which is called as ``call`` says."""
+
+    def __init__(self, sk: nn.Module, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.sk = sk
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.sk, x)
+
+
 def bright(*values: float, side: int = 4) -> Tensor:
     """Constant images [B, 8, side, side] of each brightness."""
     images = torch.tensor(values, dtype=torch.float64)[:, None, None, None]
@@ -107,11 +119,13 @@ def assert_same_table(actual: pd.DataFrame, expected: pd.DataFrame, error: float
 def test_the_weights_are_those_worked_out_by_hand(backend: Backend) -> None:
     loader = [(bright(1, 2), [7, 3]), (bright(0), [7])]
     with use_backend(backend):
-        table = analysis.record_attention(nn.Sequential(by_hand()), loader)
+        # Dropout is off, and running statistics are taken.
+        net = nn.Sequential(nn.Dropout(0.5), by_hand()).train()
+        table = analysis.record_attention(net, loader)
     assert list(table.columns) == [
         *("path", "stage", "index", "label", "images", "difference", "weight_0", "weight_1")
     ]
-    assert table.path.tolist() == ["0", "0"]
+    assert table.path.tolist() == ["1", "1"]
     assert table.label.tolist() == [3, 7]
     assert table.images.tolist() == [1, 2]
     expected = [dilated_weight(2), (dilated_weight(1) + dilated_weight(0)) / 2]
@@ -121,23 +135,27 @@ def test_the_weights_are_those_worked_out_by_hand(backend: Backend) -> None:
     assert table.difference.tolist() == pytest.approx([2 * x - 1 for x in expected], abs=EXACT)
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [torch.tensor([4, 6]), [4, 6], (4, 6), np.array([4, 6])],
-    ids=["tensor", "list", "tuple", "array"],
+LABELS: tuple[list[Any], ...] = (
+    [torch.tensor([4, 6])],
+    [[4, 6]],
+    [(4, 6)],
+    [np.array([4, 6])],
+    [None],
+    [],
 )
-def test_labels_come_as_tensor_array_or_sequence(labels: Any) -> None:
-    table = analysis.record_attention(by_hand(), [[bright(1, 2), labels]])
-    assert table.label.tolist() == [4, 6]
-    assert table.weight_1.tolist() == pytest.approx([dilated_weight(1), dilated_weight(2)])
 
 
-@pytest.mark.parametrize("batch", [bright(1, 2), (bright(1, 2),), [bright(1, 2), None]])
-def test_without_labels_there_is_one_class_that_is_missing(batch: Any) -> None:
-    table = analysis.record_attention(by_hand(), [batch])
-    assert table.label.isna().tolist() == [True]
-    assert table.images.tolist() == [2]
-    assert table.weight_1.tolist() == pytest.approx([(dilated_weight(1) + dilated_weight(2)) / 2])
+@pytest.mark.parametrize("labels", LABELS, ids=["tensor", "list", "tuple", "array", "none", "left"])
+def test_labels_come_as_tensor_array_or_sequence_or_not_at_all(labels: list[Any]) -> None:
+    images, (one, two) = bright(1, 2), (dilated_weight(1), dilated_weight(2))
+    table = analysis.record_attention(by_hand(), [(images, *labels)])
+    if all(given is None for given in labels):
+        assert (table.label.isna().tolist(), table.images.tolist()) == ([True], [2])
+        assert table.weight_1.tolist() == pytest.approx([(one + two) / 2])
+        assert_same_table(analysis.record_attention(by_hand(), [images]), table)
+    else:
+        assert table.label.tolist() == [4, 6]
+        assert table.weight_1.tolist() == pytest.approx([one, two])
 
 
 def test_units_are_numbered_by_stage() -> None:
@@ -167,17 +185,10 @@ def test_a_unit_of_three_branches_beside_one_of_two() -> None:
 
 
 def test_a_unit_that_is_not_called_has_no_row_and_one_called_twice_counts_twice() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = by_hand(), by_hand()
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.used(x)
-            return cast(Tensor, self.used(2 * x))
-
-    (row,) = rows_of(analysis.record_attention(Net(), [bright(1, 1)]))
-    assert (row.path, row.images) == ("used", 4)
+    net = Calling(by_hand(), lambda sk, x: sk(x) + sk(2 * x))
+    net.unused = by_hand()
+    (row,) = rows_of(analysis.record_attention(net, [bright(1, 1)]))
+    assert (row.path, row.images) == ("sk", 4)
     assert row.weight_1 == pytest.approx((dilated_weight(1) + dilated_weight(2)) / 2)
 
 
@@ -241,15 +252,7 @@ def test_foreign_modules_give_the_weights_that_they_compute(
 
 
 def test_a_swapped_module_called_by_keyword_is_recorded() -> None:
-    class Net(nn.Module):
-        def __init__(self, sk: nn.Module) -> None:
-            super().__init__()
-            self.sk = sk
-
-        def forward(self, x: Tensor) -> Tensor:
-            return cast(Tensor, self.sk(x=x))
-
-    net = Net(scramble(SKConvBlock(8, 4, groups=2)).double())
+    net = Calling(scramble(SKConvBlock(8, 4, groups=2)).double(), lambda sk, x: sk(x=x))
     images = torch.randn(3, 8, 5, 4, dtype=torch.float64)
     own = analysis.record_attention(net, [images])
     skt.accelerate(net)
@@ -257,19 +260,11 @@ def test_a_swapped_module_called_by_keyword_is_recorded() -> None:
 
 
 def test_fusion_of_given_branches_is_recorded() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fuse = SKFusion(8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return cast(Tensor, self.fuse([x, -x]))
-
-    net = Net().double()
+    net = Calling(SKFusion(8), lambda sk, x: sk([x, -x])).double()
     x = torch.randn(3, 8, 5, 4, dtype=torch.float64)
     (row,) = rows_of(analysis.record_attention(net, [x]))
     # The branches cancel, and the MLP has no bias: every logit is 0.
-    assert (row.path, row.weight_0, row.weight_1) == ("fuse", 0.5, 0.5)
+    assert (row.path, row.weight_0, row.weight_1) == ("sk", 0.5, 0.5)
 
 
 def test_a_module_that_computes_something_else_is_refused_with_the_reason() -> None:
@@ -302,16 +297,13 @@ def test_a_compiled_model_is_recorded_and_keeps_its_graph() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", ["in place", "a unit", "a unit, in place"])
 def test_a_model_compiled_otherwise_is_recorded(inside: str) -> None:
-    net, x = small_net().eval(), images_of(3)
+    net, x, counter = small_net().eval(), images_of(3), CompileCounter()
     expected = analysis.record_attention(net, [x])
-    counter = CompileCounter()
     unit = cast(nn.Sequential, net.stages[0])
-    if inside == "in place":
-        net.compile(backend=counter)
-    elif inside == "a unit":
+    if inside == "a unit":
         unit[0] = cast(Any, torch.compile(unit[0], backend=counter))
     else:
-        unit[0].compile(backend=counter)
+        (net if inside == "in place" else unit[0]).compile(backend=counter)
     with torch.no_grad():
         net(x)
     assert counter.frame_count > 0
@@ -430,13 +422,6 @@ def test_the_random_states_of_the_models_gpus_are_put_back(monkeypatch: pytest.M
         assert asked == [gpu]
 
 
-def test_dropout_is_off_and_running_statistics_are_taken() -> None:
-    sk = by_hand().train()
-    net = nn.Sequential(nn.Dropout(0.5), sk)
-    table = analysis.record_attention(net, [bright(1)])
-    assert table.weight_1.tolist() == pytest.approx([dilated_weight(1)])
-
-
 # What is refused
 
 
@@ -448,16 +433,8 @@ def test_a_model_without_a_unit_is_refused() -> None:
 
 
 def test_a_model_that_calls_no_unit_is_refused() -> None:
-    class Idle(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.sk = by_hand()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x
-
-    with pytest.raises(ValueError, match="got Idle, which called none of its 1"):
-        analysis.record_attention(Idle(), [bright(1)])
+    with pytest.raises(ValueError, match="got Calling, which called none of its 1"):
+        analysis.record_attention(Calling(by_hand(), lambda sk, x: x), [bright(1)])
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
@@ -494,16 +471,9 @@ def test_a_loader_without_an_image_is_refused(loader: list[Tensor]) -> None:
 
 
 def test_maps_that_are_not_one_an_image_are_refused() -> None:
-    class Frames(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.sk = by_hand()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return cast(Tensor, self.sk(x.repeat(3, 1, 1, 1)))
-
+    net = Calling(by_hand(), lambda sk, x: sk(x.repeat(3, 1, 1, 1)))
     with pytest.raises(ValueError, match="each of 2 images in 'sk', got 6"):
-        analysis.record_attention(Frames(), [bright(1, 2)])
+        analysis.record_attention(net, [bright(1, 2)])
 
 
 # Sizes
@@ -532,11 +502,6 @@ def test_the_change_is_known_where_there_are_no_labels() -> None:
     # A quarter of the image is bright; its middle, very much enlarged, is bright throughout.
     expected = 2 * dilated_weight(1) - 2 * dilated_weight(1 / 4)
     assert table.change.tolist() == pytest.approx([0.0, expected])
-
-
-def test_scales_without_one_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"scales: expected 1.0 among them, got \(1.5, 2.0\)"):
-        analysis.record_sizes(by_hand(), [bright(1)], scales=(1.5, 2.0))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5, 2.0, 3.7])
@@ -580,13 +545,15 @@ def test_enlarging_by_less_than_one_is_refused(scale: float) -> None:
         analysis.enlarge(torch.zeros(1, 4, 4), scale)
 
 
-def test_enlarging_what_are_no_images_is_refused() -> None:
+def test_enlarging_what_are_no_images_and_scales_without_one_are_refused() -> None:
     with pytest.raises(TypeError, match=r"expected a floating-point tensor, got torch\.uint8"):
         analysis.enlarge(torch.zeros(4, 4, dtype=torch.uint8), 2.0)
     with pytest.raises(TypeError, match="images: expected a floating-point tensor, got list"):
         analysis.enlarge(cast(Any, [[1.0]]), 2.0)
     with pytest.raises(ValueError, match=r"images: expected shape \[..., H, W\], got \(4,\)"):
         analysis.enlarge(torch.zeros(4), 2.0)
+    with pytest.raises(ValueError, match=r"scales: expected 1.0 among them, got \(1.5, 2.0\)"):
+        analysis.record_sizes(by_hand(), [bright(1)], scales=(1.5, 2.0))
 
 
 # The table
@@ -634,24 +601,6 @@ def test_a_csv_gives_the_same_table_back(sizes: pd.DataFrame, tmp_path: Path) ->
     for table in (sizes, alone, named, some):
         analysis.write_csv(table, path)
         assert_frame_equal(analysis.read_csv(path), table, check_exact=True)
-
-
-def test_a_csv_that_cannot_be_written_leaves_the_earlier_one(
-    sizes: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.csv"
-    analysis.write_csv(sizes, path)
-    before = path.read_bytes()
-
-    def half(self: pd.DataFrame, draft: Path, **kwargs: Any) -> None:
-        draft.write_bytes(before[:100])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
-    with pytest.raises(KeyboardInterrupt):
-        analysis.write_csv(sizes, path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_another_csv_is_refused(tmp_path: Path) -> None:

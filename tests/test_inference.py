@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sknet_triton import SKConv, SKNet, SKNetFeatures, SKUnit, StageSpec, fuse_bn, use_backend
-from tests.helpers import EXACT, is_plain, laid_out
+from tests.helpers import EXACT, assert_same, is_plain, laid_out
 from tests.plain_sknet import largest_error, scramble
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
@@ -120,12 +121,19 @@ def test_the_state_dict_has_biases_for_norms_and_can_be_loaded() -> None:
     assert torch.equal(twin(x), model(x))
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Asserts that the block leaves the modules themselves and every value as they are."""
+    modules, state = [*model.modules()], copy.deepcopy(model.state_dict())
+    yield
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert_same(model.state_dict(), state, bound=0)
+
+
 def test_a_second_call_changes_nothing() -> None:
     model = fuse_bn(build("SKNet"))
-    modules, state = [*model.modules()], copy.deepcopy(model.state_dict())
-    fuse_bn(model)
-    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with unchanged(model):
+        fuse_bn(model)
 
 
 def test_convolutions_that_someone_else_holds_are_not_written_to() -> None:
@@ -170,29 +178,8 @@ def test_a_bfloat16_weight_is_rounded_once() -> None:
 # --- what is left alone -------------------------------------------------------------------------
 
 
-def parametrize(module: Any) -> None:
-    nn.utils.parametrizations.weight_norm(module)
-
-
 def hook_backward(module: nn.Module) -> None:
     module.register_full_backward_hook(lambda *_: None)
-
-
-def share_conv(unit: Any) -> None:
-    unit.other = nn.Sequential(unit.reduce.conv)
-
-
-def share_bn(unit: Any) -> None:
-    unit.other = unit.reduce.bn
-
-
-def use_bn_twice(unit: Any) -> None:
-    unit.reduce.again = unit.reduce.bn
-
-
-def without_statistics(unit: Any) -> None:
-    old = unit.reduce.bn
-    unit.reduce.bn = nn.BatchNorm2d(old.num_features, track_running_stats=False).double().eval()
 
 
 class Doubled(nn.Conv2d):
@@ -206,6 +193,12 @@ def other_conv(unit: Any) -> None:
     unit.reduce.conv = new
 
 
+def puts(name: str, value: Callable[[Any], nn.Module]) -> Callable[[Any], None]:
+    """Returns what puts a child of that name into a unit, in float64 and in eval mode."""
+    parent, _, child = name.rpartition(".")
+    return lambda unit: unit.get_submodule(parent).add_module(child, value(unit).double().eval())
+
+
 LEAVE: dict[str, Callable[[Any], Any]] = {
     "hook on the convolution": lambda u: u.reduce.conv.register_forward_hook(lambda *_: None),
     "hook before the convolution": lambda u: u.reduce.conv.register_forward_pre_hook(
@@ -213,17 +206,18 @@ LEAVE: dict[str, Callable[[Any], Any]] = {
     ),
     "hook on the norm": lambda u: u.reduce.bn.register_forward_hook(lambda *_: None),
     "backward hook on the norm": lambda u: hook_backward(u.reduce.bn),
-    "parametrization": lambda u: parametrize(u.reduce.conv),
-    "shared convolution": share_conv,
-    "shared norm": share_bn,
-    "norm used twice in a row": use_bn_twice,
-    "no running statistics": without_statistics,
+    "parametrization": lambda u: nn.utils.parametrizations.weight_norm(u.reduce.conv),
+    "shared convolution": puts("other", lambda u: nn.Sequential(u.reduce.conv)),
+    "shared norm": puts("other", lambda u: u.reduce.bn),
+    "norm used twice in a row": puts("reduce.again", lambda u: u.reduce.bn),
+    "no running statistics": puts(
+        "reduce.bn", lambda u: nn.BatchNorm2d(8, track_running_stats=False)
+    ),
     "other convolution": other_conv,
-    "other norm": lambda u: u.reduce.add_module("bn", nn.GroupNorm(2, 8).double()),
-    "something in between": lambda u: setattr(
-        u,
+    "other norm": puts("reduce.bn", lambda u: nn.GroupNorm(2, 8)),
+    "something in between": puts(
         "reduce",
-        nn.Sequential(u.reduce.conv, nn.ReLU(), u.reduce.bn, u.reduce.act),
+        lambda u: nn.Sequential(u.reduce.conv, nn.ReLU(), u.reduce.bn, u.reduce.act),
     ),
 }
 
@@ -242,39 +236,31 @@ def test_a_pair_is_left_alone(name: str) -> None:
     assert largest_error(after, before) < EXACT
 
 
-def test_hooks_around_a_pair_stay() -> None:
-    unit = cast(Any, build("SKUnit"))
-    seen: list[Tensor] = []
-    unit.reduce.register_forward_hook(lambda _module, _args, out: seen.append(out.clone()))
-    x = image(unit)
-    unit(x)
-    fuse_bn(unit)(x)
-    assert isinstance(unit.reduce.bn, nn.Identity)
-    assert largest_error(seen[1], seen[0]) < EXACT
+def around(unit: Any) -> None:
+    unit.reduce.register_forward_hook(lambda _module, _args, out: 2 * out)
 
 
-def test_a_unit_used_twice_is_folded_once() -> None:
+def biased(unit: Any) -> None:
+    unit.reduce.conv.bias = nn.Parameter(torch.randn(8, dtype=torch.float64))
+
+
+FOLDED: dict[str, Callable[[Any], Any]] = {
+    "a hook around the pair": around,
+    "no affine": puts("reduce.bn", lambda u: nn.BatchNorm2d(8, affine=False)),
+    "bias": biased,
+    "sync": cast(Any, nn.SyncBatchNorm).convert_sync_batchnorm,
+    "used twice": lambda u: None,
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_norms_of_other_kinds_and_their_surroundings(name: str) -> None:
     unit = scramble(SKUnit(16, 8, G=2)).double().eval()
-    model = nn.Sequential(unit, unit).eval()
-    x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
+    unit = cast(Any, FOLDED[name](unit) or unit)
+    model = nn.Sequential(unit, unit) if name == "used twice" else unit
+    x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
     (before,) = outputs(model, x)
-    (after,) = outputs(fuse_bn(model), x)
-    assert isinstance(cast(Any, unit).reduce.bn, nn.Identity)
-    assert largest_error(after, before) < EXACT
-
-
-@pytest.mark.parametrize("change", ["affine", "bias", "sync"])
-def test_norms_of_other_kinds(change: str) -> None:
-    unit = cast(Any, build("SKUnit"))
-    if change == "affine":
-        unit.reduce.bn = nn.BatchNorm2d(8, affine=False).double().eval()
-    elif change == "bias":
-        unit.reduce.conv.bias = nn.Parameter(torch.randn(8, dtype=torch.float64))
-    else:
-        unit = cast(Any, nn.SyncBatchNorm).convert_sync_batchnorm(unit)
-    x = image(unit)
-    (before,) = outputs(unit, x)
-    (after,) = outputs(fuse_bn(unit), x)
+    (after,) = outputs(fuse_bn(model.eval()), x)
     assert isinstance(unit.reduce.bn, nn.Identity)
     assert largest_error(after, before) < EXACT
 
@@ -294,12 +280,9 @@ def test_training_mode_is_refused_and_nothing_changes(name: str) -> None:
     change, message = TRAINING[name]
     model = build("among others")
     change(model)
-    modules, state = [*model.modules()], copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=f"model: expected eval mode, .* got {message}"):
+    refused = pytest.raises(ValueError, match=f"model: expected eval mode, .* got {message}")
+    with unchanged(model), refused:
         fuse_bn(model)
-    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_dropout_in_training_is_none_of_its_business() -> None:
@@ -313,28 +296,17 @@ def test_dropout_in_training_is_none_of_its_business() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SKUnit", "M3", "sum"])
-def test_a_folded_model_compiles_to_one_graph(name: str) -> None:
-    torch._dynamo.reset()
-    model = fuse_bn(build(name))
+def test_a_model_can_be_folded_before_and_after_it_is_compiled(
+    name: str, fresh_dynamo: None
+) -> None:
+    model = build(name)
     x = image(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        assert largest_error(compiled(x), model(x)) < EXACT
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-def test_a_compiled_model_can_be_folded_afterwards() -> None:
-    torch._dynamo.reset()
-    model = build("SKUnit")
-    x = image(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = cast(nn.Module, torch.compile(model, fullgraph=True, backend="aot_eager"))
     with torch.no_grad():
         before = compiled(x)
-        fuse_bn(cast(nn.Module, compiled))
+        fuse_bn(compiled)
         assert largest_error(compiled(x), before) < EXACT
-    assert isinstance(cast(Any, model).reduce.bn, nn.Identity)
-    torch._dynamo.reset()
+    assert norms(model) != norms(build(name))
 
 
 def test_the_kernels_take_a_folded_model(device: torch.device) -> None:

@@ -90,14 +90,11 @@ def test_the_network_is_the_packages_own(timm: Any) -> None:
     assert (theirs.num_classes, theirs.in_chans, theirs.num_features) == (7, 4, 2048)
 
 
-def test_the_units_arguments_arrive(timm: Any) -> None:
+def test_the_units_arguments_arrive_and_an_unknown_one_is_named(timm: Any) -> None:
     model = timm.create_model("sknet26.triton", M=3, r=8, G=16, device="meta")
     unit = model.stages[3][0].sk
     assert (len(unit.branches), unit.fc1.conv.out_channels) == (3, 1024 // 8)
     assert unit.branches[0].conv.groups == 16
-
-
-def test_an_unknown_argument_is_refused_by_name(timm: Any) -> None:
     with pytest.raises(TypeError, match="drop_path_rate"):
         timm.create_model("sknet26.triton", drop_path_rate=0.1)
 
@@ -192,26 +189,21 @@ def test_out_indices_choose_maps_and_nothing_idle_is_kept(indices: Any, timm: An
     assert len(net.model.stages) == max(chosen)
 
 
-def test_features_by_hooks_are_the_same(timm: Any) -> None:
-    getter = timm.create_model("sknet26.triton", features_only=True, out_indices=(0, 2))
-    hooked = timm.create_model(
-        "sknet26.triton", features_only=True, out_indices=(0, 2), feature_cls="hook"
-    )
-    hooked.body.load_state_dict(getter.model.state_dict(), strict=False)
-    x = torch.randn(1, 3, 64, 64)
-    for ours, theirs in zip(getter.eval()(x), hooked.eval()(x), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("indices", [(0, 2), (1, 3, 4), (4,)], ids=str)
-def test_features_by_torch_fx_are_the_same(indices: tuple[int, ...], timm: Any) -> None:
+@pytest.mark.parametrize(
+    ("feature_cls", "indices"),
+    [("hook", (0, 2)), ("fx", (0, 2)), ("fx", (1, 3, 4)), ("fx", (4,))],
+    ids=str,
+)
+def test_features_by_hooks_and_by_torch_fx_are_the_same(
+    feature_cls: str, indices: tuple[int, ...], timm: Any
+) -> None:
     options = {"features_only": True, "out_indices": indices}
-    traced = timm.create_model("sknet26.triton", feature_cls="fx", **options).eval()
+    other = timm.create_model("sknet26.triton", feature_cls=feature_cls, **options).eval()
     getter = timm.create_model("sknet26.triton", **options).eval()
-    shared = {k.removeprefix("graph_module."): v for k, v in traced.state_dict().items()}
-    assert not getter.model.load_state_dict(shared, strict=False).unexpected_keys
+    shared = {k.split(".", 1)[1]: v for k, v in other.state_dict().items()}
+    assert not getter.model.load_state_dict(shared, strict=False).missing_keys
     x = torch.randn(1, 3, 64, 64)
-    for ours, theirs in zip(getter(x), traced(x), strict=True):
+    for ours, theirs in zip(getter(x), other(x), strict=True):
         torch.testing.assert_close(theirs, ours)
 
 
