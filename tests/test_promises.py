@@ -443,6 +443,10 @@ UNCHECKABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "its parameters are UninitializedParameters",
     ),
     "no attn": (Unreadable, "its structure cannot be read"),
+    "own forward": (
+        changed(sets("forward", lambda _: lambda x: x)),
+        "its forward was replaced on the instance",
+    ),
     "closure": (changed(sets("fc1.forward", lambda module: calling(module.fc1))), REPLACED_FC1),
     "pruned": (
         changed(lambda module: cast(Any, prune).l1_unstructured(module.fc2, "weight", 0.5)),
