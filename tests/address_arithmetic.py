@@ -138,7 +138,7 @@ def _compiled() -> Iterator[tuple[str, str]]:
     from perf.static.aot import TARGETS, compile_launch
     from perf.static.specialisations import FAST_SHAPE, LAYOUTS, Setting
 
-    target = next(t for t in TARGETS if t.name == "sm_90")
+    target = TARGETS["sm_90"]
     settings = [Setting(3, layout, torch.bfloat16, FAST_SHAPE) for layout in LAYOUTS]
     settings.append(Setting(3, "contiguous", torch.bfloat16, (128, 1024, 49)))
     for setting in settings:

@@ -19,16 +19,15 @@ ROOT = Path(__file__).parent.parent
 FOUR_PROVIDERS = """
 import itertools, json, torch, sknet_triton as skt
 from dataclasses import asdict
-from perf.static import null_driver
-from perf.static.launches import launches
+from perf.static.launches import install, launches
 rows = itertools.islice(launches((2, 8, 6, 6), torch.float32), 4)
 rows = [(key, asdict(found)) for key, found in rows]
-listed = null_driver.install()
+listed = install().launches
 xs, logits = [torch.randn(2, 16, 7, 7) for _ in range(3)], torch.randn(2, 3, 16)
 with skt.use_backend("triton"):
     for _ in range(2):
         skt.functional.sk_select(xs, logits)
-print(json.dumps([rows, [[launch.kernel, launch.programs] for launch in listed]]))
+print(json.dumps([rows, listed]))
 """
 
 

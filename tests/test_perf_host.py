@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from perf.static import null_driver
+from perf.static import launches
 from tests.helpers import source_environment
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +17,7 @@ COMPILED = source_environment(TRITON_INTERPRET="0")
 def test_it_refuses_a_process_that_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET: nothing is launched where it is 1"):
-        null_driver.install()
+        launches.install()
 
 
 @pytest.mark.slow

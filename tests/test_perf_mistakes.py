@@ -360,6 +360,6 @@ def test_where_a_table_goes_is_checked_before_the_work(
 
     monkeypatch.setattr("perf.static.compiled.kernel_table", work)
     monkeypatch.setattr("perf.static.launches.launches_of", work)
-    monkeypatch.setattr("perf.static.null_driver.install", work)
+    monkeypatch.setattr("perf.static.launches.install", work)
     monkeypatch.setenv("TRITON_INTERPRET", str(int(command == "traffic")))
     assert f"--out: {out}" in refused(command, "--out", out)

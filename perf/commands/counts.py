@@ -97,12 +97,12 @@ def host(args: argparse.Namespace) -> int:
     launches nothing. Tiny tensors, one thread, both sides in turn; CPU time, in microseconds.
     """
     needs_compiler("nothing is launched")
-    from perf.static import null_driver
+    from perf.static import launches
 
     with table_file(args.out) as write:
-        null_driver.install()
+        launches.install()
         torch.set_num_threads(1)
-        table = pd.DataFrame([asdict(row) for row in null_driver.host(args.rounds)])
+        table = pd.DataFrame([asdict(row) for row in launches.host(args.rounds)])
         print(table.to_string(index=False, float_format="{:.2f}".format))
         write(table)
     return 0

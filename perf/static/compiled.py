@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from perf.static.aot import TARGETS, Target, compile_launch
+from perf.static.aot import MODELLED, TARGETS, compile_launch
 from perf.static.model import ceiling
 from perf.static.specialisations import (
     LAYOUTS,
@@ -20,9 +20,6 @@ from perf.static.specialisations import (
     streaming_kernel,
 )
 from sknet_kernels.launch import Launch
-
-# The target whose machine code the model reads.
-MODELLED = "sm_90"
 
 
 def kernel_table(
@@ -35,18 +32,13 @@ def kernel_table(
     only those of `Setting.at_risk`.
     """
     # By layouts first: those of one target share kernels, which the second finds in Triton's cache.
-    shares = [
-        (target, layout, tuple(branches), at_risk)
-        for layout in LAYOUTS
-        for target in TARGETS
-        if target.name in targets
-    ]
+    order = [name for name in TARGETS if name in targets]
+    shares = [(name, layout, branches, at_risk) for layout in LAYOUTS for name in order]
     # Spawned, because compilers keep threads that a fork would lose.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(mp_context=spawn, initializer=_end_with_parent) as pool:
         table = pd.DataFrame([row for rows in pool.map(_rows, shares) for row in rows])
-    order = {target.name: i for i, target in enumerate(TARGETS)}
-    return table.sort_values("target", key=lambda names: names.map(order), kind="stable")
+    return table.sort_values("target", key=lambda names: names.map(order.index), kind="stable")
 
 
 def _end_with_parent() -> None:
@@ -61,16 +53,16 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _rows(share: tuple[Target, str, tuple[int, ...], bool]) -> list[dict[str, Any]]:
+def _rows(share: tuple[str, str, Sequence[int], bool]) -> list[dict[str, Any]]:
     target, layout, branches, at_risk = share
-    modelled = target.name == MODELLED
+    facts, modelled = TARGETS[target].facts, target == MODELLED
 
     def choice(setting: Setting) -> list[Launch]:
         if branches:
-            return setting.training(target.facts)
+            return setting.training(facts)
         if at_risk:
-            return setting.at_risk(target.facts, modelled)
-        return setting.launches(target.facts) if modelled else setting.telling(target.facts)
+            return setting.at_risk(facts, modelled)
+        return setting.launches(facts) if modelled else setting.telling(facts)
 
     return [
         _row(setting, launch, target)
@@ -80,12 +72,12 @@ def _rows(share: tuple[Target, str, tuple[int, ...], bool]) -> list[dict[str, An
     ]
 
 
-def _row(setting: Setting, launch: Launch, target: Target) -> dict[str, Any]:
-    compiled, kernel = compile_launch(launch, target), streaming_kernel(launch)
+def _row(setting: Setting, launch: Launch, target: str) -> dict[str, Any]:
+    compiled, kernel = compile_launch(launch, TARGETS[target]), streaming_kernel(launch)
     B, C, S = setting.shape
     constants = launch.constants
     row = {
-        "target": target.name,
+        "target": target,
         "kernel": kernel_name(launch),
         "norm": launch.pointers.get("norm_ptrs", True) is not None,
         "M": setting.M,
@@ -106,8 +98,6 @@ def _row(setting: Setting, launch: Launch, target: Target) -> dict[str, Any]:
         "writes": kernel is not None and any(kernel.writes),
         **asdict(compiled.resources),
     }
-    if kernel is None or target.name != MODELLED:
+    if kernel is None or target != MODELLED:
         return row
-    used = compiled.resources
-    modelled = ceiling(setting, kernel, launch, compiled.sass, used.registers, used.shared_bytes)
-    return {**row, **asdict(modelled)}
+    return {**row, **asdict(ceiling(setting, kernel, launch, compiled))}

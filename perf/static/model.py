@@ -20,14 +20,15 @@ import itertools
 import re
 from dataclasses import dataclass
 
+from perf.static.aot import MODELLED, TARGETS, Compiled, Resources
 from perf.static.specialisations import Setting
-from sknet_kernels.config import DeviceFacts, StreamingKernel, cdiv
+from sknet_kernels.config import StreamingKernel, cdiv
 from sknet_kernels.launch import Launch
 from sknet_kernels.small import SmallConfig, SmallKernel, SmallProblem
 
 COPY_TB_S = {"H100": 3.0, "H200": 4.3}
 
-_MULTIPROCESSORS = 132
+_MULTIPROCESSORS = TARGETS[MODELLED].facts.multiprocessors
 _GHZ = 1.7
 _SCHEDULERS = 4
 _LOAD_CYCLES, _OTHER_CYCLES = 1100, 4
@@ -65,26 +66,12 @@ class Ceiling:
 
 
 def ceiling(
-    setting: Setting,
-    kernel: StreamingKernel,
-    launch: Launch,
-    sass: str,
-    registers: int,
-    shared: int,
+    setting: Setting, kernel: StreamingKernel, launch: Launch, compiled: Compiled
 ) -> Ceiling:
-    """Returns the modelled ceiling of a launch, compiled to ``sass``, for an H100.
-
-    Args:
-        setting: what the launch reads.
-        kernel: what the kernel does.
-        launch: tiles and programs.
-        sass: the listing of cuobjdump.
-        registers: of a thread.
-        shared: bytes of shared memory of a program.
-    """
-    resident = _resident(registers, shared, launch.num_warps)
+    """Returns the modelled ceiling of ``launch`` on ``setting``, compiled for an H100."""
+    resident = _resident(compiled.resources, launch.num_warps)
     a_multiprocessor = min(resident, launch.programs / _MULTIPROCESSORS)
-    body = _loop(sass)
+    body = _loop(compiled.sass)
     cycles, groups = _played(body)
     asynchronous = any("LDGSTS" in text for text in body)
     turns = launch.scalars["tiles"]
@@ -125,25 +112,17 @@ class Reading:
 
 
 def reading(
-    kernel: SmallKernel, problem: SmallProblem, config: SmallConfig, registers: int, shared: int
+    kernel: SmallKernel, problem: SmallProblem, config: SmallConfig, compiled: Compiled
 ) -> Reading:
-    """Returns what a launch of a small kernel reads on an H100, as `SmallKernel` counts it.
-
-    Args:
-        kernel: which.
-        problem: sizes.
-        config: tile sizes.
-        registers: of a thread.
-        shared: bytes of shared memory of a program.
-    """
-    device = DeviceFacts(_MULTIPROCESSORS, _LANES)
+    """Returns what a launch of a small kernel reads on an H100, as `SmallKernel` counts it."""
+    facts = TARGETS[MODELLED].facts
     programs = kernel.programs(problem, config)
-    resident = _resident(registers, shared, config.num_warps)
+    resident = _resident(compiled.resources, config.num_warps)
     return Reading(
         programs=programs,
         resident=resident,
         waves=programs / _MULTIPROCESSORS / max(resident, 1),
-        read_kb=kernel.busiest(problem, config, device) * problem.itemsize / 1024,
+        read_kb=kernel.busiest(problem, config, facts) * problem.itemsize / 1024,
     )
 
 
@@ -156,10 +135,10 @@ def _tile_bytes(setting: Setting, kernel: StreamingKernel, launch: Launch) -> fl
     return B * C * S * setting.dtype.itemsize / max(1, tiles * rows)
 
 
-def _resident(registers: int, shared: int, warps: int) -> int:
-    a_warp = -(-registers * _LANES // _REGISTER_UNIT) * _REGISTER_UNIT
+def _resident(used: Resources, warps: int) -> int:
+    a_warp = cdiv(used.registers * _LANES, _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = _REGISTERS // a_warp // warps
-    by_shared = _SHARED_BYTES // (shared + _SHARED_OVERHEAD)
+    by_shared = _SHARED_BYTES // (used.shared_bytes + _SHARED_OVERHEAD)
     return min(by_registers, by_shared, _MOST_WARPS // warps, _MOST_PROGRAMS)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from perf.static.aot import TARGETS, compile_launch
+from perf.static.aot import MODELLED, TARGETS, compile_launch
 from perf.static.model import ceiling, reading
 from perf.static.specialisations import (
     LAUNCHERS,
@@ -54,8 +54,6 @@ from sknet_triton.reference import REFERENCE
 Given = Mapping[str, Any]
 AnyKernel = StreamingKernel | SmallKernel
 AnyConfig = LaunchConfig | SmallConfig
-
-_MODELLED = next(target for target in TARGETS if target.name == "sm_90")
 
 
 @dataclass(frozen=True)
@@ -174,35 +172,24 @@ def _tensors(results: Any) -> list[Tensor]:
     return [x for x in tree_leaves(results) if isinstance(x, Tensor)]
 
 
-def modelled(subject: Subject) -> Iterator[dict[str, Any]]:
-    """Yields the candidates as an H100 would have them, in their modelled order, best first.
+def modelled(subject: Subject) -> list[dict[str, Any]]:
+    """Returns the candidates as an H100 would have them, in their modelled order, best first.
 
     Streaming kernels are ordered by their ceiling, small ones by what is read.
     """
-    target, kernel = _MODELLED, subject.kernel
+    target, kernel = TARGETS[MODELLED], subject.kernel
     problem: Any = subject.problem(target.facts)
     rows: list[dict[str, Any]] = []
     config: Any
     for config in kernel.candidates(problem, target.facts):
         launch = subject.launch(config, target.facts)
         compiled = compile_launch(launch, target)
-        used = compiled.resources
+        found: Any
         if isinstance(kernel, StreamingKernel):
-            found: Any = ceiling(
-                subject.setting,
-                kernel,
-                launch,
-                compiled.sass,
-                used.registers,
-                used.shared_bytes,
-            )
-            worse = -found.tb_s
+            found = ceiling(subject.setting, kernel, launch, compiled)
         else:
-            found = reading(kernel, problem, config, used.registers, used.shared_bytes)
-            worse = found.read_kb
-        spilled = used.spill_bytes + used.stack_bytes
+            found = reading(kernel, problem, config, compiled)
+        spilled = compiled.resources.spill_bytes + compiled.resources.stack_bytes
         row = {**asdict(config), "spilled": spilled, **asdict(found), "heuristic": not rows}
-        rows.append({"worse": worse, **row})
-    for row in sorted(rows, key=lambda row: row["worse"]):
-        del row["worse"]
-        yield row
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["tb_s"] if "tb_s" in row else row["read_kb"])
