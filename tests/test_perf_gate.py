@@ -1,5 +1,6 @@
 """The gate lets what is right pass and stops what is wrong, in values and in gradients."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from perf.peers import baseline
 from perf.rows import env
-from perf.rows.schema import Case
+from perf.rows.schema import Result
 from perf.sweep import contest, gate, measure, workloads
 from perf.sweep.providers import PROVIDERS, Evaluation
 from perf.sweep.workloads import make_case
@@ -20,9 +21,8 @@ from tests.sweeps import CONDITIONS, CPU, small
 EAGER, REFERENCE = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 
 Forward = Callable[..., Tensor]
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Plant = Callable[[str, Forward], None]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -30,15 +30,16 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
     """Puts a wrong computation in the place of our module of a workload."""
 
     def put(workload: str, forward: Forward) -> None:
-        class Planted(nn.Module):
-            def forward(self, *inputs: Tensor) -> Tensor:
-                out: Tensor = forward(*inputs)
-                return out
-
-        wrong = replace(workloads.WORKLOADS[workload], ours=lambda case: Planted())
+        wrong = replace(workloads.WORKLOADS[workload], ours=lambda case: baseline.Function(forward))
         monkeypatch.setitem(workloads.WORKLOADS, workload, wrong)
 
     return put
+
+
+def both(workload: str, mode: str, **axes: object) -> tuple[Result, Result]:
+    """Measures plain PyTorch and ours."""
+    results = contest.measure_case(small(workload, mode, **axes), (EAGER, REFERENCE), CONDITIONS)
+    return results[EAGER.name], results[REFERENCE.name]
 
 
 def average_without_division(*branches: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def last_position_forgotten(*branches: Tensor) -> Tensor:
 
 
 def nan_in_one_place(*branches: Tensor) -> Tensor:
-    out: Tensor = baseline.plain_fuse(*branches)
+    out = baseline.plain_fuse(*branches)
     mask = torch.zeros_like(out)
     mask[0, 0] = float("nan")
     return out + mask
@@ -87,24 +88,21 @@ def test_planted_wrong_provider_is_unverified_and_never_timed(
         return {name: measure.Times(env.switches(), [1.0]) for name in runs}
 
     monkeypatch.setattr(measure, "interleaved", spy)
-    case = small(workload, "infer", dtype=dtype)
-    results = contest.measure_case(case, (EAGER, REFERENCE), CONDITIONS)
-    assert results["ours-pytorch-eager"].status == "unverified"
-    assert results["ours-pytorch-eager"].ms_p50 is None
-    assert "output off by" in results["ours-pytorch-eager"].reason
-    assert results["plain-eager"].status == "ok"
-    assert timed == ["plain-eager"]
+    plain, ours = both(workload, "infer", dtype=dtype)
+    assert (plain.status, ours.status, ours.ms_p50) == ("ok", "unverified", None)
+    assert "output off by" in ours.reason
+    assert timed == [EAGER.name]
 
 
 def test_right_output_with_wrong_gradient_is_unverified(plant: Plant) -> None:
     def no_gradient_for_logits(logits: Tensor, *branches: Tensor) -> Tensor:
-        out: Tensor = baseline.plain_select(logits, *branches)
+        out = baseline.plain_select(logits, *branches)
         return out + 1e-2 * (logits - logits.detach()).sum()
 
     plant("sk_select", no_gradient_for_logits)
-    result = contest.measure_case(small("sk_select", "train"), (REFERENCE,), CONDITIONS)
-    assert result["ours-pytorch-eager"].status == "unverified"
-    assert "gradient off by" in result["ours-pytorch-eager"].reason
+    _, ours = both("sk_select", "train")
+    assert ours.status == "unverified"
+    assert "gradient off by" in ours.reason
 
 
 def test_a_gradient_that_is_zero_is_measured_by_the_largest() -> None:
@@ -122,84 +120,67 @@ def test_a_gradient_that_is_zero_is_measured_by_the_largest() -> None:
 
 
 def test_a_bias_before_a_batch_norm_does_not_widen_the_bounds() -> None:
-    case = small("resnest_split_attention", "train")
-    result = contest.measure_case(case, (EAGER,), CONDITIONS)["plain-eager"]
+    result, _ = both("resnest_split_attention", "train")
     assert result.status == "ok"
     assert result.grad_err_bound is not None
     assert result.grad_err_bound < 0.2
 
 
-class _Magnified(nn.Module):
-    """Averages that hardly differ from image to image, normalised over the batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalised(x.mean(dim=(2, 3)))
-
-    @staticmethod
-    def normalised(averages: Tensor) -> Tensor:
-        return (averages - averages.mean(0)) / averages.std(0)
+def normalised(averages: Tensor) -> Tensor:
+    return (averages - averages.mean(0)) / averages.std(0)
 
 
 def test_what_magnifies_an_average_magnifies_what_a_sum_may_be_off() -> None:
-    case = small("sk_conv", "infer")
+    # Averages that hardly differ from image to image, normalised over the batch.
+    magnified = baseline.Function(lambda x: normalised(x.mean(dim=(2, 3))))
     generator = torch.Generator().manual_seed(0)
     x = 1 + 0.01 * torch.randn(4, 16, 1, 1, generator=generator)
     x = x + 0.1 * torch.randn(4, 16, 64, 64, generator=generator)
-    oracle = gate.consult(lambda case: _Magnified(), case, (x,), seed=0)
+    oracle = gate.consult(lambda case: magnified, small("sk_conv", "infer"), (x,), seed=0)
     total = torch.zeros(4, 16)
     for position in x.flatten(2).unbind(2):  # one after the other, as torch.compile may
         total += position
-    out = _Magnified.normalised(total / 64**2)
-    verdict = oracle.judge(Evaluation(out, {}))
+    verdict = oracle.judge(Evaluation(normalised(total / 64**2), {}))
     assert verdict.out_err > oracle.floor + 2 * oracle.plain_out_err
     assert verdict.passed
-    forgotten = _Magnified.normalised(x.flatten(2)[..., 1:].mean(2))
+    forgotten = normalised(x.flatten(2)[..., 1:].mean(2))
     assert not oracle.judge(Evaluation(forgotten, {})).passed
 
 
 @pytest.mark.parametrize("workload", ["sk_fuse", "sk_select", "sknet26"])
 def test_what_hardly_magnifies_hardly_widens_the_bound(workload: str) -> None:
     case = small(workload, "infer")
-    inputs = workloads.inputs(case, 0, CPU)
-
-    def plain(case: Case) -> nn.Module:
-        module = workloads.parameters(case, "plain", 0)
-        return workloads.place_module(module, case, CPU)
-
-    oracle = gate.consult(plain, case, inputs, seed=0)
+    oracle = gate.consult(
+        lambda case: workloads.place_module(workloads.parameters(case, "plain", 0), case, CPU),
+        case,
+        workloads.inputs(case, 0, CPU),
+        seed=0,
+    )
     assert oracle.magnified < 0.3 * oracle.floor
 
 
-def test_failing_provider_is_a_row_with_one_line_of_reason(plant: Plant) -> None:
-    def fail(*branches: Tensor) -> Tensor:
-        raise RuntimeError("first line\nsecond line")
+@pytest.mark.parametrize(
+    ("error", "status", "calls"),
+    [
+        (RuntimeError("first line\nsecond line"), "error", 0),
+        (torch.OutOfMemoryError("first line"), "oom", 0),
+        (RuntimeError("first line"), "error", 20),  # while it is timed
+    ],
+)
+def test_failing_provider_is_a_row_with_one_line_of_reason(
+    error: Exception, status: str, calls: int, plant: Plant
+) -> None:
+    left = itertools.count(calls, -1)
 
-    def out_of_memory(*branches: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("no room")
+    def fail(*branches: Tensor) -> Tensor:
+        if next(left) <= 0:
+            raise error
+        return baseline.plain_fuse(*branches)
 
     plant("sk_fuse", fail)
-    plant("sk_select", out_of_memory)
-    failed = contest.measure_case(small("sk_fuse", "infer"), (EAGER, REFERENCE), CONDITIONS)
-    full = contest.measure_case(small("sk_select", "infer"), (EAGER, REFERENCE), CONDITIONS)
-    assert (failed["ours-pytorch-eager"].status, failed["plain-eager"].status) == ("error", "ok")
-    assert failed["ours-pytorch-eager"].reason == "RuntimeError: first line"
-    assert (full["ours-pytorch-eager"].status, full["plain-eager"].status) == ("oom", "ok")
-
-
-def test_provider_that_fails_while_timed_leaves_the_others(plant: Plant) -> None:
-    calls = 0
-
-    def fail_later(*inputs: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > 20:
-            raise RuntimeError("tired")
-        return baseline.plain_fuse(*inputs)
-
-    plant("sk_fuse", fail_later)
-    results = contest.measure_case(small("sk_fuse", "infer"), (EAGER, REFERENCE), CONDITIONS)
-    assert results["ours-pytorch-eager"].reason == "RuntimeError: tired"
-    assert results["plain-eager"].status == "ok"
+    plain, ours = both("sk_fuse", "infer")
+    assert (plain.status, ours.status) == ("ok", status)
+    assert ours.reason == f"{type(error).__name__}: first line"
 
 
 @pytest.mark.parametrize(
@@ -221,19 +202,16 @@ def test_provider_that_fails_while_timed_leaves_the_others(plant: Plant) -> None
     ],
 )
 def test_reference_passes_and_is_timed(workload: str, mode: str, dtype: str, layout: str) -> None:
-    case = small(workload, mode, dtype=dtype, layout=layout)
-    results = contest.measure_case(case, (EAGER, REFERENCE), CONDITIONS)
-    for result in results.values():
+    level = small(workload, mode).level
+    for result in both(workload, mode, dtype=dtype, layout=layout):
         assert (result.status, result.reason) == ("ok", "")
         assert result.out_err is not None
-        assert result.ms_p20 is not None
-        assert result.ms_p50 is not None
-        assert result.ms_p80 is not None
-        assert 0 < result.ms_p20 <= result.ms_p50 <= result.ms_p80
+        times = cast(tuple[float, ...], (result.ms_p20, result.ms_p50, result.ms_p80))
+        assert 0 < times[0] <= times[1] <= times[2]
         assert (result.grad_err is None) == (mode == "infer")
         assert (result.saved_mb is None) == (mode == "infer")
-        assert (result.gbps is None) == (case.level != "op")
-        assert (result.images_per_s is None) == (case.level == "op")
+        assert (result.gbps is None) == (level != "op")
+        assert (result.images_per_s is None) == (level == "op")
 
 
 class _BackwardOnce(torch.autograd.Function):
@@ -254,56 +232,38 @@ class _BackwardOnce(torch.autograd.Function):
 
 
 def test_provider_that_cannot_run_backward_again_is_unsupported_in_bwd(plant: Plant) -> None:
-    def once(*branches: Tensor) -> Tensor:
-        out: Tensor = _BackwardOnce.apply(*branches)  # type: ignore[no-untyped-call]
-        return out
-
-    plant("sk_fuse", once)
-    results = contest.measure_case(small("sk_fuse", "bwd"), (EAGER, REFERENCE), CONDITIONS)
-    assert (results["ours-pytorch-eager"].status, results["plain-eager"].status) == (
-        "unsupported",
-        "ok",
-    )
-    assert "backward through the graph a second time" in results["ours-pytorch-eager"].reason
+    plant("sk_fuse", lambda *branches: _BackwardOnce.apply(*branches))  # type: ignore[no-untyped-call]
+    plain, ours = both("sk_fuse", "bwd")
+    assert (plain.status, ours.status) == ("ok", "unsupported")
+    assert "backward through the graph a second time" in ours.reason
 
 
 def test_wrong_second_backward_is_unverified_in_bwd(plant: Plant) -> None:
-    calls = 0
-
-    def twice_as_much_again(dout: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return dout if calls == 1 else 2 * dout
+    factors = itertools.chain([1], itertools.repeat(2))
 
     def hooked(*branches: Tensor) -> Tensor:
-        out: Tensor = baseline.plain_fuse(*branches)
+        out = baseline.plain_fuse(*branches)
         if out.requires_grad:
-            out.register_hook(twice_as_much_again)  # type: ignore[no-untyped-call]
+            out.register_hook(lambda dout: next(factors) * dout)  # type: ignore[no-untyped-call]
         return out
 
     plant("sk_fuse", hooked)
-    result = contest.measure_case(small("sk_fuse", "bwd"), (REFERENCE,), CONDITIONS)[
-        "ours-pytorch-eager"
-    ]
-    assert result.status == "unverified"
+    assert both("sk_fuse", "bwd")[1].status == "unverified"
 
 
 def test_bwd_times_the_backward_pass_alone(plant: Plant) -> None:
-    forwards = 0
+    forwards = itertools.count()
 
     def counted(logits: Tensor, *branches: Tensor) -> Tensor:
-        nonlocal forwards
-        forwards += 1
-        out: Tensor = baseline.plain_select(logits, *branches)
-        return out
+        next(forwards)
+        return baseline.plain_select(logits, *branches)
 
     plant("sk_select", counted)
     for seconds in (0.002, 0.05):
-        contest.measure_case(
-            small("sk_select", "bwd"), (REFERENCE,), replace(CONDITIONS, seconds=seconds)
-        )
+        conditions = replace(CONDITIONS, seconds=seconds)
+        contest.measure_case(small("sk_select", "bwd"), (REFERENCE,), conditions)
     # The graph that is judged and timed, and the count of what is saved, however long.
-    assert forwards == 2 * 2
+    assert next(forwards) == 2 * 2
 
 
 @pytest.mark.slow
@@ -321,31 +281,32 @@ def test_cuda_graphs_are_unsupported_in_bwd(name: str) -> None:
 
 
 def test_backward_of_fuse_needs_no_bytes_and_has_no_bandwidth() -> None:
-    result = contest.measure_case(small("sk_fuse", "bwd"), (EAGER,), CONDITIONS)["plain-eager"]
+    result, _ = both("sk_fuse", "bwd")
     assert (result.status, result.bytes_needed) == ("ok", 0)
     assert (result.gbps, result.pct_copy) == (None, None)
 
 
 @pytest.mark.parametrize("M", [1, 3])
 def test_gate_takes_other_numbers_of_branches(M: int) -> None:
-    case = small("sk_select", "train", M=M)
-    assert contest.measure_case(case, (REFERENCE,), CONDITIONS)["ours-pytorch-eager"].status == "ok"
+    assert both("sk_select", "train", M=M)[1].status == "ok"
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("workload", "mode", "axes"),
     [
-        small("sk_conv", "train", batch=1),
-        small("sk_fuse", "infer", dtype="tf32"),
-        small("sk_fuse", "infer", dtype="autocast"),
-        small("digits", "infer"),
-        small("digits", "bwd"),
-        small("sknet26", "bwd"),
-        small("sk_unit", "bwd", batch=1),
+        ("sk_conv", "train", {"batch": 1}),
+        ("sk_fuse", "infer", {"dtype": "tf32"}),
+        ("sk_fuse", "infer", {"dtype": "autocast"}),
+        ("digits", "infer", {}),
+        ("digits", "bwd", {}),
+        ("sknet26", "bwd", {}),
+        ("sk_unit", "bwd", {"batch": 1}),
     ],
 )
-def test_impossible_case_is_unsupported_with_a_reason(case: Case) -> None:
-    result = contest.measure_case(case, (EAGER,), CONDITIONS)["plain-eager"]
+def test_impossible_case_is_unsupported_with_a_reason(
+    workload: str, mode: str, axes: dict[str, Any]
+) -> None:
+    result, _ = both(workload, mode, **axes)
     assert result.status == "unsupported"
     assert result.reason
 
@@ -368,11 +329,9 @@ def test_plain_baseline_computes_the_same_from_the_same_state_dict(module: nn.Mo
 @pytest.mark.slow
 def test_digits_are_learned() -> None:
     pytest.importorskip("sklearn")
-    case = make_case("digits", "train", batch=64)
-    result = contest.measure_case(case, (REFERENCE,), CONDITIONS)["ours-pytorch-eager"]
-    assert result.status == "ok"
-    assert result.accuracy is not None
-    assert result.accuracy >= 0.97
+    _, ours = both("digits", "train", batch=64)
+    assert ours.status == "ok"
+    assert cast(float, ours.accuracy) >= 0.97
 
 
 @pytest.mark.parametrize(("mode", "passes"), [("infer", 1), ("train", 3), ("bwd", 2)])
@@ -402,16 +361,13 @@ def test_quantiles_leave_a_fifth_of_the_times_on_either_side() -> None:
 
 
 def test_figures_follow_from_the_median_time() -> None:
-    op, layer = small("sk_select", "infer"), small("sk_conv", "infer")
-    of_op, of_layer = (
-        contest.measure_case(case, (EAGER,), CONDITIONS)["plain-eager"] for case in (op, layer)
-    )
+    of_op, of_layer = (both(workload, "infer")[0] for workload in ("sk_select", "sk_conv"))
     seconds = cast(float, of_op.ms_p50) / 1e3
     gbps = cast(float, of_op.bytes_needed) / seconds / 1e9
     assert of_op.gbps == pytest.approx(gbps)
     assert of_op.pct_copy == pytest.approx(100 * gbps / cast(float, of_op.copy_gbps))
     seconds = cast(float, of_layer.ms_p50) / 1e3
-    assert of_layer.images_per_s == pytest.approx(layer.B / seconds)
+    assert of_layer.images_per_s == pytest.approx(small("sk_conv", "infer").B / seconds)
     tflops = cast(float, of_layer.gflops) / 1e3 / seconds
     assert of_layer.tflops_per_s == pytest.approx(tflops)
 

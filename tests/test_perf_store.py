@@ -24,15 +24,13 @@ from perf.rows.typed_csv import Values, values_of
 from perf.sweep.sweep import Rank, part_of, parts_of
 from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
-from tests.sweeps import make_up, refusal
+from tests.sweeps import make_up, refusal, write_report
 
 ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64)
 PROVIDER = "ours-pytorch-eager"
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 SWEEP = ["run", "--level", "op", "--batch", "1:8:1", "--provider", "plain-eager", PROVIDER]
-
-forks = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
 def rows_of(count: int) -> list[Values]:
@@ -49,49 +47,37 @@ def keys_in(path: Path) -> list[tuple[object, ...]]:
     return sorted(frame[list(schema.KEY_COLUMNS)].itertuples(index=False, name=None))
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.csv"
+
+
 # Values
 
 
 @pytest.mark.parametrize(
     "value", [float("nan"), float("inf"), float("-inf"), 1.7e308, 5e-324, -0.0, 0.1 + 0.2, 1e20]
 )
-def test_any_number_is_written_and_read_back(value: float, tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    result = Result("unverified", "output off", out_err=value, grad_err_bound=value)
-    with open_store(path, resume=False) as store:
-        store.append([row_of(result)])
+def test_any_number_is_written_and_read_back(value: float, path: Path) -> None:
+    row = row_of(Result("unverified", "output off", out_err=value, grad_err_bound=value))
+    write_report(path, [row])
     frame = schema.read(path)
     assert frame.out_err.tolist() == pytest.approx([value], rel=1e-5, nan_ok=True)
     assert frame.grad_err_bound.tolist() == pytest.approx([value], rel=1e-5, nan_ok=True)
     with open_store(path, resume=True) as store:
-        assert store.keys == {schema.SCHEMA.key_of(row_of(result))}
+        assert store.keys == {schema.SCHEMA.key_of(row)}
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "a\nb",
-        "a\rb",
-        "a\r\nb",
-        "a\x00b",
-        "a\x0bb\x1cb",
-        "a\x85b\u2028b",
-        "\udcffbytes",
-        'he said "no", twice',
-        "=1+1",
-        "NA",
-        "nan",
-        "Übersetzer: 编译失败",
-        " a ",
-        "a\tb",
+        *("a\nb", "a\rb", "a\r\nb", "a\x00b", "a\x0bb\x1cb", "a\x85b\u2028b", "\udcffbytes"),
+        *('he said "no", twice', "=1+1", "NA", "nan", "Übersetzer: 编译失败", " a ", "a\tb"),
         "x" * 200_000,
     ],
 )
-def test_any_text_is_one_field_of_one_line(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    row = row_of(Result("error", text), gpu=text)
-    with open_store(path, resume=False) as store:
-        store.append([row, *rows_of(1)])
+def test_any_text_is_one_field_of_one_line(text: str, path: Path) -> None:
+    write_report(path, [row_of(Result("error", text), gpu=text), *rows_of(1)])
     assert path.read_bytes().count(b"\n") == 3
     reason = schema.read(path).reason[0]
     assert reason.isprintable()
@@ -100,16 +86,11 @@ def test_any_text_is_one_field_of_one_line(text: str, tmp_path: Path) -> None:
         assert len(store.keys) == 2
 
 
-def test_what_a_column_cannot_hold_is_an_error_before_it_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
+def test_what_a_column_cannot_hold_is_an_error_before_it_is_written(path: Path) -> None:
     with open_store(path, resume=False) as store:
-        for result, name in (
-            (Result("ok", n=2**63), "n"),
-            (Result("ok", launches=float("nan")), "launches"),  # type: ignore[arg-type]  # as a bug would
-            (Result("bad"), "status"),  # type: ignore[arg-type]  # as a bug would
-        ):
+        for name, value in (("n", 2**63), ("launches", float("nan")), ("status", "bad")):
             with pytest.raises(ValueError, match=f"^{name}: expected"):
-                store.append([*rows_of(1), row_of(result)])
+                store.append([*rows_of(1), row_of(Result("ok"), **{name: value})])
         assert store.keys == set()
     assert schema.read(path).empty
 
@@ -134,13 +115,11 @@ def append_one_by_one(store: Store, rows: list[Values]) -> None:
 
 
 def test_disk_that_is_full_at_any_byte_leaves_whole_rows_to_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # this disk keeps its power
-    path = tmp_path / "a.csv"
     rows = rows_of(3)
-    with open_store(path, resume=False) as store:
-        store.append(rows)
+    write_report(path, rows)
     whole = path.read_bytes()
     start = whole.index(b"\n") + 1
     for size in range(start, len(whole)):
@@ -202,20 +181,11 @@ def write_little(descriptor: int, data: bytes, offset: int, write: Fail = os.pwr
     return write(descriptor, data[:7], offset)
 
 
-def test_short_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.csv"
-    monkeypatch.setattr(os, "pwrite", write_little)
-    with open_store(path, resume=False) as store:
-        store.append(rows_of(2))
-    assert len(schema.read(path)) == 2
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_failing_write_is_undone_and_said(
-    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, code: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "a.csv"
     with open_store(path, resume=False) as store:
         store.append(rows_of(1))
         before = path.read_bytes()
@@ -231,16 +201,15 @@ def test_failing_write_is_undone_and_said(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
 def test_interrupt_in_the_middle_of_a_write_waits_for_its_end(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(descriptor: int, data: bytes, offset: int, write: Fail = os.pwrite) -> int:
+    def interrupted(descriptor: int, data: bytes, offset: int) -> int:
         os.kill(os.getpid(), number)
         time.sleep(0.01)  # another thread may take it
-        return write(descriptor, data[:7], offset)
+        return write_little(descriptor, data, offset)
 
     ended = threading.Event()
     threading.Thread(target=ended.wait).start()
-    path = tmp_path / "a.csv"
     before = signal.signal(number, signal.default_int_handler)
     try:
         with open_store(path, resume=False) as store:
@@ -257,9 +226,8 @@ def test_interrupt_in_the_middle_of_a_write_waits_for_its_end(
 
 
 def test_write_that_cannot_even_be_undone_is_cut_off_on_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "a.csv"
     with open_store(path, resume=False) as store:
         store.append(rows_of(1))
         with monkeypatch.context() as patch:
@@ -273,16 +241,14 @@ def test_write_that_cannot_even_be_undone_is_cut_off_on_resume(
     assert len(schema.read(path)) == 2
 
 
-def test_parts_stay_where_their_rows_do_not_fit(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    rank = Rank(0, 0, 2)
+def test_parts_stay_where_their_rows_do_not_fit(path: Path) -> None:
+    part = part_of(path, Rank(0, 0, 2))
+    write_report(part, rows_of(4))
+    before = part.read_bytes()
     with open_store(path, resume=False) as store:
-        with open_store(part_of(path, rank), resume=False) as part:
-            part.append(rows_of(4))
-        before = part_of(path, rank).read_bytes()
         with full_after(len(before) - 10), pytest.raises(StopError):
             collect(store, parts_of(path))
-        assert part_of(path, rank).read_bytes() == before
+        assert part.read_bytes() == before
         assert path.read_text() == schema.SCHEMA.header()
         collect(store, parts_of(path))
     assert path.read_bytes() == before
@@ -290,10 +256,8 @@ def test_parts_stay_where_their_rows_do_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_output_that_cannot_be_shown_is_no_verdict(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    with open_store(path, resume=False) as store:
-        store.append(rows_of(1))
+def test_output_that_cannot_be_shown_is_no_verdict(path: Path) -> None:
+    write_report(path, rows_of(1))
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "perf", "compare", str(path), str(path)],
@@ -315,13 +279,12 @@ def test_second_run_on_one_report_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_up = make_up(monkeypatch)
-    path = tmp_path / "a.csv"
+    path, link = tmp_path / "a.csv", tmp_path / "link.csv"
+    (tmp_path / "b").mkdir()
+    link.symlink_to(path)
     with open_store(path, resume=False) as store:
         store.append(rows_of(1))
-        for spelling in (path, tmp_path / "b" / ".." / "a.csv", tmp_path / "link.csv"):
-            (tmp_path / "b").mkdir(exist_ok=True)
-            if spelling.name == "link.csv":
-                spelling.symlink_to(path)
+        for spelling in (path, tmp_path / "b" / ".." / "a.csv", link):
             said = refusal(capsys, *SWEEP, "--out", str(spelling), "--resume")
             assert f"{spelling}: another run is writing it" in said
         assert made_up.asked == []
@@ -331,7 +294,7 @@ def test_second_run_on_one_report_is_refused_by_name(
 
 
 @pytest.mark.slow
-@forks
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_writers_that_start_at_once_leave_each_row_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,30 +317,32 @@ def test_writers_that_start_at_once_leave_each_row_once(
         path.unlink()
 
 
-def test_report_that_is_removed_replaced_or_changed_meanwhile_ends_the_run(tmp_path: Path) -> None:
-    def replace_it(path: Path) -> None:
-        other = path.with_name("other.csv")
-        other.write_text(path.read_text())
-        other.replace(path)
-
-    def add_to_it(path: Path) -> None:
-        with path.open("a") as file:
-            file.write("mine\n")
-
-    changes: tuple[Callable[[Path], None], ...] = (Path.unlink, replace_it, add_to_it)
-    for i, change in enumerate(changes):
-        path = tmp_path / f"{i}.csv"
-        with open_store(path, resume=False) as store:
-            store.append(rows_of(1))
-            change(path)
-            found = path.read_bytes() if path.exists() else None
-            with pytest.raises(StopError, match=r"during the run|No such file"):
-                store.append(rows_of(2)[1:])
-            assert (path.read_bytes() if path.exists() else None) == found
+def replace_it(path: Path) -> None:
+    other = path.with_name("other.csv")
+    other.write_text(path.read_text())
+    other.replace(path)
 
 
-def test_report_that_somebody_else_put_there_before_the_first_row_stays(tmp_path: Path) -> None:
-    path, theirs = tmp_path / "a.csv", tmp_path / "theirs.csv"
+def add_to_it(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("mine\n")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, replace_it, add_to_it])
+def test_report_that_is_removed_replaced_or_changed_meanwhile_ends_the_run(
+    change: Callable[[Path], None], path: Path
+) -> None:
+    with open_store(path, resume=False) as store:
+        store.append(rows_of(1))
+        change(path)
+        found = path.read_bytes() if path.exists() else None
+        with pytest.raises(StopError, match="during the run"):
+            store.append(rows_of(2)[1:])
+        assert (path.read_bytes() if path.exists() else None) == found
+
+
+def test_report_that_somebody_else_put_there_before_the_first_row_stays(path: Path) -> None:
+    theirs = path.with_name("theirs.csv")
     theirs.write_text("theirs\n")
     opened = open_store(path, resume=False)
     theirs.replace(path)
@@ -386,23 +351,21 @@ def test_report_that_somebody_else_put_there_before_the_first_row_stays(tmp_path
     assert path.read_text() == "theirs\n"
 
 
-def test_mistake_removes_no_report_that_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    open_store(path, resume=False).close()
+def test_mistake_removes_no_report_that_was_there(path: Path) -> None:
+    write_report(path, [])
     with pytest.raises(UsageError), open_store(path, resume=True):
         raise UsageError("a mistake")
     assert schema.read(path).empty
 
 
-def test_damaged_part_leaves_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    part = part_of(tmp_path / "a.csv", Rank(0, 0, 2))
+def test_damaged_part_leaves_no_report(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = part_of(path, Rank(0, 0, 2))
     part.write_text("damaged\n")
-    assert f"{part}:1: " in refusal(capsys, *TINY, "--out", str(tmp_path / "a.csv"), "--resume")
-    assert list(tmp_path.iterdir()) == [part]
+    assert f"{part}:1: " in refusal(capsys, *TINY, "--out", str(path), "--resume")
+    assert list(path.parent.iterdir()) == [part]
 
 
-def test_part_that_another_run_still_writes_is_not_collected(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
+def test_part_that_another_run_still_writes_is_not_collected(path: Path) -> None:
     with (
         open_store(path, resume=False) as store,
         open_store(part_of(path, Rank(1, 1, 2)), resume=False) as part,
@@ -416,24 +379,14 @@ def test_part_that_another_run_still_writes_is_not_collected(tmp_path: Path) -> 
 # Paths
 
 NAMES = [
-    "h100[2].csv",
-    "a*.csv",
-    " .csv",
-    "zürich-測定-тест.csv",
-    "a.csv.part0",
-    "-a.csv",
-    ".hidden",
-    "%s{}$HOME`x`.csv",
-    "quote'\".csv",
-    "new\nline.csv",
-    "bytes\udcff.csv",
-    "x" * 200 + ".csv",
+    *("h100[2].csv", "a*.csv", " .csv", "zürich-測定-тест.csv", "a.csv.part0", "-a.csv", ".hidden"),
+    *("%s{}$HOME`x`.csv", "quote'\".csv", "new\nline.csv", "bytes\udcff.csv", "x" * 200 + ".csv"),
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_name_of_a_report_is_a_name_and_no_pattern(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_up(monkeypatch)
     monkeypatch.chdir(tmp_path)
@@ -445,8 +398,8 @@ def test_name_of_a_report_is_a_name_and_no_pattern(
         for other in others:
             other.write_text("not ours")
         for index in (0, 1, 10):
-            with open_store(part_of(path, Rank(index, index, 11)), resume=False) as part:
-                part.append([{**row, "provider": "plain-eager"} for row in rows_of(index + 1)])
+            rows = [{**row, "provider": "plain-eager"} for row in rows_of(index + 1)]
+            write_report(part_of(path, Rank(index, index, 11)), rows)
         assert len(parts_of(path)) == 3
         assert main([*TINY, "--provider", "plain-eager", f"--out={path}", "--resume"]) == 0
         assert parts_of(path) == []
@@ -454,4 +407,3 @@ def test_name_of_a_report_is_a_name_and_no_pattern(
         assert main(["summary", "--", str(path)]) == 0
         assert {other.read_text() for other in others} == {"not ours"}
         path.unlink()
-    capsys.readouterr()
