@@ -1,9 +1,12 @@
 """Reports for tests: rows that are made up, and sweeps of cases that take no time."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from perf.sweep import sweep
 from perf.sweep.contest import Conditions
 from perf.sweep.providers import Provider
 from perf.sweep.workloads import make_case
+from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
@@ -65,6 +69,22 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, silent: bool = 
     assert (stopped.value.code, said.err.count("\n")) == (2, 1)
     assert not (silent and said.out)
     return said.err
+
+
+def state(folder: Path) -> dict[str, bytes | None]:
+    """Returns what is in a folder, by name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def perf(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs the harness in a process of its own, as a user does."""
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(
+        command, **{"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, **options}
+    )
 
 
 def write_report(path: Path, rows: Iterable[Values]) -> None:

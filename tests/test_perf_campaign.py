@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
@@ -22,11 +23,27 @@ from perf.sweep import contest, workloads
 from perf.sweep.contest import BudgetSpentError, measure_case
 from perf.sweep.providers import PROVIDERS, Call, Provider
 from tests.helpers import ROOT
-from tests.sweeps import CONDITIONS, CPU, refusal, small, write_report
+from tests.sweeps import CONDITIONS, CPU, perf, refusal, small, state, write_report
 
 
 def python(code: str, seconds: float = 60.0) -> Part:
     return Part("part", "runs a line", (sys.executable, "-c", code), seconds, columns=None)
+
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a campaign of the given parts, each with little time to end."""
+
+    def campaign(out: Path, *planned: Part, minutes: float = 1) -> int:
+        monkeypatch.setattr(command, "parts", lambda **_: planned)
+        monkeypatch.setattr(command, "GRACE", 0.5)
+        monkeypatch.setattr(command, "LEAST", 0.5)
+        return main(["campaign", "--device", "cpu", "--minutes", str(minutes), f"--out={out}"])
+
+    return campaign
 
 
 # The plan
@@ -38,12 +55,11 @@ def test_the_plan_is_printed_and_nothing_runs(
     monkeypatch.chdir(tmp_path)
     assert main(["campaign", "--minutes", "20", "--dry-run"]) == 0
     printed = capsys.readouterr().out
+    _, *lines, last = printed.splitlines()
     names = [part.name for part in parts()]
     assert names[:3] == ["environment", "copy", "checks"]
-    for name in names:
-        assert f"\n{name} " in printed
-    assert printed.splitlines()[-1].split() == ["together", *printed.split()[-2:]]
-    assert printed.split()[-1] == "20.0"
+    assert [line.split()[0] for line in lines] == names
+    assert (last.split()[0], last.split()[-1]) == ("together", "20.0")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,15 +103,8 @@ def test_shares_fill_the_time_and_no_more(minutes: int) -> None:
 # Its time
 
 
-def run(out: Path, *planned: Part, minutes: float, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(command, "parts", lambda **_: planned)
-    monkeypatch.setattr(command, "GRACE", 0.5)
-    monkeypatch.setattr(command, "LEAST", 0.5)
-    return main(["campaign", "--device", "cpu", "--minutes", str(minutes), "--out", str(out)])
-
-
 def test_a_part_that_hangs_costs_its_own_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     touched = tmp_path / "touched"
     deaf = python(
@@ -103,20 +112,20 @@ def test_a_part_that_hangs_costs_its_own_time(
     )
     last = python(f"open({str(touched)!r}, 'w')", seconds=120.0)
     start = time.perf_counter()
-    assert run(tmp_path / "a.csv", deaf, last, minutes=0.1, monkeypatch=monkeypatch) == 0
+    assert run(tmp_path / "a.csv", deaf, last, minutes=0.1) == 0
     assert time.perf_counter() - start < 12
     assert touched.exists()
     assert "part: cut off after" in capsys.readouterr().out
 
 
 def test_a_part_that_fails_is_said_and_the_rest_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing = python("import sys; sys.exit('no device')")
     sources = [str(ROOT), str(ROOT / "kernels")]
     fine = python(f"import sys; print('found' if sys.path[1:3] == {sources} else sys.path)")
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert run(tmp_path / "a.csv", failing, fine, minutes=1, monkeypatch=monkeypatch) == 1
+    assert run(tmp_path / "a.csv", failing, fine) == 1
     printed = capsys.readouterr().out
     assert "failed with 1 after" in printed
     assert "done after" in printed
@@ -125,18 +134,10 @@ def test_a_part_that_fails_is_said_and_the_rest_runs(
     assert "found" in log.splitlines()
 
 
-def test_the_log_is_never_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_is_never_the_report(run: Run, tmp_path: Path) -> None:
     for name in ("a.log", "a", ".log", "a.csv.log"):
-        assert run(tmp_path / name, python("print(1)"), minutes=1, monkeypatch=monkeypatch) == 0
+        assert run(tmp_path / name, python("print(1)")) == 0
         assert schema.read(tmp_path / name).empty
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 ENDINGS = {signal.SIGTERM: command.TERMINATED, signal.SIGINT: INTERRUPTED}
@@ -176,13 +177,13 @@ def test_what_a_part_has_started_ends_with_the_campaign(
     process.send_signal(number)
     assert process.wait(30) == ENDINGS.get(number, -number)
     waiting = time.monotonic() + 30  # it was told to end, which may take a moment
-    while any(is_alive(int(pid.read_text())) for pid in pids):
+    while any(Path("/proc", pid.read_text().strip()).exists() for pid in pids):
         assert time.monotonic() < waiting
         time.sleep(0.1)
 
 
 def test_a_second_campaign_on_one_report_is_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a.csv"
     write_report(out, [])
@@ -193,34 +194,30 @@ def test_a_second_campaign_on_one_report_is_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
     with command._logged(tmp_path / "b.csv.log") as log:
         log.write(b"before\n")
-    assert run(tmp_path / "b.csv", python("print(1)"), minutes=1, monkeypatch=monkeypatch) == 0
+    assert run(tmp_path / "b.csv", python("print(1)")) == 0
     assert (tmp_path / "b.csv.log").read_text().startswith("before\n")
 
 
 def test_a_full_disk_ends_a_campaign_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(self: FileIO, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     class Full(FileIO):
-        write = full  # type: ignore[assignment]  # narrower than any buffer
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(command, "FileIO", Full)
     out = tmp_path / "a.csv"
-    assert run(out, python("print(1)"), minutes=1, monkeypatch=monkeypatch) == IO_ERROR
+    assert run(out, python("print(1)")) == IO_ERROR
     said = capsys.readouterr().err
     assert said == f"python -m perf: {out}.log: No space left on device\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
 @pytest.mark.parametrize("name", ["bytes\udcff 測定[2].csv", "new\nline.csv", "-a", ".csv"])
-def test_a_campaign_takes_any_name(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_campaign_takes_any_name(name: str, run: Run, tmp_path: Path) -> None:
     out = tmp_path / name
     named = Part("part", "is told the file", (sys.executable, "-c", "import sys; sys.exit(3)"), 9.0)
-    assert run(out, named, minutes=1, monkeypatch=monkeypatch) == 1
+    assert run(out, named) == 1
     assert os.fsencode(f"--out={out}") in (tmp_path / f"{name}.log").read_bytes()
     assert schema.read(out).empty
 
@@ -263,10 +260,9 @@ def test_mistakes_are_one_line(
     for name in ("folder", "a.log"):
         Path(name).mkdir()
     os.mkfifo("b.log")
-    before = sorted(path.name for path in tmp_path.iterdir())
+    before = state(tmp_path)
     assert message in refusal(capsys, "campaign", "--device", "cpu", *arguments, silent=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-    assert {Path(name).read_text() for name in ("there.csv", "tuned-tuned.csv")} == {"mine\n"}
+    assert state(tmp_path) == before
 
 
 @pytest.mark.slow
@@ -274,19 +270,9 @@ def test_a_short_campaign_on_a_processor_ends_in_time_with_a_readable_report(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "a.csv"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     start = time.perf_counter()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "perf", "campaign"),
-            *("--device", "cpu", "--minutes", "2", "--out", str(out)),
-            *("--part", "environment", "copy", "checks"),
-        ],
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0
+    chosen = ["--part", "environment", "copy", "checks", "--minutes", "2", "--out", str(out)]
+    assert perf("perf", "campaign", "--device", "cpu", *chosen).returncode == 0
     assert time.perf_counter() - start < 130
     rows = schema.read(out)
     assert (rows[rows.status == "ok"].workload == "copy").any()

@@ -1,13 +1,14 @@
 """The rows of the families: what stands before, what after, and that both are checked."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sknet_triton as skt
-from perf.peers import families, rebuilt
+from perf.peers import baseline, families, rebuilt
 from perf.peers.families import FAMILIES, Family
 from perf.rows.schema import Case
 from perf.static.bytes import saved
@@ -17,6 +18,7 @@ from perf.sweep.providers import PROVIDERS, arriving_gradient
 from perf.sweep.workloads import make_case
 from sknet_triton.acceleration import families as known
 from sknet_triton.acceleration.swap import Accelerated
+from tests import sweeps
 from tests.sweeps import CONDITIONS, CPU
 
 PAIR = (PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"])
@@ -30,7 +32,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def small(name: str, mode: str, **axes: object) -> Case:
-    return make_case(name, mode, **{"batch": 4, "resolution": 28, **axes})  # type: ignore[arg-type]  # axes by name
+    return sweeps.small(name, mode, **{"resolution": 28, **axes})
 
 
 def accelerated_within(module: nn.Module) -> list[str]:
@@ -39,13 +41,10 @@ def accelerated_within(module: nn.Module) -> list[str]:
 
 
 def test_every_family_that_accelerate_knows_is_measured() -> None:
-    kinds = {kind for name in FAMILIES for kind in accelerated_within(built(name))}
+    built = [families.accelerated(small(name, "infer")) for name in FAMILIES]
+    kinds = {kind for module in built for kind in accelerated_within(module)}
     assert kinds == {family.name for family in known()} - WITHOUT_A_ROW
     assert {job.case.workload for job in jobs(PRESETS["family"].grids, 0)} == set(FAMILIES)
-
-
-def built(name: str) -> nn.Module:
-    return families.accelerated(small(name, "infer"))
 
 
 @every_family
@@ -63,19 +62,15 @@ def test_before_is_the_module_itself_and_after_the_same_module_accelerated(name:
 @every_family
 def test_both_pass_the_gate_and_are_timed(name: str, mode: str, layout: str) -> None:
     case = small(name, mode, layout=layout)
-    results = contest.measure_case(case, PAIR, CONDITIONS)
-    for result in results.values():
+    for result in contest.measure_case(case, PAIR, CONDITIONS).values():
         assert (result.status, result.reason) == ("ok", "")
         assert result.ms_p50
         if mode == "infer":
             assert (result.saved_mb, result.saved_own_mb) == (None, None)
             continue
         # A bound near one would let any gradient pass.
-        assert result.grad_err_bound is not None
-        assert result.grad_err_bound < 0.2
-        assert result.saved_mb is not None
-        assert result.saved_own_mb is not None
-        assert result.saved_own_mb <= result.saved_mb
+        assert cast(float, result.grad_err_bound) < 0.2
+        assert cast(float, result.saved_own_mb) <= cast(float, result.saved_mb)
 
 
 def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +89,7 @@ def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: pytest.Monk
     wrong = replace(workloads.WORKLOADS["mirnet_skff"], ours=Wrong, plain=before)
     monkeypatch.setitem(workloads.WORKLOADS, "mirnet_skff", wrong)
     results = contest.measure_case(small("mirnet_skff", "infer"), PAIR, CONDITIONS)
-    assert (results["plain-eager"].status, results["ours-pytorch-eager"].status) == (
-        "ok",
-        "unverified",
-    )
+    assert [result.status for result in results.values()] == ["ok", "unverified"]
     assert results["ours-pytorch-eager"].ms_p50 is None
 
 
@@ -112,13 +104,19 @@ def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: pytest.MonkeyP
     assert "expected one accelerated module, got: 1 left" in results["ours-pytorch-eager"].reason
 
 
-def test_families_have_their_own_maps_and_branches() -> None:
-    case = make_case("mirnet_skff", "infer", M=7, stage=3, resolution=130)
-    assert (case.M, case.stage, case.C, case.H, case.W) == (3, 0, 64, 130, 130)
-    case = make_case("vision_permutator", "infer", resolution=224)
-    assert (case.M, case.C, case.H) == (3, 192, 32)
-    case = make_case("timm_selective_kernel", "infer", resolution=225)
-    assert (case.M, case.C, case.H) == (2, 128, 57)
+@pytest.mark.parametrize(
+    ("name", "resolution", "sizes"),
+    [
+        ("mirnet_skff", 130, (3, 0, 64, 130, 130)),
+        ("vision_permutator", 224, (3, 0, 192, 32, 32)),
+        ("timm_selective_kernel", 225, (2, 0, 128, 57, 57)),
+    ],
+)
+def test_families_have_their_own_maps_and_branches(
+    name: str, resolution: int, sizes: tuple[int, ...]
+) -> None:
+    case = make_case(name, "infer", M=7, stage=3, resolution=resolution)
+    assert (case.M, case.stage, case.C, case.H, case.W) == sizes
 
 
 def test_channels_first_and_last_are_the_same_numbers_for_every_family() -> None:
@@ -140,15 +138,8 @@ def test_channels_first_and_last_are_the_same_numbers_for_every_family() -> None
 
 def test_maps_go_in_and_out_as_they_are_called() -> None:
     x = torch.randn(2, 3, 4, 5)
-    seen = families.OnChannelsLast(nn.Flatten(2, 2))(x)
-    assert torch.equal(seen, x)
-    assert torch.equal(families.OnList(LastOf())(x, -x), -x)
-
-
-class LastOf(nn.Module):
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        assert isinstance(maps, list)
-        return maps[-1]
+    assert torch.equal(families.OnChannelsLast(nn.Flatten(2, 2))(x), x)
+    assert torch.equal(families.OnList(baseline.Function(lambda maps: maps.pop()))(x, -x), -x)
 
 
 @pytest.mark.parametrize(("mode", "passes"), [("infer", 7), ("train", 15), ("bwd", 8)])
@@ -193,6 +184,3 @@ def test_gradients_arrive_in_the_layout_of_the_case() -> None:
     assert first.is_contiguous()
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(first, last)
-
-
-# The committed report and the document that shows it.

@@ -274,12 +274,6 @@ def test_bwd_of_torch_compile_runs_again() -> None:
     assert (results["plain-compile"].status, results["plain-compile"].reason) == ("ok", "")
 
 
-@pytest.mark.parametrize("name", ["plain-max-autotune", "ours-triton-cudagraph"])
-def test_cuda_graphs_are_unsupported_in_bwd(name: str) -> None:
-    reason = PROVIDERS[name].unavailable(small("sk_select", "bwd"), torch.device("cuda"))
-    assert reason == "a CUDA graph replays one backward pass after each forward pass"
-
-
 def test_backward_of_fuse_needs_no_bytes_and_has_no_bandwidth() -> None:
     result, _ = both("sk_fuse", "bwd")
     assert (result.status, result.bytes_needed) == ("ok", 0)
@@ -341,19 +335,6 @@ def test_flops_are_those_of_the_published_network(mode: str, passes: int) -> Non
     inputs = workloads.inputs(case, 0, CPU)
     counted = measure.flops(module, inputs, case.mode)
     assert counted / 2 == pytest.approx(4.46e9 * passes, rel=0.005)
-
-
-def test_a_copy_reads_and_writes_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied: list[int] = []
-
-    def four_ms(run: Callable[[], Tensor], device: torch.device, seconds: float) -> list[float]:
-        copied.append(run().numel())
-        return [4.0]
-
-    monkeypatch.setattr(measure, "sample", four_ms)
-    gbps = measure.copy_gbps.__wrapped__(torch.device("cpu"))
-    (size,) = copied
-    assert gbps == pytest.approx((size + size) / 4e-3 / 1e9)
 
 
 def test_quantiles_leave_a_fifth_of_the_times_on_either_side() -> None:

@@ -8,11 +8,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import sknet_triton as skt
 from perf.__main__ import main
 from perf.commands import run as run_command
 from perf.commands.options import chosen_device, read_report
@@ -22,34 +24,49 @@ from perf.rows import env, schema
 from perf.rows.schema import Case, Result
 from perf.static.bytes import MEBI
 from perf.sweep import contest, gate, measure, providers, sweep, workloads
-from perf.sweep.contest import Conditions, DeviceLostError
+from perf.sweep.contest import DeviceLostError
 from perf.sweep.providers import PROVIDERS, Call, Provider, captured, evaluate, recorded, settings
 from perf.sweep.sweep import Rank
-from perf.sweep.workloads import Source, make_case
+from perf.sweep.workloads import make_case
 from tests.cuda_stubs import graphs  # noqa: F401  # a fixture
-from tests.sweeps import CONDITIONS, CPU, refusal, small
+from tests.sweeps import CONDITIONS, CPU, make_up, refusal, small
 
 GPU = torch.device("cuda", 0)
 PLAIN, OURS = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def measured(case: Case, *providers: Provider) -> list[Result]:
+    return list(contest.measure_case(case, providers, CONDITIONS).values())
+
+
+def planted(workload: str, ours: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a module in the place of our module of a workload."""
+    changed = replace(workloads.WORKLOADS[workload], ours=lambda case: ours)
+    monkeypatch.setitem(workloads.WORKLOADS, workload, changed)
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, ms: list[float], call_ms: list[float]) -> None:
+    """Lets every run take times that are made up."""
+
+    def made_up(runs: dict[str, object], *_: object) -> dict[str, measure.Times]:
+        return {name: measure.Times(env.switches(), ms, call_ms) for name in runs}
+
+    monkeypatch.setattr(measure, "interleaved", made_up)
+
+
 # Switches
 
 
-def test_cudnn_is_on_where_a_layer_is_timed() -> None:
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        result = contest.measure_case(small("sk_conv", "infer"), (OURS,), CONDITIONS)[OURS.name]
-    finally:
-        torch.backends.cudnn.enabled = before
+def test_cudnn_is_on_where_a_layer_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    (result,) = measured(small("sk_conv", "infer"), OURS)
     assert (result.cudnn, result.cudnn_benchmark, result.cudnn_deterministic) == (True, True, False)
     assert (result.cudnn_tf32, result.matmul_tf32) == (False, False)
     assert result.timed_threads == 1
 
 
-def test_the_oracle_does_not_time_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oracle_does_not_time_algorithms() -> None:
     seen: list[env.Switches] = []
     case = small("sk_fuse", "infer")
     module = baseline.Function(baseline.plain_fuse)
@@ -72,7 +89,7 @@ def test_switches_are_read_while_timing_and_not_assumed(monkeypatch: pytest.Monk
             yield
 
     monkeypatch.setattr(contest, "settings", without_cudnn)
-    result = contest.measure_case(small("sk_fuse", "infer"), (PLAIN,), CONDITIONS)[PLAIN.name]
+    (result,) = measured(small("sk_fuse", "infer"), PLAIN)
     assert (result.status, result.cudnn) == ("ok", False)
 
 
@@ -131,17 +148,16 @@ def test_a_network_is_judged_on_eight_images_once(
         return consult(make, case, inputs, seed)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gate, "consult", spy)
-    case = small("sknet26", mode, batch=16)
-    results = contest.measure_case(case, (PLAIN, OURS), CONDITIONS)
+    results = measured(small("sknet26", mode, batch=16), PLAIN, OURS)
     assert consulted == [8]
-    for result in results.values():
+    for result in results:
         assert (result.status, result.reason, result.judged_batch) == ("ok", "", 8)
 
 
 class _WrongInTheLastImage(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.net = net
+        self.net = skt.sknet26()
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)
@@ -149,24 +165,14 @@ class _WrongInTheLastImage(nn.Module):
 
 
 def test_a_fault_beyond_the_judged_images_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = workloads.WORKLOADS["sknet26"]
-    wrong = replace(workload, ours=lambda case: _WrongInTheLastImage(workload.ours(case)))
-    monkeypatch.setitem(workloads.WORKLOADS, "sknet26", wrong)
-    monkeypatch.setattr(workloads, "parameters", _plain_of_the_inside(workloads.parameters))
-    case = small("sknet26", "infer", batch=16)
-    result = contest.measure_case(case, (OURS,), CONDITIONS)[OURS.name]
+    planted("sknet26", _WrongInTheLastImage(), monkeypatch)
+    changed = replace(
+        workloads.WORKLOADS["sknet26"],
+        plain=lambda ours: baseline.with_plain_convs(ours.get_submodule("net")),
+    )
+    monkeypatch.setitem(workloads.WORKLOADS, "sknet26", changed)
+    (result,) = measured(small("sknet26", "infer", batch=16), OURS)
     assert result.status == "unverified"
-
-
-def _plain_of_the_inside(
-    parameters: Callable[[Case, Source, int], nn.Module],
-) -> Callable[[Case, Source, int], nn.Module]:
-    def wrapped(case: Case, source: Source, seed: int) -> nn.Module:
-        module = parameters(case, "ours", seed)
-        assert isinstance(module, _WrongInTheLastImage)
-        return baseline.with_plain_convs(module.net) if source == "plain" else module
-
-    return wrapped
 
 
 def test_an_oracle_that_fails_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +184,9 @@ def test_an_oracle_that_fails_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(gate, "consult", out_of_memory)
-    results = contest.measure_case(small("sknet26", "infer", batch=16), (PLAIN, OURS), CONDITIONS)
+    results = measured(small("sknet26", "infer", batch=16), PLAIN, OURS)
     assert asked == 1
-    for result in results.values():
+    for result in results:
         assert result.status == "oom"
         assert result.reason == "the check of 8 images: OutOfMemoryError: no room"
 
@@ -223,21 +229,30 @@ def test_autocast_is_on_where_the_case_says_so(dtype: str, out: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("name", "mode", "how"),
     [
-        ("plain-cudagraph", "captured"),
-        ("ours-triton-cudagraph", "captured"),
-        ("plain-reduce-overhead", "recorded"),
-        ("plain-max-autotune", "recorded"),
-        ("plain-max-autotune-no-cudagraphs", "called"),
-        ("plain-compile", "called"),
+        ("plain-cudagraph", "", "captured"),
+        ("ours-triton-cudagraph", "", "captured"),
+        ("plain-reduce-overhead", "reduce-overhead", "recorded"),
+        ("plain-max-autotune", "max-autotune", "recorded"),
+        ("plain-max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs", "called"),
+        ("plain-compile", None, "called"),
     ],
 )
-def test_what_a_provider_repeats(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_provider_compiles_and_repeats(
+    name: str, mode: str | None, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, module = PROVIDERS[name], nn.ReLU()
     for graph in ("captured", "recorded"):
         monkeypatch.setattr(providers, graph, lambda call, graph=graph: graph)
-    prepared: object = PROVIDERS[name].prepared("called")  # type: ignore[arg-type]  # handed on
+    prepared: object = provider.prepared("called")  # type: ignore[arg-type]  # handed on
     assert prepared == how
+    monkeypatch.setattr(torch, "compile", lambda module, **options: options["mode"])
+    wrapped: object = provider.wrapped(module)
+    assert wrapped == (module if mode == "" else mode)
+    reason = provider.unavailable(small("sk_select", "bwd"), GPU)
+    replays = "a CUDA graph replays one backward pass after each forward pass"
+    assert reason == (None if how == "called" else replays)
 
 
 def test_a_graph_has_no_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +260,7 @@ def test_a_graph_has_no_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     case = small("sk_fuse", "infer")
     for graphed, peak in ((False, 3.0), (True, None)):
         monkeypatch.setattr(Provider, "graphed", graphed)
-        assert contest.measure_case(case, (PLAIN,), CONDITIONS)[PLAIN.name].peak_mb == peak
+        assert measured(case, PLAIN)[0].peak_mb == peak
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
@@ -271,31 +286,16 @@ def test_a_compiled_graph_is_told_that_inputs_stay(
     assert seen == 2 * said
 
 
-def test_max_autotune_has_a_provider_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options["mode"]))
-    with_graphs = PROVIDERS["plain-max-autotune"]
-    without = PROVIDERS["plain-max-autotune-no-cudagraphs"]
-    for provider in (with_graphs, without, PROVIDERS["plain-compile"]):
-        provider.wrapped(nn.ReLU())
-    assert asked == ["max-autotune", "max-autotune-no-cudagraphs", None]
-    assert (with_graphs.graphed, without.graphed) == (True, False)
-    assert without.unavailable(small("sk_select", "bwd"), GPU) is None
-
-
 def test_the_timed_step_runs_on_the_judged_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
 
-    class Spy(nn.Module):
-        def forward(self, *branches: Tensor) -> Tensor:
-            seen.update(x.data_ptr() for x in branches)
-            out: Tensor = baseline.plain_fuse(*branches)
-            return out
+    def spy(*branches: Tensor) -> Tensor:
+        seen.update(x.data_ptr() for x in branches)
+        return baseline.plain_fuse(*branches)
 
-    spying = replace(workloads.WORKLOADS["sk_fuse"], ours=lambda case: Spy())
-    monkeypatch.setitem(workloads.WORKLOADS, "sk_fuse", spying)
+    planted("sk_fuse", baseline.Function(spy), monkeypatch)
     case = small("sk_fuse", "train")
-    assert contest.measure_case(case, (OURS,), CONDITIONS)[OURS.name].status == "ok"
+    assert measured(case, OURS)[0].status == "ok"
     assert len(seen) == case.M
 
 
@@ -325,34 +325,21 @@ def test_two_times_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert did[-len(block) :] == block
 
 
-def test_both_times_are_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made_up(runs: dict[str, object], *_: object) -> dict[str, measure.Times]:
-        return {name: measure.Times(env.switches(), [1.0, 2.0, 3.0], [4.0]) for name in runs}
-
-    monkeypatch.setattr(measure, "interleaved", made_up)
-    result = contest.measure_case(small("sk_fuse", "infer"), (PLAIN,), CONDITIONS)[PLAIN.name]
-    assert (result.ms_p50, result.call_ms_p50, result.n) == (2.0, 4.0, 3)
-
-
 def test_only_a_first_call_that_compiles_has_its_time_in_the_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = itertools.count(step=2.5)
     monkeypatch.setattr(contest, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
-    both = PLAIN, replace(PLAIN, wrap="compile")
-    results = contest.measure_case(small("sk_fuse", "infer"), both, CONDITIONS)
-    assert [results[provider.name].compile_s for provider in both] == [None, 2.5]
+    results = measured(small("sk_fuse", "infer"), PLAIN, replace(PLAIN, wrap="compile"))
+    assert [result.compile_s for result in results] == [None, 2.5]
 
 
 @pytest.mark.parametrize(("batch", "ms"), [(8, 4.0), (16, 2.0)])
 def test_small_batches_are_judged_from_call_to_call(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: int, ms: float
 ) -> None:
-    def made_up(runs: dict[str, object], *_: object) -> dict[str, measure.Times]:
-        return {name: measure.Times(env.switches(), [2.0], [4.0]) for name in runs}
-
-    monkeypatch.setattr(measure, "interleaved", made_up)
+    timed(monkeypatch, [1.0, 2.0, 3.0], [4.0])
     out = tmp_path / "a.csv"
     run = ["run", "--preset", "gpu-conv", "--layout", "nchw", "--mode", "infer", "--device", "cpu"]
     size = ["--batch", str(batch), "--resolution", "32", "--stage", "1"]
@@ -360,21 +347,16 @@ def test_small_batches_are_judged_from_call_to_call(
     shown = read_report(out)
     assert shown.ms_p50.tolist() == [ms]
     assert shown.images_per_s.tolist() == pytest.approx([1e3 * batch / ms], rel=1e-3)
-    assert schema.read(out).ms_p50[0] == 2.0
+    row = schema.read(out).loc[0]
+    assert (row.ms_p50, row.call_ms_p50, row.n) == (2.0, 4.0, 3)
     assert ("from call to call" in tables.table(schema.read(out))) == (ms == 4.0)
 
 
 def test_launches_are_counted_once_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted: list[object] = []
-
-    def launches(run: object, device: torch.device) -> int:
-        counted.append(run)
-        return 7
-
-    monkeypatch.setattr(measure, "launches", launches)
-    results = contest.measure_case(small("sk_fuse", "infer"), (PLAIN, OURS), CONDITIONS)
-    assert [result.launches for result in results.values()] == [7, 7]
-    assert len(counted) == 2
+    count = itertools.count(7)
+    monkeypatch.setattr(measure, "launches", lambda run, device: next(count))
+    results = measured(small("sk_fuse", "infer"), PLAIN, OURS)
+    assert [result.launches for result in results] == [7, 8]
 
 
 def test_what_a_profile_counts_as_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,55 +394,41 @@ def test_peak_memory_is_the_steps_own(monkeypatch: pytest.MonkeyPatch) -> None:
 # A device that is lost
 
 
-def illegal_access(device: torch.device) -> None:
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-
 def test_an_error_that_stays_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-    monkeypatch.setattr(torch.cuda, "synchronize", illegal_access)
-    with pytest.raises(DeviceLostError, match="illegal memory access"):
-        contest.failure(error, GPU)
-    assert contest.failure(error, CPU).status == "error"
-
-
-def test_an_error_that_is_over_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([RuntimeError("CUDA error: the error of before"), None])
+    answers: list[Exception | None] = [error]
 
     def synchronize(device: torch.device) -> None:
-        answer = next(answers)
-        if answer:
+        if answer := answers.pop() if len(answers) > 1 else answers[0]:
             raise answer
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert contest.failure(RuntimeError("out of resource: shared memory"), GPU).status == "error"
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        contest.failure(error, GPU)
+    assert contest.failure(error, CPU).status == "error"
+    answers[:] = [None, error]  # the first call tells of an error that is over with it
+    assert contest.failure(error, GPU).status == "error"
 
 
 def test_a_lost_device_ends_the_run_with_its_rows_safe(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured: list[Case] = []
+    made_up = make_up(monkeypatch)
 
-    def measure_case(
-        case: Case, providers: tuple[Provider, ...], conditions: Conditions
-    ) -> dict[str, Result]:
-        if len(measured) == 2 and lost:
+    def lose(case: Case, *rest: Any) -> dict[str, Result]:
+        if len(made_up.asked) == 2:
             raise DeviceLostError("an illegal memory access")
-        measured.append(case)
-        result = Result("ok", ms_p50=1.0, ms_p20=0.9, ms_p80=1.1)
-        return {provider.name: result for provider in providers}
+        return made_up(case, *rest)
 
-    monkeypatch.setattr(sweep, "measure_case", measure_case)
     out = tmp_path / "rows.csv"
     run = ["run", "--level", "op", "--batch", "1", "2", "--provider", PLAIN.name, "--out", str(out)]
-    lost = True
-    assert main(run) == 1
-    said = capsys.readouterr()
-    assert "the device is lost: an illegal memory access" in said.err
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "measure_case", lose)
+        assert main(run) == 1
+    assert "the device is lost: an illegal memory access" in capsys.readouterr().err
     assert len(schema.read(out)) == 2
-    lost = False
     assert main([*run, "--resume"]) == 0
-    assert len(schema.read(out)) == len(measured) == len(set(measured))
+    assert len(schema.read(out)) == len(made_up.asked) == len(set(made_up.asked))
 
 
 def test_a_check_says_that_the_device_is_lost(
@@ -491,15 +459,10 @@ def test_a_sweep_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == [second]
 
 
-# Peers
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_a_port_computes_what_the_plain_modules_compute(mode: str) -> None:
-    case = small("sknet26", mode)
-    results = contest.measure_case(case, (PROVIDERS["port-eager"],), CONDITIONS)
-    assert results["port-eager"].status == "ok"
+    assert measured(small("sknet26", mode), PROVIDERS["port-eager"])[0].status == "ok"
 
 
 # The environment
@@ -560,10 +523,8 @@ def test_a_copy_without_git_has_the_commit_of_its_variable(
     monkeypatch.setattr(env, "CHECKOUT", tmp_path)
     monkeypatch.setenv(env.COMMIT_VARIABLE, "abc123")
     try:
-        assert (env.snapshot(CPU, 0, 1).git_sha, env.snapshot(CPU, 0, 1).git_dirty) == (
-            "abc123",
-            False,
-        )
+        now = env.snapshot(CPU, 0, 1)
+        assert (now.git_sha, now.git_dirty) == ("abc123", False)
     finally:
         env._git_state.cache_clear()
 

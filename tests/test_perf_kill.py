@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import random
 import resource
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,10 @@ from perf.rows import schema
 from perf.sweep import sweep
 from perf.sweep.sweep import Rank, part_of, parts_of
 from tests.helpers import ROOT
-from tests.sweeps import MadeUp, make_up, refusal, write_report
+from tests.sweeps import MadeUp, make_up, perf, refusal, write_report
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes"),
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
 ]
 
@@ -37,75 +37,55 @@ PATIENCE = 60.0
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
-    """Lets cases take a millisecond."""
+    """Lets cases take a millisecond, and puts back where ranks meet."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
     return make_up(monkeypatch, seconds=0.001)
-
-
-@dataclass(frozen=True)
-class Child:
-    """A run of the harness in a process of its own."""
-
-    pid: int
-    errors: Path
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-    def status(self) -> int:
-        """Returns the exit status, or the signal's number below zero."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def start(
     arguments: list[str],
     folder: Path,
-    *,
     room: int | None = None,
     most: int | None = None,
-    **environment: str,
-) -> Child:
+    rank: str = "",
+) -> BaseProcess:
     """Starts a run whose files cannot grow beyond ``room`` bytes, or that stops at ``most`` cases.
 
-    What stops so is still running when it is killed, however late that is.
+    What stops so is still running when it is killed, however late that is. The process has the name
+    of the file in which it says what goes wrong.
     """
-    errors = folder / f"{time.monotonic_ns()}.err"
-    pid = os.fork()
-    if pid:
-        return Child(pid, errors)
-    status = 1
-    try:
-        os.environ.update(environment)
+
+    def run() -> None:
+        if rank:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
         vars(sweep)["measure_case"].most = most
         if room is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         with errors.open("w") as sys.stderr:
-            status = main(arguments)
-    except SystemExit as stopped:
-        status = int(stopped.code or 0)
-    finally:
-        os._exit(status)
+            sys.exit(main(arguments))
+
+    errors = folder / f"{time.monotonic_ns()}.err"
+    child = multiprocessing.get_context("fork").Process(target=run, name=str(errors))
+    child.start()
+    return child
+
+
+def status(child: BaseProcess) -> int | None:
+    """Returns the exit status, or the signal's number below zero."""
+    child.join()
+    return child.exitcode
 
 
 def start_ranks(
     arguments: list[str], folder: Path, room: int | None = None, most: int | None = None
-) -> list[Child]:
+) -> list[BaseProcess]:
     """Starts two ranks of one sweep, the second with ``room`` or ``most``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [
-        start(
-            arguments,
-            folder,
-            room=room if rank else None,
-            most=most if rank else None,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            **address,
-        )
-        for rank in range(2)
-    ]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    first = start(arguments, folder, rank="0")
+    return [first, start(arguments, folder, room, most, rank="1")]
 
 
 def lines_in(path: Path) -> int:
@@ -142,39 +122,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "said"
 
 
-def test_killed_ten_times_and_resumed_is_the_undisturbed_run(
-    whole: Path, folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out.csv"
-    moments = random.Random(0)
-    for _ in range(KILLS):
-        rows = moments.randint(1, 40)
-        child = start([*SWEEP, "--out", str(out), "--resume"], folder, most=rows // 2 + 1)
-        wait_for_lines(out, lines_in(out) + rows)
-        child.kill()
-        assert child.status() == -signal.SIGKILL
-    assert 1 + KILLS <= lines_in(out) < 1 + ROWS
-    assert main([*SWEEP, "--out", str(out), "--resume"]) == 0
-    assert sorted_keys(out) == sorted_keys(whole)
-
-
 def test_two_writers_a_full_disk_and_kills_still_leave_the_undisturbed_run(
     whole: Path, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "h100[2] тест.csv"
     arguments = [*SWEEP, "--out", str(out), "--resume"]
     moments = random.Random(1)
-    for _ in range(KILLS // 2):
+    for _ in range(KILLS):
         # Room for a few rows, and part of one more.
         rows = moments.randint(1, 20)
         room = (out.stat().st_size if out.exists() else 1000) + 400 * rows
-        assert start(arguments, folder, room=room).status() == IO_ERROR
+        assert status(start(arguments, folder, room=room)) == IO_ERROR
         writing = start(arguments, folder, most=rows // 2 + 1)
         wait_for_lines(out, lines_in(out) + rows)
-        assert start(arguments, folder).status() == 2
+        assert status(start(arguments, folder)) == 2
         writing.kill()
-        assert writing.status() == -signal.SIGKILL
-    assert lines_in(out) < 1 + ROWS
+        assert status(writing) == -signal.SIGKILL
+    assert 1 + KILLS <= lines_in(out) < 1 + ROWS
     assert main(arguments) == 0
     assert sorted_keys(out) == sorted_keys(whole)
     for said in folder.iterdir():
@@ -188,31 +152,26 @@ def test_ranks_write_one_report_whatever_it_is_called(
     monkeypatch.chdir(tmp_path / "in")
     for out in (Path("h100[2] *?.csv"), Path.cwd() / "測定 (1).csv"):
         ranks = start_ranks([*SWEEP, "--out", str(out)], folder)
-        assert [rank.status() for rank in ranks] == [0, 0]
+        assert list(map(status, ranks)) == [0, 0]
         assert [path.name for path in Path().iterdir()] == [out.name]
         assert sorted_keys(out) == sorted_keys(whole)
         assert set(schema.read(out).ranks) == {2}
         out.unlink()
 
 
-@pytest.mark.parametrize("ending", ["killed", "full"])
+@pytest.mark.parametrize("limit", [{"most": 20}, {"room": 10_000}], ids=["killed", "full"])
 def test_rank_that_dies_ends_the_other_and_its_rows_are_collected(
-    ending: str, whole: Path, folder: Path, tmp_path: Path
+    limit: dict[str, int], whole: Path, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.csv"
     parts = [part_of(out, Rank(index, index, 2)) for index in range(2)]
-    room = 10_000 if ending == "full" else None
-    ranks = start_ranks(
-        [*SWEEP, "--out", str(out)], folder, room, most=None if ending == "full" else 20
-    )
+    first, second = start_ranks([*SWEEP, "--out", str(out)], folder, **limit)
     wait_for_lines(parts[1], 5)
-    if ending == "killed":
-        ranks[1].kill()
-    assert [rank.status() for rank in ranks] == [
-        IO_ERROR,
-        -signal.SIGKILL if ending == "killed" else IO_ERROR,
-    ]
-    assert "another rank is gone; --resume collects" in ranks[0].errors.read_text()
+    if "most" in limit:
+        second.kill()
+    assert status(first) == IO_ERROR
+    assert status(second) == (-signal.SIGKILL if "most" in limit else IO_ERROR)
+    assert "another rank is gone; --resume collects" in Path(first.name).read_text()
     done = sum(lines_in(part) - 1 for part in parts)
     assert ROWS // 2 < done < ROWS
     assert main([*SWEEP, "--out", str(out), "--resume"]) == 0
@@ -230,8 +189,8 @@ def test_mistake_under_ranks_is_said_once_and_leaves_nothing(
     place.mkdir()
     out = tmp_path / name if name == "in" else place / name
     ranks = start_ranks([*SWEEP, "--out", str(out)], folder)
-    assert [rank.status() for rank in ranks] == [2, 2]
-    errors = "".join(rank.errors.read_text() for rank in ranks)
+    assert list(map(status, ranks)) == [2, 2]
+    errors = "".join(Path(rank.name).read_text() for rank in ranks)
     assert said in errors
     assert errors.count("\n") == 1
     assert list(place.iterdir()) == []
@@ -255,17 +214,10 @@ def test_parts_of_a_rank_that_died_are_collected_on_resume(
 
 def test_torchrun_shares_the_cases_of_a_sweep(tmp_path: Path) -> None:
     out = tmp_path / "h100[2].csv"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "perf", "run"]
     axes = ["--level", "op", "--batch", "1", "2", "--resolution", "32", "--mode", "infer"]
     chosen = [*axes, "--provider", "ours-pytorch-eager", "--out", str(out)]
-    done = subprocess.run(
-        [*torchrun, "-m", "perf", "run", *chosen],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = perf(*torchrun, *chosen, stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out)
     assert done.stdout.count("% of copy") == 1
@@ -285,13 +237,9 @@ def children_of(pid: int) -> set[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's processes")
 def test_killed_compilation_leaves_no_process() -> None:
     command = [sys.executable, "-m", "perf", "kernels", "--target", "sm_80"]
-    run = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    silent = subprocess.DEVNULL
+    run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=silent, stderr=silent)
     end = time.monotonic() + PATIENCE
     while len(children_of(run.pid)) < 2:  # one keeps the others' resources
         assert run.poll() is None

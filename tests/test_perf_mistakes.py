@@ -12,7 +12,7 @@ import torch
 from perf.__main__ import SOFTWARE_ERROR, main
 from perf.sweep import sweep
 from tests.helpers import ROOT
-from tests.sweeps import make_up, refusal
+from tests.sweeps import make_up, refusal, state
 
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 REPORTS = ROOT / "perf" / "reports"
@@ -33,13 +33,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "dangling.csv").symlink_to("gone/away.csv")
     (tmp_path / "circle.csv").symlink_to("circle.csv")
     return tmp_path
-
-
-def state(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture

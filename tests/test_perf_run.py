@@ -19,7 +19,7 @@ from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS, Provider
 from perf.sweep.workloads import make_case, stage_shape
 from tests.helpers import ROOT
-from tests.sweeps import make_up, refusal
+from tests.sweeps import make_up, perf, refusal
 
 PERF = [sys.executable, "-m", "perf"]
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
@@ -191,14 +191,7 @@ def test_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        [*PERF, *TINY, "--provider", "plain-eager", "--out", str(out)],
-        cwd=ROOT,
-        stdout=write,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    done = perf("perf", *TINY, "--provider", "plain-eager", "--out", str(out), stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
     assert len(schema.read(out)) == 3

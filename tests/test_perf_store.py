@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +21,7 @@ from perf.rows.store import Store, collect, open_store
 from perf.rows.typed_csv import Values, values_of
 from perf.sweep.sweep import Rank, part_of, parts_of
 from perf.sweep.workloads import make_case
-from tests.helpers import ROOT
-from tests.sweeps import make_up, refusal, write_report
+from tests.sweeps import make_up, perf, refusal, write_report
 
 ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64)
@@ -259,14 +256,7 @@ def test_parts_stay_where_their_rows_do_not_fit(path: Path) -> None:
 def test_output_that_cannot_be_shown_is_no_verdict(path: Path) -> None:
     write_report(path, rows_of(1))
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "perf", "compare", str(path), str(path)],
-            cwd=ROOT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        done = perf("perf", "compare", str(path), str(path), stdout=full)
     assert done.returncode == IO_ERROR
     assert done.stderr.count("\n") == 1
     assert "No space left on device" in done.stderr
