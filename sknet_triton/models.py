@@ -4,9 +4,10 @@ Initialisation follows the published prototxt: convolutions by He et al. with fa
 and the classifier Gaussian with standard deviation 0.01.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from sknet_triton.layers.sk_conv import Aggregate, FcNorm
 Variant = Literal["paper", "caffe"]
 
 STEM_CHANNELS = 64
+_UNIT_OPTIONS = ("M", "r", "L", "G", "branches", "aggregate", "fc_norm")
+_Options = ParamSpec("_Options")
 
 
 @dataclass(frozen=True)
@@ -91,25 +94,20 @@ class SKNet(nn.Module):
         super().__init__()
         unit_options = unit_options or {}
         _check_arguments(stages, num_classes, in_chans, variant, unit_options)
-        options = {**unit_options, "device": device, "dtype": dtype}
-        self.stem = conv_bn(
-            in_chans, STEM_CHANNELS, 7, stride=2, padding=3, device=device, dtype=dtype
-        )
-        self.pool = (
-            nn.MaxPool2d(3, 2, padding=1)
-            if variant == "paper"
-            else nn.MaxPool2d(3, 2, ceil_mode=True)
-        )
-        self.stages = nn.ModuleList()
-        channels = STEM_CHANNELS
-        for spec in stages:
-            self.stages.append(_stage(channels, spec, options))
-            channels = SKUnit.expansion * spec.width
-        self.num_features = channels
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.stem = conv_bn(in_chans, STEM_CHANNELS, 7, stride=2, padding=3, **factory)
+        rounding: dict[str, Any] = {"padding": 1} if variant == "paper" else {"ceil_mode": True}
+        self.pool = nn.MaxPool2d(3, 2, **rounding)
         self.feature_info = _feature_info(stages)
+        channels = [info["num_chs"] for info in self.feature_info]
+        self.stages = nn.ModuleList(
+            _stage(in_channels, spec, {**unit_options, **factory})
+            for in_channels, spec in zip(channels, stages, strict=False)
+        )
+        self.num_features = channels[-1]
         self.grad_checkpointing = False
         self.num_classes = num_classes
-        self.head = _head(channels, num_classes, device, dtype)
+        self.head = _head(self.num_features, num_classes, **factory)
         self._initialise()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ class SKNet(nn.Module):
         _check_count("num_classes", num_classes, 0)
         weight = cast(Tensor, self.stem.get_parameter("conv.weight"))
         self.num_classes = num_classes
-        self.head = _head(self.num_features, num_classes, weight.device, weight.dtype)
+        self.head = _head(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes every unit in the backward pass instead of keeping its activations.
@@ -212,93 +210,8 @@ class SKNetFeatures(SKNet):
         return [maps[index] for index in self.out_indices]
 
 
-def sknet26(
-    *,
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    variant: Variant = "paper",
-    features_only: bool = False,
-    out_indices: Sequence[int] | None = None,
-    M: int = 2,
-    r: int = 16,
-    L: int = 32,
-    G: int = 32,
-    branches: Sequence[BranchSpec | tuple[int, int, int]] | None = None,
-    aggregate: Aggregate = "sk",
-    fc_norm: FcNorm = "batch",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> SKNet:
-    """SKNet-26: units 2, 2, 2, 2; 16,746,408 parameters.
-
-    Args:
-        num_classes: classes of the head; 0 leaves the pooled features [B, num_features].
-        in_chans: channels of the input.
-        variant: ``"paper"``, or ``"caffe"`` for the stem pooling of the released prototxt.
-        features_only: returns an `SKNetFeatures`, whatever ``num_classes`` is.
-        out_indices: the maps that it returns: 0 is the stem, 1 the first stage; None for all.
-        M: number of branches.
-        r: reduction ratio of fc1.
-        L: least width of fc1.
-        G: groups of every branch.
-        branches: replaces M and G: a `BranchSpec` or (kernel, dilation, groups) per branch.
-        aggregate: ``"sk"``, or ``"sum"`` for the plain sum of the branches.
-        fc_norm: norm of fc1: ``"batch"`` as published, ``"layer"`` or ``"none"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-
-    Raises:
-        ValueError: an argument is out of range, named with the value.
-    """
-    unit = (M, r, L, G, branches, aggregate, fc_norm)
-    network = (num_classes, in_chans, variant, device, dtype)
-    return _build(SKNET26, features_only, out_indices, unit, network)
-
-
-def sknet50(
-    *,
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    variant: Variant = "paper",
-    features_only: bool = False,
-    out_indices: Sequence[int] | None = None,
-    M: int = 2,
-    r: int = 16,
-    L: int = 32,
-    G: int = 32,
-    branches: Sequence[BranchSpec | tuple[int, int, int]] | None = None,
-    aggregate: Aggregate = "sk",
-    fc_norm: FcNorm = "batch",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> SKNet:
-    """SKNet-50 (table 1): units 3, 4, 6, 3; 27,479,784 parameters, 4.46 GMAC at 224x224.
-
-    Args:
-        num_classes: classes of the head; 0 leaves the pooled features [B, num_features].
-        in_chans: channels of the input.
-        variant: ``"paper"``, or ``"caffe"`` for the stem pooling of the released prototxt.
-        features_only: returns an `SKNetFeatures`, whatever ``num_classes`` is.
-        out_indices: the maps that it returns: 0 is the stem, 1 the first stage; None for all.
-        M: number of branches.
-        r: reduction ratio of fc1.
-        L: least width of fc1.
-        G: groups of every branch.
-        branches: replaces M and G: a `BranchSpec` or (kernel, dilation, groups) per branch.
-        aggregate: ``"sk"``, or ``"sum"`` for the plain sum of the branches.
-        fc_norm: norm of fc1: ``"batch"`` as published, ``"layer"`` or ``"none"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-
-    Raises:
-        ValueError: an argument is out of range, named with the value.
-    """
-    unit = (M, r, L, G, branches, aggregate, fc_norm)
-    network = (num_classes, in_chans, variant, device, dtype)
-    return _build(SKNET50, features_only, out_indices, unit, network)
-
-
-def sknet101(
+def _sknet(
+    _tables: dict[str, Sequence[StageSpec]],
     variant: Variant = "paper",
     *,
     num_classes: int = 1000,
@@ -315,11 +228,11 @@ def sknet101(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> SKNet:
-    """SKNet-101 (table 1): units 3, 4, 23, 3; 48,736,040 parameters.
+    """{summary}.
 
     Args:
-        variant: ``"caffe"`` builds the released prototxt instead: d = 16 in the second stage and
-            its stem pooling; 48,686,760 parameters.
+        variant: ``"paper"``, or ``"caffe"`` for the stem pooling of the released prototxt and, in
+            SKNet-101, its d = 16 in the second stage.
         num_classes: classes of the head; 0 leaves the pooled features [B, num_features].
         in_chans: channels of the input.
         features_only: returns an `SKNetFeatures`, whatever ``num_classes`` is.
@@ -338,27 +251,6 @@ def sknet101(
         ValueError: an argument is out of range, named with the value.
     """
     unit = (M, r, L, G, branches, aggregate, fc_norm)
-    network = (num_classes, in_chans, variant, device, dtype)
-    return _build(
-        SKNET101_CAFFE if variant == "caffe" else SKNET101,
-        features_only,
-        out_indices,
-        unit,
-        network,
-    )
-
-
-_UNIT_OPTIONS = ("M", "r", "L", "G", "branches", "aggregate", "fc_norm")
-
-
-def _build(
-    stages: Sequence[StageSpec],
-    features_only: bool,
-    out_indices: Sequence[int] | None,
-    unit: tuple[Any, ...],
-    network: tuple[Any, ...],
-) -> SKNet:
-    num_classes, in_chans, variant, device, dtype = network
     options: dict[str, Any] = {
         "in_chans": in_chans,
         "variant": variant,
@@ -366,11 +258,49 @@ def _build(
         "device": device,
         "dtype": dtype,
     }
+    stages = _tables.get(variant, _tables["paper"])
     if features_only:
         return SKNetFeatures(stages, out_indices, **options)
     if out_indices is not None:
         raise ValueError(f"out_indices: expected features_only=True beside it, got {out_indices}")
     return SKNet(stages, num_classes, **options)
+
+
+def _entry(
+    build: Callable[Concatenate[dict[str, Sequence[StageSpec]], _Options], SKNet],
+    name: str,
+    summary: str,
+    **tables: Sequence[StageSpec],
+) -> Callable[_Options, SKNet]:
+    """Returns ``build`` on ``tables``, by variant, as a function with its own name and help."""
+
+    def entry(*args: _Options.args, **options: _Options.kwargs) -> SKNet:
+        return build(tables, *args, **options)
+
+    signature = inspect.signature(build)
+    _, *parameters = signature.parameters.values()
+    vars(entry)["__signature__"] = signature.replace(parameters=parameters)
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = cast(str, build.__doc__).format(summary=summary)
+    return entry
+
+
+sknet26 = _entry(
+    _sknet, "sknet26", "SKNet-26: units 2, 2, 2, 2; 16,746,408 parameters", paper=SKNET26
+)
+sknet50 = _entry(
+    _sknet,
+    "sknet50",
+    "SKNet-50 (table 1): units 3, 4, 6, 3; 27,479,784 parameters, 4.46 GMAC at 224x224",
+    paper=SKNET50,
+)
+sknet101 = _entry(
+    _sknet,
+    "sknet101",
+    'SKNet-101 (table 1): units 3, 4, 23, 3; 48,736,040 parameters, as "caffe" 48,686,760',
+    paper=SKNET101,
+    caffe=SKNET101_CAFFE,
+)
 
 
 def _stage(in_channels: int, spec: StageSpec, options: dict[str, Any]) -> nn.Sequential:
@@ -380,15 +310,10 @@ def _stage(in_channels: int, spec: StageSpec, options: dict[str, Any]) -> nn.Seq
     return nn.Sequential(first, *rest)
 
 
-def _head(
-    in_features: int,
-    num_classes: int,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Module:
+def _head(in_features: int, num_classes: int, **factory: Any) -> nn.Module:
     if num_classes == 0:
         return nn.Identity()
-    head = nn.Linear(in_features, num_classes, device=device, dtype=dtype)
+    head = nn.Linear(in_features, num_classes, **factory)
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
     return head

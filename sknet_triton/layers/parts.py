@@ -31,29 +31,21 @@ def conv_bn(
     out_channels: int,
     kernel_size: int = 1,
     *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
     act: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> nn.Sequential:
-    """Returns convolution without bias, batch norm and, with ``act``, ReLU as conv, bn, act."""
+    """Returns convolution without bias, batch norm and, with ``act``, ReLU as conv, bn, act.
+
+    The ``options`` are those of the convolution.
+    """
+    factory: dict[str, Any] = {"device": device, "dtype": dtype}
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     modules["conv"] = nn.Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        bias=False,
-        device=device,
-        dtype=dtype,
+        in_channels, out_channels, kernel_size, bias=False, **options, **factory
     )
-    modules["bn"] = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+    modules["bn"] = nn.BatchNorm2d(out_channels, **factory)
     if act:
         modules["act"] = nn.ReLU(inplace=True)
     return nn.Sequential(modules)

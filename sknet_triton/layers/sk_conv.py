@@ -31,10 +31,7 @@ class BranchSpec:
     def __post_init__(self) -> None:
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel: expected an odd positive number, got {self.kernel}")
-        if self.dilation < 1:
-            raise ValueError(f"dilation: expected a positive number, got {self.dilation}")
-        if self.groups < 1:
-            raise ValueError(f"groups: expected a positive number, got {self.groups}")
+        _check_positive(dilation=self.dilation, groups=self.groups)
 
     @property
     def padding(self) -> int:
@@ -93,7 +90,15 @@ class SKConv(nn.Module):
     ) -> None:
         super().__init__()
         specs = _branch_specs(branches, M, G)
-        _check_sizes(in_channels, out_channels, stride, r, L, d, specs)
+        _check_sizes(
+            specs,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            stride=stride,
+            r=r,
+            L=L,
+            d=1 if d is None else d,
+        )
         if aggregate not in get_args(Aggregate):
             raise ValueError(f"aggregate: expected 'sk' or 'sum', got {aggregate!r}")
         if fc_norm not in get_args(FcNorm):
@@ -103,6 +108,7 @@ class SKConv(nn.Module):
         self.stride = stride
         self.M = len(specs)
         self.aggregate = aggregate
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.branches = nn.ModuleList(
             conv_bn(
                 in_channels,
@@ -112,17 +118,14 @@ class SKConv(nn.Module):
                 padding=spec.padding,
                 dilation=spec.dilation,
                 groups=spec.groups,
-                device=device,
-                dtype=dtype,
+                **factory,
             )
             for spec in specs
         )
         if aggregate == "sk":
             width = d if d is not None else max(in_channels // r, L)
-            self.fc1 = _fc1(out_channels, width, fc_norm, device, dtype)
-            self.fc2 = nn.Conv2d(
-                width, self.M * out_channels, 1, bias=False, device=device, dtype=dtype
-            )
+            self.fc1 = _fc1(out_channels, width, fc_norm, **factory)
+            self.fc2 = nn.Conv2d(width, self.M * out_channels, 1, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
@@ -192,26 +195,8 @@ def _branch_specs(
     return [spec if isinstance(spec, BranchSpec) else BranchSpec(*spec) for spec in branches]
 
 
-def _check_sizes(
-    in_channels: int,
-    out_channels: int,
-    stride: int,
-    r: int,
-    L: int,
-    d: int | None,
-    specs: list[BranchSpec],
-) -> None:
-    sizes = {
-        "in_channels": in_channels,
-        "out_channels": out_channels,
-        "stride": stride,
-        "r": r,
-        "L": L,
-        "d": 1 if d is None else d,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected a positive number, got {size}")
+def _check_sizes(specs: list[BranchSpec], **sizes: int) -> None:
+    _check_positive(**sizes)
     for i, spec in enumerate(specs):
         for name in ("in_channels", "out_channels"):
             if sizes[name] % spec.groups:
@@ -221,20 +206,18 @@ def _check_sizes(
                 )
 
 
-def _fc1(
-    in_channels: int,
-    width: int,
-    norm: FcNorm,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Sequential:
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected a positive number, got {size}")
+
+
+def _fc1(in_channels: int, width: int, norm: FcNorm, **factory: Any) -> nn.Sequential:
     if norm == "batch":
-        return conv_bn(in_channels, width, device=device, dtype=dtype)
+        return conv_bn(in_channels, width, **factory)
     modules: OrderedDict[str, nn.Module] = OrderedDict()
-    modules["conv"] = nn.Conv2d(
-        in_channels, width, 1, bias=norm == "none", device=device, dtype=dtype
-    )
+    modules["conv"] = nn.Conv2d(in_channels, width, 1, bias=norm == "none", **factory)
     if norm == "layer":
-        modules["norm"] = nn.GroupNorm(1, width, device=device, dtype=dtype)
+        modules["norm"] = nn.GroupNorm(1, width, **factory)
     modules["act"] = nn.ReLU(inplace=True)
     return nn.Sequential(modules)

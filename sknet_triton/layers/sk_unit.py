@@ -1,6 +1,7 @@
 """The residual unit of SKNet (Li et al. 2019, section 3.2 and table 1)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,8 @@ class SKUnit(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = self.expansion * width if out_channels is None else out_channels
-        self.reduce = conv_bn(in_channels, width, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.reduce = conv_bn(in_channels, width, **factory)
         self.sk = SKConv(
             width,
             width,
@@ -70,15 +72,12 @@ class SKUnit(nn.Module):
             aggregate=aggregate,
             d=d,
             fc_norm=fc_norm,
-            device=device,
-            dtype=dtype,
+            **factory,
         )
-        self.increase = conv_bn(width, out_channels, act=False, device=device, dtype=dtype)
+        self.increase = conv_bn(width, out_channels, act=False, **factory)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = conv_bn(
-                in_channels, out_channels, stride=stride, act=False, device=device, dtype=dtype
-            )
+            self.shortcut = conv_bn(in_channels, out_channels, stride=stride, act=False, **factory)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
