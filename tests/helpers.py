@@ -32,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 # Where kernels run: a GPU, or the CPU under the interpreter.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+FLOAT64: dict[str, Any] = {"device": DEVICE, "dtype": torch.float64}
+
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 # What two ways to compute the same float64 may differ by, in units of the largest value: the order
 # of a few hundred additions (10^4 eps), and the same through the layers of a network.
@@ -109,17 +111,17 @@ every_case = pytest.mark.parametrize(
 
 
 def small_conv(**options: Any) -> SKConv:
-    """Returns an SKConv of 4 channels in float64, where kernels run: always the same."""
+    """Returns an SKConv of 4 channels, in float64 and where kernels run: always the same."""
     torch.manual_seed(3)
-    return scramble(SKConv(4, 4, **{"G": 2, "d": 3, **options})).double().to(DEVICE)
+    return scramble(SKConv(4, 4, **{"G": 2, "d": 3, **FLOAT64, **options}))
 
 
 def small_network(units: int = 1, **options: Any) -> SKNet:
     """Returns an SKNet of one stage for images of 4 channels, likewise."""
     torch.manual_seed(3)
     stage = StageSpec(4, units, 1, d=3)
-    net = SKNet((stage,), num_classes=3, in_chans=4, unit_options={"G": 2}, **options)
-    return scramble(net).double().to(DEVICE)
+    options = {"num_classes": 3, "in_chans": 4, "unit_options": {"G": 2}, **FLOAT64, **options}
+    return scramble(SKNet((stage,), **options))
 
 
 def images(B: int = 4, size: tuple[int, int] = (5, 4), seed: int = 1) -> Tensor:

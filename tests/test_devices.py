@@ -9,7 +9,8 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,10 +23,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sknet_kernels import launch as launching
 from sknet_kernels.launch import Launch, launch, planned
-from sknet_triton import SKConv, SKNet, StageSpec, backend, functional, use_backend
+from sknet_triton import backend, functional, use_backend
 from sknet_triton.backend import Backend
-from tests.helpers import BACKENDS, DEVICE, assert_same, laid_out, outcome
-from tests.plain_sknet import scramble
+from sknet_triton.reference.steps import Steps
+from tests.helpers import (
+    BACKENDS,
+    DEVICE,
+    Seen,
+    assert_same,
+    images,
+    laid_out,
+    outcome,
+    small_conv,
+    small_network,
+)
+from tests.plain_sknet import for_norms
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -36,10 +48,10 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 class Stages(nn.Module):
     """fuse and select as functions, with the pooled sum for logits."""
 
-    def __init__(self, activation: functional.Activation | None) -> None:
+    def __init__(self, activation: functional.Activation | None, **factory: Any) -> None:
         super().__init__()
         self.activation = activation
-        self.weight = nn.Parameter(torch.ones(1, 1, 1, 1))
+        self.weight = nn.Parameter(torch.ones(1, 1, 1, 1, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         branches = [x * self.weight, x.flip(0), x.flip(1)]
@@ -48,87 +60,68 @@ class Stages(nn.Module):
         return functional.sk_select(branches, logits, activation=self.activation)
 
 
-def network() -> nn.Module:
-    stage = StageSpec(4, 1, 1, d=3)
-    return SKNet((stage,), num_classes=3, in_chans=4, unit_options={"G": 2})
-
-
-def convolution(**options: Any) -> SKConv:
-    return SKConv(4, 4, G=2, d=3, **options)
-
-
-def hooked() -> nn.Module:
-    sk = convolution()
+def hooked(**factory: Any) -> nn.Module:
+    sk = small_conv(**factory)
     sk.fc2.register_forward_hook(lambda *_: None)
     return sk
 
 
-def synced() -> nn.Module:
+def synced(**factory: Any) -> nn.Module:
     """In one process: `sk_fuse_select` in plain PyTorch too."""
-    return cast(nn.Module, cast(Any, nn.SyncBatchNorm).convert_sync_batchnorm(convolution()))
+    return cast(
+        nn.Module, cast(Any, nn.SyncBatchNorm).convert_sync_batchnorm(small_conv(**factory))
+    )
 
 
-def cumulative() -> nn.Module:
-    sk = convolution()
-    for m in sk.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.momentum = None
+def cumulative(**factory: Any) -> nn.Module:
+    sk = small_conv(**factory)
+    for_norms(lambda bn: setattr(bn, "momentum", None))(sk)
     return sk
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
 
 
 @dataclass(frozen=True)
 class Path:
     """A module and the layout of its input [3, 4, height, width]."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     layout: str = "contiguous"
     size: tuple[int, int] = (5, 4)
     training: bool = True
 
     def module(self, device: torch.device, dtype: torch.dtype = torch.float64) -> nn.Module:
-        torch.manual_seed(3)
-        with device, default_dtype(dtype):
-            module = self.build()
-        return scramble(module).train(self.training)
+        return self.build(device=device, dtype=dtype).train(self.training)
 
     def x(self, device: torch.device, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(3, 4, *self.size, dtype=torch.float64, generator=generator)
-        return laid_out(x.to(device, dtype), self.layout)
+        return laid_out(images(3, self.size, seed).to(device, dtype), self.layout)
+
+    def step(self, device: torch.device, dtype: torch.dtype = torch.float64, seed: int = 1) -> Seen:
+        """Returns the outcome of one step of a new module."""
+        module = self.module(device, dtype)
+        return outcome(module, module, self.x(device, dtype, seed))
 
 
 PATHS = {
-    "stages": Path(lambda: Stages("softmax")),
-    "stages sigmoid": Path(lambda: Stages("sigmoid"), "channels_last"),
-    "stages none cropped": Path(lambda: Stages(None), "cropped"),
-    "SKConv": Path(convolution),
-    "SKConv eval": Path(convolution, training=False),
-    "SKConv channels_last M3": Path(lambda: convolution(M=3), "channels_last"),
+    "stages": Path(partial(Stages, "softmax")),
+    "stages sigmoid": Path(partial(Stages, "sigmoid"), "channels_last"),
+    "stages none cropped": Path(partial(Stages, None), "cropped"),
+    "SKConv": Path(small_conv),
+    "SKConv eval": Path(small_conv, training=False),
+    "SKConv channels_last M3": Path(partial(small_conv, M=3), "channels_last"),
     "SKConv hooked": Path(hooked),
     "SKConv synced": Path(synced),
-    "SKConv layer": Path(lambda: convolution(fc_norm="layer")),
-    "SKNet": Path(network, size=(16, 12)),
-    "SKNet eval": Path(network, size=(16, 12), training=False),
+    "SKConv layer": Path(partial(small_conv, fc_norm="layer")),
+    "SKNet": Path(small_network, size=(16, 12)),
+    "SKNet eval": Path(small_network, size=(16, 12), training=False),
 }
 every_path = pytest.mark.parametrize("name", PATHS)
 on_both = pytest.mark.parametrize("chosen", BACKENDS)
 
 
-def kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def kinds(tensors: Seen) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (t.shape, t.dtype) for name, t in tensors.items()}
 
 
-def strides(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def strides(tensors: Seen) -> dict[str, tuple[int, ...]]:
     return {name: t.stride() for name, t in tensors.items()}
 
 
@@ -142,10 +135,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 def test_meta_tensors_tell_what_a_step_would_give(name: str, dtype: torch.dtype) -> None:
     path = PATHS[name]
     with use_backend("auto"):
-        module = path.module(META, dtype)
-        seen = outcome(module, module, path.x(META, dtype))
-        real = path.module(CPU, dtype)
-        expected = outcome(real, real, path.x(CPU, dtype))
+        seen, expected = (path.step(device, dtype) for device in (META, CPU))
     assert {t.device.type for t in seen.values()} == {"meta"}
     assert kinds(seen) == kinds(expected)  # torch's convolution loses its layout on this device
 
@@ -155,11 +145,9 @@ def test_meta_tensors_tell_what_a_step_would_give(name: str, dtype: torch.dtype)
 def test_fake_tensors_tell_what_a_step_would_give(name: str, chosen: Backend) -> None:
     path = PATHS[name]
     with use_backend(chosen):
-        real = path.module(DEVICE, torch.float32)
-        expected = outcome(real, real, path.x(DEVICE, torch.float32))
+        expected = path.step(DEVICE, torch.float32)
         with FakeTensorMode():
-            module = path.module(DEVICE, torch.float32)
-            seen = outcome(module, module, path.x(DEVICE, torch.float32))
+            seen = path.step(DEVICE, torch.float32)
     assert kinds(seen) == kinds(expected)
     assert strides(seen) == strides(expected)
 
@@ -190,15 +178,12 @@ def test_cpu_tensors_take_pytorch_though_triton_is_installed(
 ) -> None:
     assert importlib.util.find_spec("triton") is not None
     monkeypatch.setattr(backend, "_environment", "auto")
-    path = PATHS[name]
-    names: tuple[Backend, ...] = ("auto", "reference")
-    results = []
-    for chosen in names:
-        with use_backend(chosen):
-            module = path.module(CPU)
-            results.append(outcome(module, module, path.x(CPU)))
+    with use_backend("auto"):
+        seen = PATHS[name].step(CPU)
+    with use_backend("reference"):
+        expected = PATHS[name].step(CPU)
     assert not launched
-    assert all(torch.equal(results[0][key], t) for key, t in results[1].items())
+    assert_same(seen, expected, bound=0)
 
 
 @pytest.mark.parametrize("name", ["stages", "SKConv", "SKConv layer", "SKNet"])
@@ -214,27 +199,14 @@ def test_kernels_insisted_on_are_refused_to_a_device_without_any(name: str) -> N
 aten = torch.ops.aten
 # They bring a value from the device, or need one to know the size of their result.
 WAITING = {
-    aten._local_scalar_dense,
-    aten.equal,
-    aten.nonzero,
-    aten.masked_select,
-    aten._unique2,
-    aten.unique_consecutive,
-    aten.bincount,
+    *(aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select),
+    *(aten._unique2, aten.unique_consecutive, aten.bincount),
 }
 
 
 OPERATORS = (
     *("sk_fuse", "sk_select", "sk_select_bwd"),
-    *(
-        "sk_moments",
-        "sk_hidden",
-        "sk_logits",
-        "sk_out",
-        "sk_hidden_bwd",
-        "sk_channels_bwd",
-        "sk_dx",
-    ),
+    *(f"sk_{step.name}" for step in fields(Steps)),
 )
 
 
@@ -380,14 +352,11 @@ def test_waiting_for_a_gpu_would_be_seen() -> None:
 def test_tensors_on_a_device_that_is_not_the_current_one(name: str, chosen: Backend) -> None:
     path = PATHS[name]
     current, other = torch.device("cuda:0"), torch.device("cuda:1")
-    results = []
     with use_backend(chosen), torch.cuda.device(current):
-        for device in (current, other):
-            module = path.module(device)
-            results.append(outcome(module, module, path.x(device)))
-            assert torch.cuda.current_device() == 0
-    assert {t.device for t in results[1].values()} == {other}
-    assert_same(results[1], results[0])
+        expected, seen = path.step(current), path.step(other)
+        assert torch.cuda.current_device() == 0
+    assert {t.device for t in seen.values()} == {other}
+    assert_same(seen, expected)
 
 
 @pytest.mark.gpu
@@ -397,15 +366,11 @@ def test_work_stays_on_the_stream_that_it_was_called_on(name: str, chosen: Backe
     path = PATHS[name]
     seeds = (1, 2)
     with use_backend(chosen):
-        expected = []
-        for seed in seeds:
-            module = path.module(DEVICE)
-            expected.append(outcome(module, module, path.x(DEVICE, seed=seed)))
+        expected = [path.step(DEVICE, seed=seed) for seed in seeds]
         modules = [path.module(DEVICE) for _ in seeds]
         inputs = [path.x(DEVICE, seed=seed) for seed in seeds]
         values = [x.clone() for x in inputs]
-        # torch leaves the constructor untyped.
-        streams = [torch.cuda.Stream() for _ in seeds]  # type: ignore[no-untyped-call]
+        streams = [cast(Any, torch.cuda).Stream() for _ in seeds]
         results = []
         for x in inputs:
             x.zero_()
@@ -421,18 +386,14 @@ def test_work_stays_on_the_stream_that_it_was_called_on(name: str, chosen: Backe
         assert_same(actual, wanted)
 
 
-def loss(out: Tensor) -> Tensor:
-    return out.square().mean()
-
-
 def train_step(module: nn.Module, x: Tensor) -> None:
-    torch.autograd.backward(loss(module(x)))
+    torch.autograd.backward(module(x).square().mean())
     with torch.no_grad():
         for p in module.parameters():
             p.sub_(cast(Tensor, p.grad), alpha=0.05)
 
 
-def state(module: nn.Module) -> dict[str, Tensor]:
+def state(module: nn.Module) -> Seen:
     grads = {f"grad {n}": cast(Tensor, p.grad) for n, p in module.named_parameters()}
     return grads | {name: t.detach() for name, t in module.state_dict().items()}
 
