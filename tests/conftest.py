@@ -26,7 +26,7 @@ if INTERPRETED:
     patch_the_language_once_a_launch()
 # A file stays in one worker: what begins late and takes long would leave the others idle.
 LONGEST = (
-    *("test_aot", "test_compile", "test_properties", "test_export", "test_training"),
+    *("test_aot", "test_compile", "test_properties", "test_export"),
     *("test_ops", "test_distributed", "test_module_contract", "test_promises"),
     *("test_perf_campaign", "test_perf_kill", "test_sk_fuse_select", "test_sync_batchnorm"),
 )

@@ -1,70 +1,69 @@
-"""torch.compile on the layers and networks: whole graphs, equal numbers, few recompilations."""
+"""torch.compile on layers, networks and training loops: whole graphs, equal numbers, few of them.
+
+How a layer takes part in what others compile is in test_module_contract.py and others.
+"""
 
 import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, sknet26, use_backend
-from tests.helpers import EXACT_NETWORK, assert_same, needs_compiler, outcome
+from sknet_triton import Backend, SKConv, SKNet, SKUnit, StageSpec, use_backend
+from tests.helpers import BACKENDS, EXACT_NETWORK, Seen, assert_same, needs_compiler, outcome
 from tests.plain_sknet import largest_error, scramble
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "on_the_device")
 
-# float64 throughout, so that another order of operations is all that may differ: see
-# test_layers.py and, for networks, test_models.py.
-
-SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2, 2))
 TINY = (StageSpec(32, 1, 2),)
+SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2, 2))
 
 
-def small_net() -> nn.Module:
-    return scramble(SKNet(SMALL, num_classes=5)).double()
+def conv(stride: int = 1, M: int = 2, **options: str) -> nn.Module:
+    return scramble(SKConv(8, 8, stride, M, G=4, **options)).double()  # type: ignore[arg-type]  # of strings
+
+
+def network(stages: tuple[StageSpec, ...] = TINY) -> SKNet:
+    return scramble(SKNet(stages, num_classes=5)).double()
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
 
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "SKConv-M2": (lambda: scramble(SKConv(8, 8, G=4)).double(), (4, 8, 7, 6)),
-    "SKConv-M3-stride2": (lambda: scramble(SKConv(8, 8, 2, 3, G=4)).double(), (4, 8, 9, 6)),
-    "SKConv-sum": (lambda: scramble(SKConv(8, 8, G=4, aggregate="sum")).double(), (4, 8, 7, 6)),
-    "SKConv-layer": (lambda: scramble(SKConv(8, 8, G=4, fc_norm="layer")).double(), (1, 8, 7, 6)),
-    "SKNet": (small_net, (4, 3, 32, 32)),
+    "SKConv-M2": (conv, (4, 8, 7, 6)),
+    "SKConv-M3-stride2": (lambda: conv(2, 3), (4, 8, 9, 6)),
+    "SKConv-sum": (lambda: conv(aggregate="sum"), (4, 8, 7, 6)),
+    "SKConv-layer": (lambda: conv(fc_norm="layer"), (1, 8, 7, 6)),
+    "SKNet": (lambda: network(SMALL), (4, 3, 32, 32)),
 }
 
 
 @pytest.mark.parametrize(
     "name", [n if n == "SKConv-M2" else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
 )
-def test_a_training_step_is_one_graph_and_equals_eager(name: str) -> None:
+def test_a_step_and_inference_are_one_graph_each_and_equal_eager(name: str) -> None:
     build, shape = MODULES[name]
-    eager = build()
+    eager, x = build(), drawn(*shape)
     module = copy.deepcopy(eager)
-    x = torch.randn(shape, dtype=torch.float64)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_same(outcome(compiled, module, x), outcome(eager, eager, x), EXACT_NETWORK)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in MODULES if n != "SKNet"])
-def test_inference_is_one_graph_and_equals_eager(name: str) -> None:
-    build, shape = MODULES[name]
-    module = build().eval()
-    x = torch.randn(shape, dtype=torch.float64)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    module.eval()
     with torch.no_grad():
-        assert largest_error(compiled(x), module(x)) < EXACT_NETWORK
+        assert largest_error(compiled(x), eager.eval()(x)) < EXACT_NETWORK
 
 
-# How Inductor trains is in test_training.py.
 @pytest.mark.slow
 @needs_compiler
 def test_inductor_infers_like_eager_and_keeps_channels_last() -> None:
-    module = scramble(SKConv(8, 8, G=4)).double().eval()
+    module = conv().eval()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.randn(4, 8, 7, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    x = drawn(4, 8, 7, 6).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         out = torch.compile(module, fullgraph=True)(x)
         assert out.is_contiguous(memory_format=torch.channels_last)
@@ -105,23 +104,14 @@ def test_inductor_copies_nothing_between_convolutions_and_operators(
 @pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_other_modes_of_inductor_train_like_eager(mode: str, device: torch.device) -> None:
-    eager = scramble(SKConv(8, 8, G=4)).double().to(device)
+def test_other_modes_of_inductor_train_like_eager(mode: str) -> None:
+    eager = conv()
     module = copy.deepcopy(eager)
     compiled = torch.compile(module, fullgraph=True, mode=mode)
     for _ in range(4):  # recorded in the second call, replayed from the third
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch leaves it so
-        x = torch.randn(4, 8, 7, 6, dtype=torch.float64, device=device)
+        x = drawn(4, 8, 7, 6)
         assert_same(outcome(compiled, module, x), outcome(eager, eager, x), EXACT_NETWORK)
-
-
-@pytest.mark.slow
-def test_sknet26_is_one_graph_and_equals_eager() -> None:
-    module = scramble(sknet26(num_classes=10)).double().eval()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        assert largest_error(compiled(x), module(x)) < EXACT_NETWORK
 
 
 # Only the training graphs pass through AOTAutograd, whose guards on sizes count too; it takes long.
@@ -134,14 +124,14 @@ def test_sknet26_is_one_graph_and_equals_eager() -> None:
 def test_other_batches_and_resolutions_recompile_at_most_once(
     dynamic: bool | None, training: bool, backend: str
 ) -> None:
-    module = scramble(SKNet(TINY, num_classes=5)).double().train(training)
+    module = network().train(training)
     eager = copy.deepcopy(module)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
     graphs = []
     # All are 0 or 3 modulo 4: torch 2.11 guards its max_pool2d against other sizes.
     for shape in ((4, 3, 32, 32), (6, 3, 64, 64), (3, 3, 64, 64), (5, 3, 96, 80), (2, 3, 47, 36)):
-        x = torch.randn(shape, dtype=torch.float64)
+        x = drawn(*shape)
         actual, expected = compiled(x), eager(x)
         assert largest_error(actual.detach(), expected.detach()) < EXACT_NETWORK, shape
         if training:
@@ -153,10 +143,9 @@ def test_other_batches_and_resolutions_recompile_at_most_once(
 
 
 def test_the_backend_is_chosen_at_compilation_and_a_change_recompiles() -> None:
-    module = scramble(SKConv(8, 8, G=4)).double().eval()
+    module, x = conv().eval(), drawn(4, 8, 7, 6)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
-    x = torch.randn(4, 8, 7, 6, dtype=torch.float64)
     with torch.no_grad():
         expected = module(x)
         compiled(x)
@@ -171,30 +160,16 @@ def test_the_backend_is_chosen_at_compilation_and_a_change_recompiles() -> None:
 
 @pytest.mark.slow
 def test_the_error_for_batch_1_in_training_reaches_the_caller() -> None:
-    module = SKConv(8, 8, G=4)
-    compiled = torch.compile(module, backend="eager")
+    compiled = torch.compile(SKConv(8, 8, G=4), backend="eager")
     with pytest.raises(ValueError, match=r"batch of at least 2.*got 1"):
         compiled(torch.randn(1, 8, 7, 6))
 
 
 @pytest.mark.slow
-def test_autocast_compiles_to_one_graph() -> None:
-    module = scramble(SKConv(8, 8, G=4)).eval()
-    x = torch.randn(4, 8, 7, 6)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        actual, expected = compiled(x), module(x)
-    assert actual.dtype == torch.bfloat16
-    # A graph may keep a value in float32 that eager rounds: two half-eps.
-    assert largest_error(actual, expected.double()) <= torch.finfo(torch.bfloat16).eps
-
-
-@pytest.mark.slow
 def test_checkpointing_compiles_to_one_graph() -> None:
-    eager = scramble(SKNet(TINY, num_classes=5)).double()
+    eager, x = network(), drawn(4, 3, 32, 32)
     eager.set_grad_checkpointing()
     module = copy.deepcopy(eager)
-    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     actual, expected = outcome(compiled, module, x), outcome(eager, eager, x)
     # A compiled graph may update the running statistics once where eager recomputation does twice.
@@ -202,3 +177,88 @@ def test_checkpointing_compiles_to_one_graph() -> None:
         for name in [name for name in seen if "running" in name or "tracked" in name]:
             del seen[name]
     assert_same(actual, expected, EXACT_NETWORK)
+
+
+# --- training loops -----------------------------------------------------------------------------
+
+# float64: a few steps of the same formulas in another order.
+EXACT_LOOP = 1e-8
+STEPS = 4
+
+
+class Tiny(nn.Module):
+    """A classifier small enough for Triton's interpreter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sk, self.head = SKConv(3, 4, G=1, d=3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.sk(x).mean((2, 3)))
+        return out
+
+
+Step = Callable[..., Tensor]
+
+
+def trained(module: nn.Module, side: int, wrap: Callable[[Step], Step] = lambda step: step) -> Seen:
+    """Trains on images of this size; returns the loss of every step, and the state after all."""
+    torch.manual_seed(1)
+    data = [(drawn(4, 3, side, side), torch.randint(5, (4,))) for _ in range(STEPS)]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(module(images), labels)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    call = wrap(step)
+    losses = {f"loss {i}": call(*batch) for i, batch in enumerate(data)}
+    return losses | dict(module.state_dict())
+
+
+@pytest.mark.slow
+def test_a_whole_step_with_its_optimizer_compiles_once() -> None:
+    eager, counter = network(), CompileCounterWithBackend("aot_eager")
+    module, graphs = copy.deepcopy(eager), list[int]()
+
+    def wrap(step: Step) -> Step:
+        compiled = torch.compile(step, backend=counter)
+
+        def counted(*args: Tensor) -> Tensor:
+            loss: Tensor = compiled(*args)
+            graphs.append(counter.frame_count)
+            return loss
+
+        return counted
+
+    assert_same(trained(module, 32, wrap), trained(eager, 32), EXACT_LOOP)
+    # The optimizer's state is made in the first step and met for the first time in the second.
+    assert len(set(graphs[1:])) == 1, graphs
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_inductor_trains_to_the_parameters_of_eager() -> None:
+    eager = scramble(Tiny()).double()
+    module = copy.deepcopy(eager)
+    module.compile(fullgraph=True)
+    assert_same(trained(module, 8), trained(eager, 8), EXACT_LOOP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_autograd_gives_the_same_training(backend: Backend) -> None:
+    eager = scramble(Tiny()).double()
+    module = copy.deepcopy(eager)
+    with use_backend(backend):
+        expected = trained(eager, 4)
+        torch._dynamo.utils.counters.clear()
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            seen = trained(module, 4, lambda step: torch.compile(step, backend="aot_eager"))
+    assert_same(seen, expected, EXACT_LOOP)
+    # The backwards were captured, and one graph served most of them.
+    captures = torch._dynamo.utils.counters["compiled_autograd"]["captures"]
+    assert 1 <= captures < STEPS
