@@ -124,10 +124,15 @@ def small_network(units: int = 1, **options: Any) -> SKNet:
     return scramble(SKNet((stage,), **options))
 
 
-def images(B: int = 4, size: tuple[int, int] = (5, 4), seed: int = 1) -> Tensor:
+def images(
+    B: int = 4,
+    size: tuple[int, int] = (5, 4),
+    seed: int = 1,
+    device: torch.device = DEVICE,
+) -> Tensor:
     """Returns what `small_conv` takes."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(B, 4, *size, dtype=torch.float64, generator=generator).to(DEVICE)
+    return torch.randn(B, 4, *size, dtype=torch.float64, generator=generator).to(device)
 
 
 def one_by_one(sk: SKConv) -> SKConv:

@@ -4,7 +4,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import cast
 
 import pytest
 import torch
@@ -12,57 +12,40 @@ from torch import Tensor
 
 from sknet_kernels.config import FUSE, SELECT_BWD, DeviceFacts, Problem
 from sknet_triton import Backend, SKConv, functional, use_backend
-from tests.helpers import BACKENDS, ROOT, laid_out, source_environment
-from tests.plain_sknet import scramble
+from tests.helpers import BACKENDS, DEVICE, ROOT, laid_out, small_conv, source_environment
 
 KERNELS = ROOT / "kernels" / "sknet_kernels"
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A function of one tensor that has gradients, and the tensor's shape."""
-
-    build: Callable[[torch.device], Callable[[Tensor], Tensor]]
-    shape: tuple[int, ...]
-    layout: str = "contiguous"
+Function = Callable[[Tensor], Tensor]
 
 
-def fuse(device: torch.device) -> Callable[[Tensor], Tensor]:
-    return lambda x: functional.sk_fuse([x, x.square()])
+def fuse(x: Tensor) -> Tensor:
+    return functional.sk_fuse([x, x.square()])
 
 
-def select(device: torch.device) -> Callable[[Tensor], Tensor]:
-    def call(x: Tensor) -> Tensor:
-        logits = torch.stack([x.mean((2, 3)), x.amax((2, 3))], 1)
-        return functional.sk_select([x, x.square()], logits)
-
-    return call
+def select(x: Tensor) -> Tensor:
+    logits = torch.stack([x.mean((2, 3)), x.amax((2, 3))], 1)
+    return functional.sk_select([x, x.square()], logits)
 
 
-def conv(device: torch.device) -> Callable[[Tensor], Tensor]:
-    module: Callable[[Tensor], Tensor] = scramble(SKConv(4, 4, G=2, d=3)).to(device)
-    return module
-
-
-SUBJECTS = {
-    "sk_fuse": Subject(fuse, (1, 2, 40, 40)),
-    "sk_fuse channels_last": Subject(fuse, (1, 2, 40, 40), "channels_last"),
-    "sk_select": Subject(select, (1, 2, 40, 40)),
-    "sk_select channels_last": Subject(select, (1, 2, 40, 40), "channels_last"),
-    "SKConv": Subject(conv, (2, 4, 24, 24)),
-    "SKConv channels_last": Subject(conv, (2, 4, 24, 24), "channels_last"),
+# A function or what makes a module, and the shape of its one argument.
+SUBJECTS: dict[str, tuple[Function | type[SKConv], tuple[int, ...]]] = {
+    "sk_fuse": (fuse, (1, 2, 40, 40)),
+    "sk_select": (select, (1, 2, 40, 40)),
+    "SKConv": (SKConv, (2, 4, 24, 24)),
 }
+LAYOUTS = ("contiguous", "channels_last")
 
 
-def results(name: str, backend: Backend, device: torch.device) -> list[Tensor]:
+def results(name: str, layout: str, backend: Backend) -> list[Tensor]:
     """The output, and the gradients of the input and of every parameter."""
-    subject = SUBJECTS[name]
-    torch.manual_seed(0)
-    function = subject.build(device)
-    x = laid_out(torch.randn(subject.shape, device=device), subject.layout).requires_grad_()
-    parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+    function, shape = SUBJECTS[name]
+    module = small_conv(dtype=torch.float32)
+    x = laid_out(torch.randn(shape, device=DEVICE), layout).requires_grad_()
+    parameters = list(module.parameters()) if function is SKConv else []
     with use_backend(backend):
-        out = function(x)
+        out = module(x) if function is SKConv else cast(Function, function)(x)
         return [out, *torch.autograd.grad(out.square().sum(), [x, *parameters])]
 
 
@@ -86,24 +69,26 @@ def _deterministic() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_calls_give_the_same_bits_under_deterministic_algorithms(
-    name: str, backend: Backend, device: torch.device
+    name: str, layout: str, backend: Backend
 ) -> None:
-    first = results(name, backend, device)
+    first = results(name, layout, backend)
     assert all(x.isfinite().all() for x in first)
-    for x, again in zip(first, results(name, backend, device), strict=True):
-        assert torch.equal(x, again)
+    assert all(map(torch.equal, first, results(name, layout, backend)))
 
 
 @pytest.mark.slow
-def test_processes_give_the_same_bits(device: torch.device) -> None:
-    names = ["sk_select", "SKConv channels_last"]
+def test_processes_give_the_same_bits() -> None:
+    drawn = [
+        (*subject, backend)
+        for subject in (("sk_select", "contiguous"), ("SKConv", "channels_last"))
+        for backend in BACKENDS
+    ]
     program = (
-        "from tests import conftest, test_determinism as t; import torch\n"
-        f"for name in {names}:\n"
-        "    for backend in t.BACKENDS:\n"
-        f"        print(t.digest(t.results(name, backend, torch.device('{device.type}'))))"
+        "from tests import conftest, test_determinism as t\n"
+        f"for subject in {drawn}: print(t.digest(t.results(*subject)))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", program],
@@ -113,7 +98,7 @@ def test_processes_give_the_same_bits(device: torch.device) -> None:
         text=True,
         check=True,
     ).stdout.split()
-    here = [digest(results(name, backend, device)) for name in names for backend in BACKENDS]
+    here = [digest(results(*subject)) for subject in drawn]
     assert printed == here
     assert len(set(here)) == len(here)
 
@@ -134,7 +119,7 @@ def test_the_kernels_use_no_atomics() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_the_rows_here_are_split(channels_last: bool, device: torch.device) -> None:
-    B, C, height, width = SUBJECTS["sk_select"].shape
+    B, C, height, width = SUBJECTS["sk_select"][1]
     problem = Problem(B, C, height * width, 2, 4, channels_last, align=4)
     facts = DeviceFacts.of(device)
     for kernel in (FUSE, SELECT_BWD):

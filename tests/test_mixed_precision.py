@@ -62,7 +62,11 @@ def test_forward_under_autocast_and_backward_outside(dtype: torch.dtype, way: st
     x.requires_grad_()
     torch._dynamo.reset()
     with use_backend("triton" if way == "triton" else "reference"):
-        run = torch.compile(module, backend="aot_eager") if way == "compile" else module
+        run = (
+            torch.compile(module, fullgraph=True, backend="aot_eager")
+            if way == "compile"
+            else module
+        )
         with torch.autocast(DEVICE.type, dtype=dtype):
             out = run(x)
         assert out.dtype == dtype

@@ -1,7 +1,7 @@
 """Derivatives beyond the first, forward mode, vmap and torch.func: right, or refused by name."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pytest
@@ -10,14 +10,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
-from sknet_triton import Backend, SKConv, backend, functional, fused, ops, use_backend
+from sknet_triton import Backend, backend, functional, fused, ops, use_backend
 from sknet_triton.functional import BatchNormArgs
-from tests.helpers import BACKENDS, EXACT
-from tests.plain_sknet import scramble
+from tests.helpers import (
+    BACKENDS,
+    DEVICE,
+    assert_close,
+    beside_branches,
+    images,
+    one_by_one,
+    small_conv,
+)
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
-
-# float64; the same formulas in another order of operations.
 
 SHAPE = (2, 3, 2, 2)
 
@@ -31,21 +36,19 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def positive(*shape: int) -> Tensor:
-    return 0.5 + torch.rand(shape, dtype=torch.float64)
-
-
 def fuse_select(batch_stats: bool) -> Stage:
     """sk_fuse_select of two branches, their norms' weights and fc2's weight."""
-    mean, var = (None, None) if batch_stats else (random(3), positive(3))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(DEVICE)
+
+    arguments = beside_branches(2, 3, d=4, batch_stats=batch_stats, draw=draw)
 
     def stage(x0: Tensor, x1: Tensor, gamma: Tensor, fc2: Tensor) -> Tensor:
-        norms = [functional.BatchNormArgs(g, g, mean, var, 1e-5, batch_stats) for g in gamma]
-        fc1 = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
-        rows = functional.BatchNormArgs(
-            None, None, fc1[:, 0], fc1[:, 0].square() + 1, 1e-5, batch_stats
-        )
-        return functional.sk_fuse_select([x0, x1], norms, fc1, rows, fc2).out
+        norms = [replace(n, weight=g) for n, g in zip(arguments["norms"], gamma, strict=True)]
+        changed = {**arguments, "norms": norms, "fc2_weight": fc2}
+        return functional.sk_fuse_select([x0, x1], **changed).out
 
     return stage
 
@@ -123,38 +126,28 @@ def test_a_batch_of_gradients_is_one_gradient_after_the_other(name: str, backend
         douts = torch.randn(3, *out.shape, dtype=torch.float64)
         actual = torch.autograd.grad(out, inputs, douts, retain_graph=True, is_grads_batched=True)
         singly = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for dout in douts]
-    for batch, *grads in zip(actual, *singly, strict=True):
-        torch.testing.assert_close(batch, torch.stack(grads), rtol=EXACT, atol=EXACT)
-
-
-def conv(training: bool) -> SKConv:
-    return scramble(SKConv(4, 4, G=2, d=5)).double().train(training)
+    assert_close(actual, [torch.stack(grads) for grads in zip(*singly, strict=True)])
 
 
 @both
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_gradient_penalty_through_skconv(backend: Backend, training: bool) -> None:
+    sk = small_conv().train(training)
     found = []
-    for name in (backend, "modules"):
-        torch.manual_seed(0)
-        module, x = conv(training), random(3, 4, 4, 3).requires_grad_()
-        if name == "modules":
-            # A hook brings the modules, and with them PyTorch's own rules.
-            module.fc1.register_forward_hook(lambda *_: None)
-        with use_backend(backend if name == backend else "reference"):
+    for module, chosen in ((sk, backend), (one_by_one(sk), "reference")):
+        x = images(3).requires_grad_()
+        with use_backend(chosen):
             (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
             penalty = (dx.norm() - 1).square()
             found.append([dx, *torch.autograd.grad(penalty, [x, *module.parameters()])])
-    for actual, expected in zip(*found, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=EXACT, atol=EXACT)
+    actual, expected = found
+    assert_close(actual, expected)
 
 
 def test_statistics_over_a_group_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "sum_over", lambda group, x: x)
-    xs, norm = (
-        [random(*SHAPE).requires_grad_()] * 2,
-        BatchNormArgs(None, None, process_group=cast(Any, 0)),
-    )
+    xs = [random(*SHAPE).requires_grad_()] * 2
+    norm = BatchNormArgs(None, None, process_group=cast(Any, 0))
     out = functional.sk_fuse_select(xs, [norm] * 2, random(2, 3), norm, random(6, 2)).out
     with pytest.raises(RuntimeError, match=r"sk_fuse_select: statistics over a process group"):
         torch.autograd.grad(out.sum(), xs[0], create_graph=True)
@@ -173,9 +166,7 @@ def test_forward_mode_is_reverse_mode(name: str) -> None:
         duals = [make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
         along = unpack_dual(subject.stage(*duals)).tangent
     assert along is not None
-    torch.testing.assert_close(along, expected, rtol=EXACT, atol=EXACT)
-    along = jvp(subject.stage, inputs, tangents)[1]
-    torch.testing.assert_close(along, expected, rtol=EXACT, atol=EXACT)
+    assert_close([along, jvp(subject.stage, inputs, tangents)[1]], [expected] * 2)
 
 
 @every_subject
@@ -185,17 +176,13 @@ def test_torch_func_differentiates(name: str) -> None:
     every = tuple(range(len(inputs)))
     leaves = [x.clone().requires_grad_() for x in inputs]
     expected = torch.autograd.grad(subject.stage(*leaves).square().sum(), leaves)
-    actual = grad(lambda *xs: subject.stage(*xs).square().sum(), every)(*inputs)
-    for got, want in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=EXACT, atol=EXACT)
-    back, ahead = (way(subject.stage, every)(*inputs) for way in (jacrev, jacfwd))
-    for got, want in zip(back, ahead, strict=True):
-        torch.testing.assert_close(got, want, rtol=EXACT, atol=EXACT)
+    assert_close(grad(lambda *xs: subject.stage(*xs).square().sum(), every)(*inputs), expected)
+    assert_close(jacrev(subject.stage, every)(*inputs), jacfwd(subject.stage, every)(*inputs))
     # Symmetric: the second derivatives of a function of one tensor.
     h = hessian(lambda x: subject.stage(x, *inputs[1:]).square().sum())(inputs[0])
     flat = h.reshape(inputs[0].numel(), -1)
     assert flat.abs().max() > 0.01
-    torch.testing.assert_close(flat, flat.T, rtol=EXACT, atol=EXACT)
+    assert_close([flat], [flat.T])
 
 
 @every_subject
@@ -203,32 +190,27 @@ def test_vmap_is_a_loop(name: str) -> None:
     subject = SUBJECTS[name]
     runs = [subject.inputs() for _ in range(3)]
     stacked = [torch.stack(each, 1) for each in zip(*runs, strict=True)]
-    out = vmap(subject.stage, in_dims=1)(*stacked)
-    for got, inputs in zip(out, runs, strict=True):
-        torch.testing.assert_close(got, subject.stage(*inputs), rtol=EXACT, atol=EXACT)
+    assert_close(vmap(subject.stage, in_dims=1)(*stacked), [subject.stage(*xs) for xs in runs])
 
 
 def test_an_ensemble_of_skconv_by_vmap_and_its_gradients_by_sample() -> None:
-    modules = [conv(training=False) for _ in range(3)]
-    for seed, module in enumerate(modules):
-        torch.manual_seed(seed)
+    modules = [small_conv().eval() for _ in range(3)]
+    for module in modules:
         nn.init.normal_(module.fc2.weight)
-    x = random(2, 4, 4, 3)
+    x = images(2)
     parameters, buffers = stack_module_state(modules)
 
-    def call(p: Any, b: Any, images: Tensor) -> Tensor:
-        return cast(Tensor, functional_call(modules[0], (p, b), (images,)))
+    def call(p: Any, b: Any, batch: Tensor) -> Tensor:
+        return cast(Tensor, functional_call(modules[0], (p, b), (batch,)))
 
     out = vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
-    for got, module in zip(out, modules, strict=True):
-        torch.testing.assert_close(got, module(x), rtol=EXACT, atol=EXACT)
+    assert_close(out, [module(x) for module in modules])
     own = dict(modules[1].named_parameters()), dict(modules[1].named_buffers())
     by_sample = vmap(
         grad(lambda p, image: call(p, own[1], image[None]).square().sum()), in_dims=(None, 0)
     )(own[0], x)
     total = torch.autograd.grad(modules[1](x).square().sum(), list(own[0].values()))
-    for got, want in zip(by_sample.values(), total, strict=True):
-        torch.testing.assert_close(got.sum(0), want, rtol=EXACT, atol=EXACT)
+    assert_close([gradients.sum(0) for gradients in by_sample.values()], total)
 
 
 @pytest.mark.parametrize("name", ["sk_select", "sk_fuse_select train"])
@@ -241,7 +223,7 @@ def test_torch_func_compiles(name: str) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(first, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), first(*inputs), rtol=EXACT, atol=EXACT)
+    assert_close([compiled(*inputs)], [first(*inputs)])
 
 
 # --- what the kernels have no rule for ----------------------------------------------------------
