@@ -238,18 +238,6 @@ def test_units_of_pytorchinsight_fit_an_skunit_with_its_branches() -> None:
         assert largest_error(unit(x), original(x)) < EXACT_NETWORK
 
 
-def test_pytorchinsight_computes_the_same_where_sknet_is_given_its_expansion(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(SKUnit, "expansion", 4)
-    stages = (StageSpec(32, 1, 1, d=2), StageSpec(64, 2, d=4))
-    branches = [(3, 1, 1), (3, 1, 32)]
-    model = SKNet(stages, 5, unit_options={"branches": branches}, dtype=torch.float64)
-    original = peer("pytorchinsight")
-    assert not load_checkpoint(model, original.state_dict())
-    assert_same_network(model, original)
-
-
 # There and back
 
 

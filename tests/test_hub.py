@@ -16,9 +16,9 @@ from torch import nn
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("safetensors")
 
-from sknet_triton import SKNet, SKNetFeatures, StageSpec, fuse_bn, sknet26, sknet101
+from sknet_triton import SKNet, SKNetFeatures, StageSpec, fuse_bn, sknet26
 from sknet_triton.checkpoints import CheckpointMismatchError, hub, load_checkpoint
-from sknet_triton.checkpoints.hub import SKNetHub, from_config, to_config
+from sknet_triton.checkpoints.hub import SKNetHub, to_config
 from tests.helpers import assert_same
 
 SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2, 2, d=7))
@@ -81,12 +81,6 @@ def test_what_was_saved_is_built_again(case: str, tmp_path: Path) -> None:
         assert (again / name).read_bytes() == (tmp_path / "net" / name).read_bytes()
 
 
-def test_the_caffe_network_keeps_its_width_and_its_pooling() -> None:
-    model = sknet101(variant="caffe", device="meta", num_classes=0)
-    rebuilt = SKNet(**from_config(to_config(model)), device="meta")
-    assert str(rebuilt) == str(model)
-
-
 def test_the_folder_holds_a_config_weights_and_a_card(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -139,9 +133,6 @@ def test_from_model_shares_the_tensors_and_the_mode() -> None:
     with torch.no_grad():
         model.stem.get_parameter("conv.weight").fill_(2.0)
     assert_same_state(shared, model)
-
-
-def test_from_model_takes_no_backbone() -> None:
     with pytest.raises(TypeError, match=r"^model: expected an SKNet, got SKNetFeatures$"):
         SKNetHub.from_model(SKNetFeatures(SMALL))
 

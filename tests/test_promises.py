@@ -471,15 +471,6 @@ def test_a_module_that_cannot_be_compared_is_a_row_and_the_others_are_swapped(na
     assert reason in middle.reason
 
 
-@contextlib.contextmanager
-def default_device(name: str) -> Iterator[None]:
-    torch.set_default_device(name)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
 class DoublesEverything(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -488,7 +479,6 @@ class DoublesEverything(TorchFunctionMode):
 
 CONTEXTS: dict[str, Callable[[], Any]] = {
     "device": lambda: torch.device("meta"),
-    "default device": lambda: default_device("meta"),
     "inference mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "fake tensors": FakeTensorMode,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sknet_triton as skt
-from sknet_triton import SKNet, SKNetFeatures, StageSpec
+from sknet_triton import SKNet, SKNetFeatures
 from sknet_triton.models import SKNET26
 from tests.plain_sknet import largest_error, scramble
 
@@ -248,16 +248,6 @@ def test_pretrained_weights_are_refused_because_there_are_none(timm: Any) -> Non
         timm.create_model("sknet26.triton", pretrained=True)
 
 
-def test_a_checkpoint_of_timms_scripts_loads(timm: Any, tmp_path: Path) -> None:
-    theirs, _ = twins(timm)
-    torch.save({"state_dict": theirs.float().state_dict(), "epoch": 3}, tmp_path / "last.pth.tar")
-    loaded = timm.create_model(
-        "sknet26.triton", num_classes=5, checkpoint_path=str(tmp_path / "last.pth.tar")
-    )
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, theirs.state_dict()[name]), name
-
-
 def test_a_file_in_another_layout_loads_for_other_channels_and_classes(
     timm: Any, tmp_path: Path
 ) -> None:
@@ -302,29 +292,3 @@ def test_parameter_groups_run_from_the_stem_to_the_head(
     assert [name for group in by_group.values() for name in group] == [
         name for name, _ in model.named_parameters()
     ]
-
-
-def test_layerwise_decay_makes_an_optimizer(timm: Any) -> None:
-    model = timm.create_model("sknet26.triton")
-    optim = importlib.import_module("timm.optim")
-    optimizer = optim.create_optimizer_v2(model, opt="adamw", layer_decay=0.5)
-    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
-    assert scales[id(model.head.weight)] == 1
-    assert scales[id(model.stem.conv.weight)] == 0.5**9
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(timm: Any) -> None:
-    model, _ = twins(timm)
-    x, grads = images(), []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        assert model.grad_checkpointing is enable
-        grads.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_another_table_can_be_built_directly(timm: Any) -> None:
-    from sknet_triton.timm import SKNetTimm
-
-    model: nn.Module = SKNetTimm((StageSpec(32, 1, 2),), num_classes=3)
-    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
