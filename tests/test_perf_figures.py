@@ -23,7 +23,6 @@ from tests.sweeps import refusal, write_report
 ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")
 REPORTS = Path(__file__).parent.parent / "perf/reports"
 TRAFFIC = REPORTS / "traffic-cpu-torch2.13.0.csv"
-PNG = b"\x89PNG\r\n"
 
 
 @pytest.fixture
@@ -53,11 +52,13 @@ def test_every_figure_is_a_png_and_an_svg(
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     names = {path.stem.removeprefix("report-") for path in paths}
     assert names == {"speedup", "bandwidth", "passes", "growth-sk_fuse-infer"}
-    for path in paths:
-        if path.suffix == ".png":
-            assert path.read_bytes().startswith(PNG)
-        else:
-            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    for png, svg in zip(paths[::2], paths[1::2], strict=True):
+        assert_drawn(png, svg)
+
+
+def assert_drawn(png: Path, svg: Path) -> None:
+    assert png.read_bytes().startswith(b"\x89PNG\r\n")
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
 
 
 def growth_of(frame: pd.DataFrame) -> dict[str, Figure]:
@@ -105,10 +106,8 @@ def test_nothing_of_growth_is_cut_off(workload: str, report: Path) -> None:
         drawn_in = figure.get_window_extent()
         for part in (*figure.texts, *figure.legends, *figure.axes):
             extent = part.get_window_extent()
-            assert extent.x0 >= 0
-            assert extent.x1 <= drawn_in.width
-            assert extent.y0 >= 0
-            assert extent.y1 <= drawn_in.height
+            assert 0 <= extent.x0 <= extent.x1 <= drawn_in.width
+            assert 0 <= extent.y0 <= extent.y1 <= drawn_in.height
 
 
 def test_growth_takes_the_fastest_copy_of_all_runs(report: Path) -> None:
@@ -156,8 +155,7 @@ def test_traffic_is_drawn_for_every_plan_beside_the_minimum(
 ) -> None:
     assert main(["plot", str(TRAFFIC), "--out", str(tmp_path)]) == 0
     png, svg = (Path(line) for line in capsys.readouterr().out.splitlines())
-    assert png.read_bytes().startswith(PNG)
-    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+    assert_drawn(png, svg)
     table = pd.read_csv(TRAFFIC)
     training = traffic_figure(table).axes[0]
     minimum, *plans = training.get_legend_handles_labels()[1]
