@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from sknet_triton import Backend, backend, functional, set_backend, use_backend
+from tests.helpers import assert_close, message_of
 from tests.processes import needs_gloo
 
 BRANCHES = [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]
@@ -26,47 +27,27 @@ def _from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
 
 
-def test_the_default_is_auto() -> None:
-    assert backend.current_backend() == "auto"
-
-
-def test_the_setter_holds_until_the_next() -> None:
-    set_backend("reference")
-    assert backend.current_backend() == "reference"
-    set_backend("triton")
-    assert backend.current_backend() == "triton"
-
-
-def test_a_block_restores_what_was_set_before() -> None:
-    set_backend("triton")
-    with use_backend("reference"):
-        assert backend.current_backend() == "reference"
-    assert backend.current_backend() == "triton"
-
-
-def test_blocks_nest() -> None:
+def test_the_setter_holds_until_the_next_and_blocks_go_before_it() -> None:
+    current = backend.current_backend
+    assert current() == "auto"
     with use_backend("reference"):
         with use_backend("triton"):
             with use_backend("auto"):
-                assert backend.current_backend() == "auto"
-            assert backend.current_backend() == "triton"
-        assert backend.current_backend() == "reference"
-    assert backend.current_backend() == "auto"
-
-
-def test_an_exception_restores_and_is_not_swallowed() -> None:
+                assert current() == "auto"
+            assert current() == "triton"
+        assert current() == "reference"
+    assert current() == "auto"
+    set_backend("reference")
+    assert current() == "reference"
+    set_backend("triton")
+    block = use_backend("reference")
+    for _ in range(2):  # an object sets its backend each time it is entered
+        assert current() == "triton"
+        with block:
+            assert current() == "reference"
     with pytest.raises(RuntimeError, match="inside"), use_backend("reference"):
         raise RuntimeError("inside")
-    assert backend.current_backend() == "auto"
-
-
-def test_an_object_sets_its_backend_each_time_it_is_entered() -> None:
-    reference = use_backend("reference")
-    set_backend("triton")
-    for _ in range(2):
-        assert backend.current_backend() == "triton"
-        with reference:
-            assert backend.current_backend() == "reference"
+    assert current() == "triton"
 
 
 def in_a_thread(function: Callable[[], object]) -> None:
@@ -177,9 +158,8 @@ def test_an_unknown_name_is_refused_and_changes_nothing(
     name: str | None, choose: Callable[[Any], object]
 ) -> None:
     set_backend("reference")
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
-        choose(name)
-    assert str(caught.value) == f"name: expected one of auto, triton, reference, got {name!r}"
+    message = message_of(ValueError, lambda: choose(name))
+    assert message == f"name: expected one of auto, triton, reference, got {name!r}"
     assert backend.current_backend() == "reference"
 
 
@@ -198,18 +178,16 @@ def test_an_unknown_name_in_the_environment_is_refused_where_it_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "gpu")
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
-        functional.sk_fuse(BRANCHES)
-    assert str(caught.value) == (
+    assert message_of(ValueError, lambda: functional.sk_fuse(BRANCHES)) == (
         "SKNET_TRITON_BACKEND: expected one of auto, triton, reference, got 'gpu'"
     )
 
 
 def test_triton_on_a_cpu_tensor_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with use_backend("triton"), pytest.raises(ValueError) as caught:  # noqa: PT011 - compared below
-        functional.sk_fuse(BRANCHES)
-    assert str(caught.value) == (
+    with use_backend("triton"):
+        message = message_of(ValueError, lambda: functional.sk_fuse(BRANCHES))
+    assert message == (
         "backend: 'triton' needs tensors on a GPU (or TRITON_INTERPRET=1), got a tensor on cpu"
     )
 
@@ -225,13 +203,6 @@ def test_the_interpreter_counts_as_triton_counts_it(
     assert backend.interpreting() == backend.has_kernels(BRANCHES[0]) == knobs.runtime.interpret
 
 
-@pytest.mark.parametrize("name", ["auto", "reference"])
-def test_cpu_tensors_take_plain_pytorch(name: backend.Backend) -> None:
-    with use_backend(name):
-        assert not backend.takes_triton(BRANCHES[0])
-        assert functional.sk_fuse(BRANCHES).tolist() == [[2.0, 2.0]]
-
-
 class OnAGpu(torch.Tensor):
     """A tensor that says it is on a GPU: the choice asks for nothing else."""
 
@@ -239,12 +210,21 @@ class OnAGpu(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    ("name", "taken"), [("auto", True), ("triton", True), ("reference", False)]
+    ("name", "on_a_gpu", "taken"),
+    [
+        ("auto", False, False),
+        ("reference", False, False),
+        ("auto", True, True),
+        ("triton", True, True),
+        ("reference", True, False),
+    ],
 )
-def test_gpu_tensors_take_triton_unless_told_otherwise(name: backend.Backend, taken: bool) -> None:
-    pytest.importorskip("triton", reason="the triton backend is not installed")
+def test_gpu_tensors_take_triton_unless_told_otherwise(
+    name: Backend, on_a_gpu: bool, taken: bool
+) -> None:
+    x = torch.ones(1).as_subclass(OnAGpu) if on_a_gpu else BRANCHES[0]
     with use_backend(name):
-        assert backend.takes_triton(torch.ones(1).as_subclass(OnAGpu)) is taken
+        assert backend.takes_triton(x) is taken
 
 
 @pytest.fixture
@@ -260,15 +240,14 @@ def test_dtensors_take_pytorch_and_are_refused_by_the_kernels(axis: int, one_pro
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
+    def both(xs: list[Any]) -> tuple[Any, Any]:
+        pooled = functional.sk_fuse(xs)
+        return pooled, functional.sk_select(xs, torch.stack([pooled, -pooled], 1))
+
     xs = [torch.randn(2, 4, 6, 3) for _ in range(2)]
     mesh = init_device_mesh("cpu", (1,))
     sharded = [distribute_tensor(x, mesh, [Shard(axis)]) for x in xs]
-    pooled = functional.sk_fuse(sharded)
-    logits = torch.stack([pooled, -pooled], 1)
-    out = cast(Any, functional.sk_select(sharded, logits)).full_tensor()
-    expected = functional.sk_fuse(xs)
-    torch.testing.assert_close(cast(Any, pooled).full_tensor(), expected)
-    torch.testing.assert_close(out, functional.sk_select(xs, torch.stack([expected, -expected], 1)))
+    assert_close([x.full_tensor() for x in both(sharded)], both(xs))
     with use_backend("triton"), pytest.raises(RuntimeError, match="no sharding rule for DTensors"):
         functional.sk_fuse(sharded)
 

@@ -9,208 +9,140 @@ import torch
 from torch import Tensor
 
 from sknet_triton import functional, use_backend
+from tests.helpers import message_of
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
-def fuse(branches: Any, **options: Any) -> Tensor:
-    return functional.sk_fuse(branches, **options)
+GOOD = torch.ones(2, 4, 3, 3)
+STAGES: dict[str, Callable[..., Tensor]] = {
+    "sk_fuse": functional.sk_fuse,
+    "sk_select": functools.partial(functional.sk_select, logits=torch.zeros(2, 2, 4)),
+}
 
 
-def select(branches: Any, **options: Any) -> Tensor:
-    logits = torch.zeros(2, 2, 4)
-    return functional.sk_select(branches, logits, **options)
+def maps(*shape: int, **options: Any) -> Tensor:
+    return torch.ones(shape, **options)
 
 
-STAGES = {"sk_fuse": fuse, "sk_select": select}
-
-
-def maps(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.ones(shape, dtype=dtype, device=device)
-
-
-def message_of(error: type[Exception], call: Callable[[], object]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
-
-
-GOOD = maps(2, 4, 3, 3)
-BAD_BRANCHES: dict[str, tuple[type[Exception], Any, dict[str, Any], str]] = {
-    "none": (ValueError, [], {}, "branches: expected at least one tensor, got none"),
-    "unequal-shapes": (
-        ValueError,
+# Branches, as keyword arguments where branch_dim stands beside them, and what is said of them.
+BAD_VALUES: tuple[tuple[Any, str], ...] = (
+    ([], "branches: expected at least one tensor, got none"),
+    (
         [GOOD, maps(2, 4, 3, 2)],
-        {},
         "branches[1]: expected the shape of branches[0], (2, 4, 3, 3), got (2, 4, 3, 2)",
     ),
-    "unequal-channels": (
-        ValueError,
+    (
         (GOOD, GOOD, maps(2, 1, 3, 3)),
-        {},
         "branches[2]: expected the shape of branches[0], (2, 4, 3, 3), got (2, 1, 3, 3)",
     ),
-    "unequal-dtypes": (
-        ValueError,
-        [GOOD, maps(2, 4, 3, 3, dtype=torch.bfloat16)],
-        {},
+    (
+        [GOOD, GOOD.bfloat16()],
         "branches[1]: expected the dtype of branches[0], torch.float32, got torch.bfloat16",
     ),
-    "unequal-devices": (
-        ValueError,
-        [GOOD, maps(2, 4, 3, 3, device="meta")],
-        {},
-        "branches[1]: expected the device of branches[0], cpu, got meta",
-    ),
-    "integers": (
-        TypeError,
-        [maps(2, 4, 3, 3, dtype=torch.int64)] * 2,
-        {},
-        "branches[0]: expected a floating dtype, got torch.int64",
-    ),
-    "complex": (
-        TypeError,
-        [maps(2, 4, 3, 3, dtype=torch.complex64)] * 2,
-        {},
-        "branches[0]: expected a floating dtype, got torch.complex64",
-    ),
-    "an-array": (
-        TypeError,
-        [GOOD, GOOD.numpy()],
-        {},
-        "branches[1]: expected a tensor, got ndarray",
-    ),
-    "a-generator": (
-        TypeError,
-        (x for x in (GOOD, GOOD)),
-        {},
-        "branches: expected a list or tuple of tensors, got generator",
-    ),
-    "no-spatial-axis": (
-        ValueError,
-        [maps(2, 4), maps(2, 4)],
-        {},
+    ([GOOD, GOOD.to("meta")], "branches[1]: expected the device of branches[0], cpu, got meta"),
+    (
+        [maps(2, 4)] * 2,
         "branches: expected [B, C, *spatial] with 1, 2 or 3 spatial axes, got shape (2, 4)",
     ),
-    "four-spatial-axes": (
-        ValueError,
+    (
         [maps(2, 4, 1, 1, 1, 1)] * 2,
-        {},
         "branches: expected [B, C, *spatial] with 1, 2 or 3 spatial axes, "
         "got shape (2, 4, 1, 1, 1, 1)",
     ),
-    "no-position": (
-        ValueError,
+    (
         [maps(2, 4, 0, 3)] * 2,
-        {},
         "branches: the average needs at least one position, got shape (2, 4, 0, 3)",
     ),
-    "one-tensor-without-branch_dim": (
-        TypeError,
+    (
+        {"branches": maps(2, 2, 4, 3, 3), "branch_dim": 5},
+        "branch_dim: expected an axis of a tensor with 5 axes, got 5",
+    ),
+    (
+        {"branches": maps(2, 2, 4, 3, 3), "branch_dim": -6},
+        "branch_dim: expected an axis of a tensor with 5 axes, got -6",
+    ),
+    (
+        {"branches": maps(2, 0, 4, 3, 3), "branch_dim": 1},
+        "branches: expected at least one tensor, got none",
+    ),
+)
+BAD_TYPES: tuple[tuple[Any, str], ...] = (
+    ([GOOD.long()] * 2, "branches[0]: expected a floating dtype, got torch.int64"),
+    ([GOOD.to(torch.complex64)] * 2, "branches[0]: expected a floating dtype, got torch.complex64"),
+    ([GOOD, GOOD.numpy()], "branches[1]: expected a tensor, got ndarray"),
+    (
+        (x for x in (GOOD, GOOD)),
+        "branches: expected a list or tuple of tensors, got generator",
+    ),
+    (
         maps(2, 2, 4, 3, 3),
-        {},
         "branches: expected a sequence of tensors, or one tensor together with branch_dim, "
         "got one tensor of shape (2, 2, 4, 3, 3) and branch_dim=None",
     ),
-    "branch_dim-too-large": (
-        ValueError,
-        maps(2, 2, 4, 3, 3),
-        {"branch_dim": 5},
-        "branch_dim: expected an axis of a tensor with 5 axes, got 5",
-    ),
-    "branch_dim-too-small": (
-        ValueError,
-        maps(2, 2, 4, 3, 3),
-        {"branch_dim": -6},
-        "branch_dim: expected an axis of a tensor with 5 axes, got -6",
-    ),
-    "branch_dim-of-length-0": (
-        ValueError,
-        maps(2, 0, 4, 3, 3),
-        {"branch_dim": 1},
-        "branches: expected at least one tensor, got none",
-    ),
-    "branch_dim-with-a-list": (
-        TypeError,
-        [GOOD, GOOD],
-        {"branch_dim": 1},
+    (
+        {"branches": [GOOD, GOOD], "branch_dim": 1},
         "branch_dim: only for one stacked tensor, got 1 with a sequence of branches",
     ),
-}
+)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", BAD_BRANCHES)
-def test_bad_branches_are_named_with_their_rule_and_value(name: str, stage: str) -> None:
-    error, branches, options, message = BAD_BRANCHES[name]
-    assert message_of(error, lambda: STAGES[stage](branches, **options)) == message
+@pytest.mark.parametrize(
+    ("error", "branches", "message"),
+    [
+        *((ValueError, *row) for row in BAD_VALUES),
+        *((TypeError, *row) for row in BAD_TYPES),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_branches_are_named_with_their_rule_and_value(
+    error: type[Exception], branches: Any, message: str, stage: str
+) -> None:
+    arguments = branches if isinstance(branches, dict) else {"branches": branches}
+    assert message_of(error, lambda: STAGES[stage](**arguments)) == message
 
 
-BAD_LOGITS: dict[str, tuple[type[Exception], Any, str]] = {
-    "branches-last": (
-        ValueError,
-        torch.zeros(2, 4, 3),
-        "logits: expected shape [B, M, C] = (2, 3, 4), got (2, 4, 3)",
+BAD_LOGITS: tuple[tuple[Any, str], ...] = (
+    *(
+        (
+            torch.zeros(shape),  # the third and the fourth would broadcast without a word
+            f"logits: expected shape [B, M, C] = (2, 3, 4), got {shape}",
+        )
+        for shape in ((2, 4, 3), (2, 2, 4), (2, 3, 1), (1, 3, 4), (2, 12))
     ),
-    "one-branch-short": (
-        ValueError,
-        torch.zeros(2, 2, 4),
-        "logits: expected shape [B, M, C] = (2, 3, 4), got (2, 2, 4)",
-    ),
-    # both would broadcast without a word
-    "one-for-all-channels": (
-        ValueError,
-        torch.zeros(2, 3, 1),
-        "logits: expected shape [B, M, C] = (2, 3, 4), got (2, 3, 1)",
-    ),
-    "one-for-all-images": (
-        ValueError,
-        torch.zeros(1, 3, 4),
-        "logits: expected shape [B, M, C] = (2, 3, 4), got (1, 3, 4)",
-    ),
-    "flat": (
-        ValueError,
-        torch.zeros(2, 12),
-        "logits: expected shape [B, M, C] = (2, 3, 4), got (2, 12)",
-    ),
-    "integers": (
-        TypeError,
-        torch.zeros(2, 3, 4, dtype=torch.int32),
-        "logits: expected a floating dtype, got torch.int32",
-    ),
-    "device": (
-        ValueError,
+    (
         torch.zeros(2, 3, 4, device="meta"),
         "logits: expected the device of the branches, cpu, got meta",
     ),
-    "a-list": (TypeError, [0.0], "logits: expected a tensor, got list"),
-}
+    (
+        torch.zeros(2, 3, 4, dtype=torch.int32),
+        "logits: expected a floating dtype, got torch.int32",
+    ),
+    ([0.0], "logits: expected a tensor, got list"),
+)
 
 
-@pytest.mark.parametrize("name", BAD_LOGITS)
-def test_bad_logits_are_named_with_their_rule_and_value(name: str) -> None:
-    error, logits, message = BAD_LOGITS[name]
+@pytest.mark.parametrize(
+    ("logits", "message"), BAD_LOGITS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_bad_logits_are_named_with_their_rule_and_value(logits: Any, message: str) -> None:
+    error = TypeError if "dtype" in message or "a tensor" in message else ValueError
     assert message_of(error, lambda: functional.sk_select([GOOD] * 3, logits)) == message
 
 
 def test_an_unknown_activation_or_reduction_is_named() -> None:
-    options: dict[str, Any] = {"activation": "none"}
-    call = functools.partial(functional.sk_select, [GOOD] * 3, torch.zeros(2, 3, 4), **options)
-    assert message_of(ValueError, call) == (
+    bad: Any = "none"
+    assert message_of(ValueError, lambda: STAGES["sk_select"]([GOOD] * 2, activation=bad)) == (
         "activation: expected 'softmax', 'sigmoid' or None, got 'none'"
     )
-    options = {"reduction": "max"}
-    assert message_of(ValueError, functools.partial(functional.sk_fuse, [GOOD], **options)) == (
-        "reduction: expected 'mean' or 'sum', got 'max'"
+    assert message_of(ValueError, lambda: STAGES["sk_fuse"]([GOOD], reduction=bad)) == (
+        "reduction: expected 'mean' or 'sum', got 'none'"
     )
 
 
-def test_more_branches_than_the_kernels_take_are_refused_on_the_triton_path_only(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pytest.importorskip("triton", reason="the triton backend is not installed")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    branches = [maps(1, 2, 3, 3)] * 9
+def test_more_branches_than_the_kernels_take_are_refused_on_the_triton_path_only() -> None:
+    branches = [torch.ones(1, 2, 3, 3)] * 9
     with use_backend("triton"):
         message = message_of(ValueError, lambda: functional.sk_fuse(branches))
     assert message == (
