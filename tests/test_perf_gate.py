@@ -83,9 +83,9 @@ def test_planted_wrong_provider_is_unverified_and_never_timed(
     plant(workload, forward)
     timed: list[str] = []
 
-    def spy(runs: Mapping[str, object], *rest: object) -> dict[str, measure.Times]:
+    def spy(runs: Mapping[str, object], *_: object) -> tuple[dict[str, measure.Times], Any]:
         timed.extend(runs)
-        return {name: measure.Times(env.switches(), [1.0]) for name in runs}
+        return {name: measure.Times(env.switches(), [1.0]) for name in runs}, {}
 
     monkeypatch.setattr(measure, "interleaved", spy)
     plain, ours = both(workload, "infer", dtype=dtype)

@@ -50,8 +50,8 @@ def planted(workload: str, ours: nn.Module, monkeypatch: pytest.MonkeyPatch) -> 
 def timed(monkeypatch: pytest.MonkeyPatch, ms: list[float], call_ms: list[float]) -> None:
     """Lets every run take times that are made up."""
 
-    def made_up(runs: dict[str, object], *_: object) -> dict[str, measure.Times]:
-        return {name: measure.Times(env.switches(), ms, call_ms) for name in runs}
+    def made_up(runs: dict[str, object], *_: object) -> tuple[dict[str, measure.Times], Any]:
+        return {name: measure.Times(env.switches(), ms, call_ms) for name in runs}, {}
 
     monkeypatch.setattr(measure, "interleaved", made_up)
 
@@ -349,7 +349,8 @@ def test_two_times_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append("wait"))
     monkeypatch.setattr(testing, "do_bench", lambda *_, **__: [0.25, 0.25])
-    times = measure.interleaved({"a": run}, lambda name: nullcontext(), GPU, 0.1, 2)["a"]
+    taken, _ = measure.interleaved({"a": run}, lambda name: nullcontext(), GPU, 0.1, 2)
+    times = taken["a"]
     assert times.ms == [0.25] * 4
     assert times.call_ms == pytest.approx([1.0] * len(times.call_ms))
     assert len(times.call_ms) == 2 * measure.MIN_BLOCKS

@@ -42,29 +42,18 @@ class OnChannelsLast(nn.Module):
 
 @dataclass(frozen=True)
 class Family:
-    """A family of modules in the network that it comes from.
+    """A family of modules in the network that it comes from."""
 
-    Attributes:
-        build: makes the module of a case, before `accelerate`.
-        C: channels of its maps.
-        reduction: pixels of the image for one position of a map, along a side.
-        M: branches.
-        given: whether it takes M maps, not one.
-        batch_norm: whether training takes statistics of one vector an image, as fc1's norm does.
-        batch: images in the preset ``family``.
-        resolution: of those images.
-        alike: whether its compiled graph is that of another family, so that the preset leaves
-            compiling to flags.
-    """
-
-    build: Callable[[Case], nn.Module]
+    build: Callable[[Case], nn.Module]  # before `accelerate`
     C: int
-    reduction: int = 4
+    reduction: int = 4  # pixels of the image for one position of a map, along a side
     M: int = 2
-    given: bool = False
-    batch_norm: bool = True
-    batch: int = 4
+    given: bool = False  # whether it takes M maps, not one
+    batch_norm: bool = True  # whether training takes statistics of one vector an image
+    batch: int = 4  # images in the preset ``family``, and their resolution
     resolution: int = 224
+    # Whether its compiled graph is that of another family, so that the preset leaves compiling to
+    # flags.
     alike: bool = False
 
 
@@ -115,11 +104,7 @@ FAMILIES = {
 
 
 def accelerated(case: Case) -> nn.Module:
-    """Returns the module of ``case`` after `accelerate`.
-
-    Raises:
-        ValueError: `accelerate` left it as it was, so that there is no "after" to measure.
-    """
+    """Returns the module of ``case`` after `accelerate`; ValueError where that left it."""
     module = FAMILIES[case.workload].build(case)
     report = skt.accelerate(module)
     if len(report.paths("accelerated")) != 1 or report.paths("left"):

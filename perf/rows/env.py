@@ -3,7 +3,6 @@
 import functools
 import os
 import platform
-import shutil
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -164,12 +163,10 @@ def _version(package: str) -> str:
 
 def _output(*command: str) -> str:
     """Returns what ``command`` prints; nothing where it is not installed, fails or hangs."""
-    if shutil.which(command[0]) is None:
-        return ""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS
         )
-    except subprocess.TimeoutExpired:
+    except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

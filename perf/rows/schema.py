@@ -141,14 +141,7 @@ SCHEMA = Schema(
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Reads a report as a frame with the dtypes of the dataclasses; row i is line i + 2.
-
-    Columns that are younger than the report are empty.
-
-    Raises:
-        SchemaError: the report is damaged, cut off, or has other columns.
-        UsageError: it cannot be read.
-    """
+    """Reads a report as `Schema.read` does; columns that are younger than it are empty."""
     return SCHEMA.read(path)
 
 

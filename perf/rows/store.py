@@ -44,11 +44,7 @@ class Store:
         self._file.close()
 
     def append(self, rows: Iterable[Values]) -> None:
-        """Appends rows, all or none.
-
-        Raises:
-            StopError: they could not be written; the file is as it was before.
-        """
+        """Appends rows; where they cannot be written, StopError, and the file is as before."""
         self.append_lines({self.columns.key_of(row): self.columns.line(row) for row in rows})
 
     def append_lines(self, lines: dict[Key, str]) -> None:
@@ -56,12 +52,7 @@ class Store:
         self._write("".join(lines.values()), lines)
 
     def load(self) -> dict[Key, str]:
-        """Returns the lines of the file by key, and cuts a torn one off.
-
-        Raises:
-            SchemaError: it is damaged, or has other columns.
-            StopError: it was empty and has no room for its header.
-        """
+        """Returns the lines of the file by key, and cuts a torn one off."""
         self._file.seek(0)
         data = self._file.readall()
         whole = data[: data.rfind(b"\n") + 1]
@@ -112,9 +103,8 @@ def open_store(path: Path, *, resume: bool, columns: Schema = SCHEMA) -> Store:
     ``columns`` are those of the file: a report's, or those of another kind of file.
 
     Raises:
-        UsageError: it exists and is not to be resumed, another run has it open, or it cannot be
-            written.
-        SchemaError: it exists and is damaged before its last line, or has other columns.
+        UsageError: it exists and is not to be resumed, another run has it open, it cannot be
+            written, or (a SchemaError) it is damaged before its last line or has other columns.
     """
     try:
         if path.is_dir():
@@ -143,11 +133,8 @@ def open_store(path: Path, *, resume: bool, columns: Schema = SCHEMA) -> Store:
 def collect(store: Store, parts: Iterable[Path]) -> None:
     """Moves the whole rows of ``parts`` to the end of the report; of equal keys the first stays.
 
-    A kill in between leaves the parts, and doing it again changes nothing.
-
-    Raises:
-        UsageError: a part is open in another run, damaged, or has other columns.
-        StopError: the rows could not be written; the parts are as they were.
+    A kill in between, or a StopError where the rows cannot be written, leaves the parts, and doing
+    it again changes nothing. A part that is open in another run or damaged is a UsageError.
     """
     for path in parts:
         with open_store(path, resume=True) as part:
@@ -157,12 +144,9 @@ def collect(store: Store, parts: Iterable[Path]) -> None:
 
 
 def lock(path: Path, descriptor: int) -> None:
-    """Keeps other runs from the regular file at ``path``, which is open as ``descriptor``.
+    """Keeps other runs from the regular file at ``path``, open as ``descriptor``, or UsageError.
 
     The lock is the open file's: it ends with the processes that have it open, however they end.
-
-    Raises:
-        UsageError: another run has it, or it cannot be locked.
     """
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         raise UsageError(f"{path} is no regular file")

@@ -36,21 +36,13 @@ class SchemaError(UsageError):
 
 @dataclass(frozen=True)
 class Column:
-    """How the cells of one column are written and read.
-
-    Attributes:
-        name: the field's.
-        kind: int, float, bool or str.
-        choices: the only texts, where there are any.
-        optional: whether a cell may be empty, which means none.
-        younger: whether files without the column are read, as if its cells were empty.
-    """
+    """How the cells of one column are written and read."""
 
     name: str
-    kind: type
-    choices: tuple[str, ...] = ()
-    optional: bool = False
-    younger: bool = False
+    kind: type  # int, float, bool or str
+    choices: tuple[str, ...] = ()  # the only texts, where there are any
+    optional: bool = False  # whether a cell may be empty, which means none
+    younger: bool = False  # whether files without it are read, as if its cells were empty
 
     @property
     def dtype(self) -> Any:
@@ -58,11 +50,7 @@ class Column:
         return "bool" if self.kind is bool and not self.optional else _DTYPES[self.kind]
 
     def parse(self, text: str) -> Any:
-        """Returns the value of a cell.
-
-        Raises:
-            ValueError: there is no such value in this column.
-        """
+        """Returns the value of a cell; ValueError where the column has no such value."""
         if not text and self.optional:
             return None
         if self.choices:
@@ -81,11 +69,7 @@ class Column:
         return text == "True" if self.kind is bool else self.kind(text)
 
     def format(self, value: object) -> str:
-        """Returns ``value`` as a cell.
-
-        Raises:
-            ValueError: it could not be read back.
-        """
+        """Returns ``value`` as a cell; ValueError where it could not be read back."""
         if value is None:
             text = ""
         elif isinstance(value, float):
@@ -134,11 +118,7 @@ class Schema:
         return _line(self.names)
 
     def line(self, values: Values) -> str:
-        """Returns one line of a file; a value that is not there is none.
-
-        Raises:
-            ValueError: a value could not be read back.
-        """
+        """Returns one line of a file; ValueError where a value could not be read back."""
         return _line([column.format(values.get(column.name)) for column in self.columns])
 
     def key_of(self, values: Mapping[Any, Any]) -> Key:
@@ -149,8 +129,7 @@ class Schema:
         """Reads a file as a frame with the dtypes of the dataclasses; row i is line i + 2.
 
         Raises:
-            SchemaError: the file is damaged, cut off or of another kind.
-            UsageError: it cannot be read.
+            UsageError: it cannot be read, is damaged, cut off or of another kind.
         """
         rows = self.rows(decode(contents(path), path), path)
         return pd.DataFrame(
@@ -164,8 +143,7 @@ class Schema:
         """Returns the values of every line of the text of ``path`` after its header.
 
         Raises:
-            SchemaError: a line is damaged or cut off, has the key of an earlier one, or the columns
-                are others.
+            SchemaError: a line is damaged, cut off or has a key twice, or the columns are others.
         """
         *lines, torn = text.split("\n")
         if not lines:
@@ -193,11 +171,7 @@ class Schema:
         return rows
 
     def lines_by_key(self, text: str, path: Path) -> dict[Key, str]:
-        """Returns the lines of ``text``, a file that can be gone on with, by key.
-
-        Raises:
-            SchemaError: a line is damaged, or the columns are not exactly those of this version.
-        """
+        """Returns the lines of a file that can be gone on with by key; its columns are exact."""
         rows = self.rows(text, path)
         header, *lines = text.split("\n")[:-1]
         if f"{header}\n" != self.header():
@@ -218,22 +192,14 @@ class Schema:
             return columns
         missing = [column.name for column in columns if column.name not in found]
         unknown = [name for name in found if name not in self.names]
-        difference = [
-            f"{what}: {', '.join(names)}"
-            for what, names in (("missing", missing), ("unknown", unknown))
-            if names
-        ]
-        raise SchemaError(
-            path, 1, f"not the columns of this version; {'; '.join(difference) or 'reordered'}"
-        )
+        differences = {"missing": missing, "unknown": unknown}
+        said = [f"{what}: {', '.join(names)}" for what, names in differences.items() if names]
+        problem = "; ".join(said) or "reordered"
+        raise SchemaError(path, 1, f"not the columns of this version; {problem}")
 
 
 def contents(path: Path) -> bytes:
-    """Returns the bytes of a file that the user named.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
+    """Returns the bytes of a file that the user named; UsageError where it cannot be read."""
     try:
         if path.is_char_device():  # some have no end
             raise UsageError(f"{path}: a device, no file")
@@ -243,11 +209,7 @@ def contents(path: Path) -> bytes:
 
 
 def decode(data: bytes, path: Path) -> str:
-    """Returns the text of ``data``, which is from ``path``.
-
-    Raises:
-        SchemaError: it is not UTF-8.
-    """
+    """Returns the text of ``data`` from ``path``; SchemaError where it is not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,19 +30,12 @@ from perf.sweep.workloads import Source
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is the same for every case of a sweep.
-
-    Attributes:
-        device: where the cases run.
-        seed: draws parameters and inputs.
-        seconds: sampling time of each provider of a case.
-        rounds: how many turns that time is cut into.
-    """
+    """What is the same for every case of a sweep."""
 
     device: torch.device
-    seed: int
-    seconds: float
-    rounds: int
+    seed: int  # draws parameters and inputs
+    seconds: float  # sampling time of each provider of a case
+    rounds: int  # how many turns that time is cut into
 
 
 class BudgetSpentError(BaseException):
@@ -54,19 +48,12 @@ class DeviceLostError(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """A provider that passed the gate, and what is known of it before it is timed.
-
-    Attributes:
-        provider: who.
-        result: its verdict.
-        run: one call, as it is or in a graph.
-        call: what is called; None of a pass, which is a launch alone.
-    """
+    """A provider that passed the gate, and what is known of it before it is timed."""
 
     provider: Provider
     result: Result
-    run: Callable[[], object]
-    call: Call | None = None
+    run: Callable[[], object]  # one call, as it is or in a graph
+    call: Call | None = None  # none of a pass, which is a launch alone
 
 
 def measure_case(
@@ -87,20 +74,12 @@ def measure_case(
 def judge_case(
     case: Case, providers: tuple[Provider, ...], conditions: Conditions
 ) -> dict[str, Result]:
-    """Carries ``case`` out once by every provider and judges it; no clock runs.
-
-    Raises:
-        DeviceLostError: the device does not answer any more.
-    """
+    """Carries ``case`` out once by every provider and judges it; no clock runs."""
     return Contest(case, conditions).judge(providers)
 
 
 def failure(error: Exception, device: torch.device) -> Result:
-    """Returns the row of a provider that raised ``error``.
-
-    Raises:
-        DeviceLostError: the device is lost with it.
-    """
+    """Returns the row of a provider that raised ``error``; DeviceLostError where that is it."""
     reason = one_line(f"{type(error).__name__}: {error}")
     if isinstance(error, DeviceLostError) or is_lost(device):
         raise DeviceLostError(reason) from error
@@ -142,6 +121,7 @@ class Contest:
     def __init__(self, case: Case, conditions: Conditions) -> None:
         self.case = case
         self.conditions = conditions
+        self.device = conditions.device
         self._entries: dict[str, Entry] = {}
         self._masters: dict[Source, nn.Module] = {}
         # What an oracle failed with is kept like an answer.
@@ -155,11 +135,10 @@ class Contest:
         """
         # Dynamo keeps what it compiled by code object: an old case would count as a recompilation.
         torch.compiler.reset()
-        device = self.conditions.device
-        nobody = workloads.unsupported(self.case, device)
+        nobody = workloads.unsupported(self.case, self.device)
         results: dict[str, Result] = {}
         for provider in providers:
-            reason = nobody or provider.unavailable(self.case, device)
+            reason = nobody or provider.unavailable(self.case, self.device)
             try:
                 results[provider.name] = (
                     Result("unsupported", reason) if reason else self._admitted(provider)
@@ -167,7 +146,7 @@ class Contest:
             except BudgetSpentError:
                 break
             except Exception as error:
-                results[provider.name] = failure(error, device)
+                results[provider.name] = failure(error, self.device)
         return results
 
     def _admitted(self, provider: Provider) -> Result:
@@ -178,12 +157,14 @@ class Contest:
         if isinstance(oracle, Result):
             return oracle
         module = self._module(provider.source, self.case)
-        call = Call(self.case, module, provider.wrapped(module), self._inputs(0), self._seed(0))
+        net, seed = provider.wrapped(module), self.conditions.seed
+        call = Call(self.case, module, net, self._inputs(0), seed)
         with self._context(provider), _cold_compilation():
             start = time.perf_counter()
             run = provider.prepared(call)
             run()
-            self._synchronize()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             first_call = time.perf_counter() - start
         result = self._judged(provider, call, run)
         result = replace(result, compile_s=first_call if provider.compiles else None)
@@ -196,7 +177,7 @@ class Contest:
         copies = self.case.workload == "copy"
         result = Result("ok") if copies else _judged_step(step, self.conditions)
         if result.status == "ok":
-            run = workloads.pass_of(self.case, self.conditions.device)
+            run = workloads.pass_of(self.case, self.device)
             self._entries[provider.name] = Entry(provider, result, run)
         return result
 
@@ -208,7 +189,7 @@ class Contest:
                 return oracle
             with self._context(provider):
                 if draw:
-                    call.load(self._inputs(draw), self._seed(draw))
+                    call.load(self._inputs(draw), self.conditions.seed + draw)
                 verdict = oracle.judge(evaluate(call, run))
             if verdict.passed or not verdict.out_passed:
                 break
@@ -221,53 +202,43 @@ class Contest:
 
     def time(self) -> dict[str, Result]:
         """Times the entries and returns their complete results."""
-        results: dict[str, Result] = {}
-        times: dict[str, measure.Times] = {}
-        runs: dict[str, measure.Run] = {name: entry.run for name, entry in self._entries.items()}
-        while runs and not times and self.case.level != "workload":
-            try:
-                times = measure.interleaved(
-                    runs,
-                    lambda name: self._context(self._entries[name].provider),
-                    self.conditions.device,
-                    self.conditions.seconds,
-                    self.conditions.rounds,
-                )
-            except measure.RunError as error:
-                results[error.name] = failure(error.cause, self.conditions.device)
-                del runs[error.name]
-        for name in runs:
+        finish: dict[str, Callable[[Entry], Result]] = dict.fromkeys(self._entries, self._learned)
+        failed: dict[str, Exception] = {}
+        if self.case.level != "workload":
+            times, failed = measure.interleaved(
+                {name: entry.run for name, entry in self._entries.items()},
+                lambda name: self._context(self._entries[name].provider),
+                self.device,
+                self.conditions.seconds,
+                self.conditions.rounds,
+            )
+            finish = {name: partial(self._timed, taken) for name, taken in times.items()}
+        results = {name: failure(error, self.device) for name, error in failed.items()}
+        for name, complete in finish.items():
             entry = self._entries[name]
             try:
                 with self._context(entry.provider):
-                    results[name] = (
-                        self._timed(entry, times[name]) if times else self._learned(entry)
-                    )
+                    results[name] = complete(entry)
             except Exception as error:
-                results[name] = failure(error, self.conditions.device)
+                results[name] = failure(error, self.device)
         return results
 
     def _learned(self, entry: Entry) -> Result:
         """Trains on the digits from the start and returns the result with its accuracy."""
         assert entry.call is not None
-        device = self.conditions.device
+        net, module = entry.call.net, entry.call.module
         step_ms, accuracy = digits.train(
-            entry.call.net,
-            entry.call.module,
-            batch=self.case.B,
-            seed=self.conditions.seed,
-            device=device,
+            net, module, batch=self.case.B, seed=self.conditions.seed, device=self.device
         )
         times = measure.Times(env.switches(), step_ms)
         return replace(self._with_times(entry, times), accuracy=accuracy)
 
-    def _timed(self, entry: Entry, times: measure.Times) -> Result:
-        device = self.conditions.device
+    def _timed(self, times: measure.Times, entry: Entry) -> Result:
         graphed = entry.provider.graphed
         return replace(
             self._with_times(entry, times),
-            launches=measure.launches(entry.run, device),
-            peak_mb=None if graphed else measure.peak_memory_mb(entry.run, device),
+            launches=measure.launches(entry.run, self.device),
+            peak_mb=None if graphed else measure.peak_memory_mb(entry.run, self.device),
         )
 
     def _with_times(self, entry: Entry, times: measure.Times) -> Result:
@@ -286,11 +257,11 @@ class Contest:
             flops = self._count_flops(entry.provider.oracle)
             known |= {"gflops": flops / 1e9, "tflops_per_s": flops / p50 / 1e9}
         else:
-            copy = measure.copy_gbps(self.conditions.device)
-            known |= {"bytes_needed": needed, "copy_gbps": copy}
+            copied = measure.copy_gbps(self.device)
+            known |= {"bytes_needed": needed, "copy_gbps": copied}
             if needed:
                 gbps = needed / p50 / 1e6
-                known |= {"gbps": gbps, "pct_copy": 100 * gbps / copy}
+                known |= {"gbps": gbps, "pct_copy": 100 * gbps / copied}
         if self.case.differentiates and (call := entry.call):
             kept = saved(call.forward, call.module, call.inputs)
             known |= {"saved_mb": kept.mb, "saved_own_mb": kept.own_mb}
@@ -309,36 +280,27 @@ class Contest:
         return self._oracles[source, draw]
 
     def _consulted(self, source: Source, draw: int) -> Oracle | Result:
-        judged = workloads.judged(self.case)
-        inputs = workloads.inputs(judged, self._seed(draw), self.conditions.device)
+        judged, seed = workloads.judged(self.case), self.conditions.seed + draw
+        inputs = workloads.inputs(judged, seed, self.device)
         try:
-            return gate.consult(
-                lambda case: self._module(source, case), judged, inputs, self._seed(draw)
-            )
+            return gate.consult(lambda case: self._module(source, case), judged, inputs, seed)
         except Exception as error:
-            result = failure(error, self.conditions.device)
+            result = failure(error, self.device)
             return replace(result, reason=f"the check of {judged.B} images: {result.reason}")
 
     def _module(self, source: Source, case: Case) -> nn.Module:
         if source not in self._masters:
             self._masters[source] = workloads.parameters(self.case, source, self.conditions.seed)
         master = copy.deepcopy(self._masters[source])
-        return workloads.place_module(master, case, self.conditions.device)
+        return workloads.place_module(master, case, self.device)
 
     def _inputs(self, draw: int) -> tuple[Tensor, ...]:
-        return workloads.inputs(self.case, self._seed(draw), self.conditions.device)
-
-    def _seed(self, draw: int) -> int:
-        return self.conditions.seed + draw
+        return workloads.inputs(self.case, self.conditions.seed + draw, self.device)
 
     @contextmanager
     def _context(self, provider: Provider) -> Iterator[None]:
         with settings(self.case), skt.use_backend(provider.backend):
             yield
-
-    def _synchronize(self) -> None:
-        if self.conditions.device.type == "cuda":
-            torch.cuda.synchronize(self.conditions.device)
 
 
 @contextmanager

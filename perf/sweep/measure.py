@@ -29,15 +29,6 @@ COPY_SECONDS = 0.5
 FORWARD_PASSES: dict[Mode, int] = {"infer": 1, "train": 3, "bwd": 2}
 
 
-class RunError(Exception):
-    """A run that failed while it was timed, by name, and why."""
-
-    def __init__(self, name: str, cause: Exception) -> None:
-        super().__init__(f"{name}: {cause}")
-        self.name = name
-        self.cause = cause
-
-
 @dataclass
 class Times:
     """Milliseconds per call, and what PyTorch was set to while they were taken."""
@@ -57,18 +48,16 @@ def interleaved(
     device: torch.device,
     seconds: float,
     rounds: int,
-) -> dict[str, Times]:
+) -> tuple[dict[str, Times], dict[str, Exception]]:
     """Samples every run in turn, ``rounds`` times, so that a drifting clock favours none.
 
     Each runs in its ``context`` for ``seconds`` over all rounds, on a GPU for each of both clocks.
-    Every other round runs backwards.
-
-    Raises:
-        RunError: a run failed.
+    Every other round runs backwards. A run that fails has its error and no times.
     """
     times: dict[str, Times] = {}
+    failed: dict[str, Exception] = {}
     for i in range(rounds):
-        for name in list(runs)[:: 1 if i % 2 == 0 else -1]:
+        for name in [name for name in runs if name not in failed][:: 1 if i % 2 == 0 else -1]:
             try:
                 with context(name):
                     taken = times.setdefault(name, Times(env.switches()))
@@ -76,8 +65,8 @@ def interleaved(
                     if device.type == "cuda":
                         taken.call_ms += call_to_call(runs[name], device, seconds / rounds)
             except Exception as error:
-                raise RunError(name, error) from error
-    return times
+                failed[name] = error
+    return {name: taken for name, taken in times.items() if name not in failed}, failed
 
 
 def sample(run: Run, device: torch.device, seconds: float) -> list[float]:

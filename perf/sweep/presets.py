@@ -227,29 +227,20 @@ FAMILY = tuple(
     )
 )
 
+# A laptop: under two minutes on two quiet cores without a GPU, three at most, and most of it
+# torch.compile, so that the dearest compilations are left to flags.
+QUICK = (
+    Grid(("sk_fuse", "sk_select"), resolutions=(112,)),
+    Grid(("sk_fuse_select",), modes=("infer",), resolutions=(112,)),
+    Grid(("sk_fuse_select",), modes=("train",), resolutions=(112,), providers=UNCOMPILED),
+    Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
+    Grid(("sk_conv",), resolutions=(64,), providers=UNCOMPILED),
+    Grid(("sknet26",), modes=("infer",), resolutions=(64,)),
+    Grid(("sknet26",), modes=("train",), batches=(4,), resolutions=(64,), providers=UNCOMPILED),
+)
+
 PRESETS = {
-    # A laptop: under two minutes on two quiet cores without a GPU, three at most, and most of
-    # it torch.compile, so that the dearest compilations are left to flags.
-    "quick": Preset(
-        grids=(
-            Grid(("sk_fuse", "sk_select"), resolutions=(112,)),
-            Grid(("sk_fuse_select",), modes=("infer",), resolutions=(112,)),
-            Grid(("sk_fuse_select",), modes=("train",), resolutions=(112,), providers=UNCOMPILED),
-            Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
-            Grid(("sk_conv",), resolutions=(64,), providers=UNCOMPILED),
-            Grid(("sknet26",), modes=("infer",), resolutions=(64,)),
-            Grid(
-                ("sknet26",),
-                modes=("train",),
-                batches=(4,),
-                resolutions=(64,),
-                providers=UNCOMPILED,
-            ),
-        ),
-        seconds=0.4,
-        rounds=4,
-        budget=170,
-    ),
+    "quick": Preset(QUICK, seconds=0.4, rounds=4, budget=170),
     # Batches that two cores take.
     "family": Preset(FAMILY, seconds=1.2, rounds=6, budget=590),
     # One GPU, for as long as there is one: the parts of `python -m perf campaign`, then the rest of

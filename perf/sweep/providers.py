@@ -39,12 +39,8 @@ class Evaluation:
 class Call:
     """What one call of a case computes: the forward pass, the backward pass, or both.
 
-    Args:
-        case: the case.
-        module: holds the parameters that are differentiated; ``net`` computes with them.
-        net: the module as it is called.
-        inputs: become the call's own, at fixed addresses.
-        seed: draws the gradient that arrives.
+    ``net`` computes with the parameters of ``module``, which are differentiated. The inputs become
+    the call's own, at fixed addresses. ``seed`` draws the gradient that arrives.
     """
 
     def __init__(
@@ -164,9 +160,7 @@ def arriving_gradient(out: Tensor, case: Case, seed: int) -> Tensor:
 def settings(case: Case, *, benchmark: bool = True) -> ExitStack:
     """Returns a context that computes as the case says: TF32 or not, with gradients or without.
 
-    Args:
-        case: the case.
-        benchmark: whether cuDNN times its algorithms at first, which pays for what is repeated.
+    With ``benchmark`` cuDNN times its algorithms at first, which pays for what is repeated.
     """
     stack = ExitStack()
     tf32 = case.dtype == "tf32"
@@ -187,13 +181,7 @@ def settings(case: Case, *, benchmark: bool = True) -> ExitStack:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to carry a case out.
-
-    Attributes:
-        source: whose module it is.
-        wrap: how it is called; eager is as it is.
-        backend: what carries out the stages of our modules.
-    """
+    """One way to carry a case out: whose module, called how, on which backend of ours."""
 
     source: Source
     wrap: Wrap = "eager"

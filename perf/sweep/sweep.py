@@ -3,6 +3,7 @@
 Ranks, as torchrun starts them, may share one.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -134,20 +135,16 @@ class Rank:
 
 
 def this_rank() -> Rank:
-    """Returns what torchrun says, or the only one where it did not start this process.
-
-    Raises:
-        UsageError: the environment variables name no rank.
-    """
-    index = _number("RANK", os.environ.get("RANK", "0"))
-    local = _number("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0"))
-    count = _number("WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    """Returns what torchrun says, or the only rank; UsageError where the variables name none."""
+    names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
+    index, local, count = itertools.starmap(_number, names)
     if index >= count:
         raise UsageError(f"RANK: expected less than WORLD_SIZE, which is {count}, got {index}")
     return Rank(index, local, count)
 
 
-def _number(name: str, text: str) -> int:
+def _number(name: str, default: str) -> int:
+    text = os.environ.get(name, default)
     if not re.fullmatch("[0-9]{1,9}", text):
         raise UsageError(f"{name}: expected a whole number, got {text!r}")
     return int(text)
@@ -161,11 +158,7 @@ class Team:
         self._group = group
 
     def wait(self) -> None:
-        """Returns when every rank has come here.
-
-        Raises:
-            StopError: a rank is gone.
-        """
+        """Returns when every rank has come here; StopError where one is gone."""
         if self._group is None:
             return
         try:
@@ -196,11 +189,7 @@ class Team:
 
 @contextmanager
 def together(rank: Rank) -> Iterator[Team]:
-    """A context in which the ranks are a team; a lone process is one by itself.
-
-    Raises:
-        UsageError: the others have not come within `PATIENCE`.
-    """
+    """A context in which the ranks are a team; UsageError where the others do not come."""
     if rank.count == 1:
         yield Team(rank, None)
         return

@@ -115,12 +115,7 @@ def _key(subject: Subject, problem: Any) -> Key:
 
 
 def measured(subject: Subject, conditions: Conditions) -> tuple[AnyConfig, Timing]:
-    """Judges and times the candidates of ``subject``; returns the best and what it was chosen by.
-
-    Raises:
-        WrongError: the heuristics' results are wrong, or do not come.
-        DeviceLostError: the device does not answer any more.
-    """
+    """Judges and times the candidates of ``subject``; returns the best and why it was chosen."""
     torch.manual_seed(conditions.seed)
     facts = DeviceFacts.of(conditions.device)
     problem: Any = subject.problem(facts)
@@ -140,12 +135,7 @@ def measured(subject: Subject, conditions: Conditions) -> tuple[AnyConfig, Timin
 def judged(
     subject: Subject, configs: Sequence[AnyConfig], given: Given, device: torch.device
 ) -> list[AnyConfig]:
-    """Returns the configurations whose results are right; the first, the heuristics', must be.
-
-    Raises:
-        WrongError: it is not.
-        DeviceLostError: the device does not answer any more.
-    """
+    """Returns the configurations that are right; WrongError where the heuristics' is not."""
     exact = subject.exact(given)
     B, _, S = subject.setting.shape
     first: list[Tensor] | None = None

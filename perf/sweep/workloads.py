@@ -29,14 +29,9 @@ DTYPE_OF = {
     "fp16": torch.float16,
     "autocast": torch.float32,
 }
-# Half the spacing of the numbers at one, of the dtype or of the format it is computed in.
-ROUNDOFF_OF = {
-    "fp32": 2.0**-24,
-    "tf32": 2.0**-11,
-    "bf16": 2.0**-8,
-    "fp16": 2.0**-11,
-    "autocast": 2.0**-8,
-}
+_COMPUTED_IN = {**DTYPE_OF, "tf32": torch.float16, "autocast": torch.bfloat16}  # as many digits
+# Half the spacing of the numbers at one.
+ROUNDOFF_OF = {name: torch.finfo(dtype).eps / 2 for name, dtype in _COMPUTED_IN.items()}
 
 # As `perf.static` calls a layout.
 LAYOUT_OF = {"nchw": "contiguous", "channels_last": "channels_last"}
@@ -103,25 +98,16 @@ _FUSION: Moved = {"infer": (2, 1), "train": (4, 3), "bwd": (2, 2)}
 
 @dataclass(frozen=True)
 class Workload:
-    """How to build one workload.
-
-    Attributes:
-        level: what it is.
-        ours: builds the module of sknet_triton.
-        plain: builds the baseline from it, with the same parameters.
-        inputs: draws the inputs in float32.
-        input_grads: whether the backward pass goes down to the inputs.
-        moved: by the mathematics; None where convolutions move more than the stages do.
-        batch_norm: whether training takes statistics of one vector an image, as fc1's norm does.
-    """
+    """How to build one workload."""
 
     level: Level
     ours: Callable[[Case], nn.Module]
+    # Builds the baseline from ours, with the same parameters.
     plain: Callable[[nn.Module], nn.Module] = baseline.with_plain_convs
-    inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]] = _image
-    input_grads: bool = True
-    moved: Moved | None = None
-    batch_norm: bool = True
+    inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]] = _image  # in float32
+    input_grads: bool = True  # whether the backward pass goes down to the inputs
+    moved: Moved | None = None  # none where convolutions move more than the stages do
+    batch_norm: bool = True  # whether training takes statistics of one vector an image, as fc1's
 
 
 def _family(family: Family) -> Workload:
@@ -211,17 +197,17 @@ def make_case(
     """
     level = LEVEL_OF[workload]
     if level in ("pass", "op", "layer"):
-        channels, size = stage_shape(stage, resolution)
-    elif level == "family":
-        stage, family = NO_STAGE, FAMILIES[workload]
-        M, channels, size = family.M, family.C, -(-resolution // family.reduction)
-    else:
-        stage = NO_STAGE
-        resolution = DIGITS_RESOLUTION if level == "workload" else resolution
-        channels, size = (1 if level == "workload" else 3), resolution
-    return Case(
-        level, workload, mode, dtype, layout, M, batch, resolution, stage, channels, size, size
-    )
+        C, side = stage_shape(stage, resolution)
+        return Case(
+            level, workload, mode, dtype, layout, M, batch, resolution, stage, C, side, side
+        )
+    C, side = 3, resolution
+    if level == "family":
+        family = FAMILIES[workload]
+        M, C, side = family.M, family.C, -(-resolution // family.reduction)
+    if level == "workload":
+        C, side, resolution = 1, DIGITS_RESOLUTION, DIGITS_RESOLUTION
+    return Case(level, workload, mode, dtype, layout, M, batch, resolution, NO_STAGE, C, side, side)
 
 
 def stage_shape(stage: int, resolution: int) -> tuple[int, int]:
