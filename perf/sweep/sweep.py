@@ -3,7 +3,6 @@
 Ranks, as torchrun starts them, may share one.
 """
 
-import itertools
 import os
 import re
 import signal
@@ -136,15 +135,15 @@ class Rank:
 
 def this_rank() -> Rank:
     """Returns what torchrun says, or the only rank; UsageError where the variables name none."""
-    names = ("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")
-    index, local, count = itertools.starmap(_number, names)
+    index = _number("RANK", os.environ.get("RANK", "0"))
+    local = _number("LOCAL_RANK", os.environ.get("LOCAL_RANK", "0"))
+    count = _number("WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     if index >= count:
         raise UsageError(f"RANK: expected less than WORLD_SIZE, which is {count}, got {index}")
     return Rank(index, local, count)
 
 
-def _number(name: str, default: str) -> int:
-    text = os.environ.get(name, default)
+def _number(name: str, text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text):
         raise UsageError(f"{name}: expected a whole number, got {text!r}")
     return int(text)
