@@ -5,10 +5,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sknet_triton.layers import SKConv, SKUnit
 from sknet_triton.layers.parts import NORMS, any_hook
@@ -27,12 +26,10 @@ def fuse_bn(model: _Model) -> _Model:
 
     The norms of any other `SKConv` stay where they are: `functional.sk_fuse_select` normalises
     and rectifies while it reads the branches, in 2M + 1 passes altogether. Folding would save it
-    none of them and would leave M operators for the ReLUs, of two passes each. (Eager PyTorch,
-    which calls the modules one by one, would gain; a model serves every backend.)
+    none of them and would leave M operators for the ReLUs, of two passes each.
 
-    Skipped is a pair of convolution and norm of which one has a hook or a parametrization, is
-    replaced by another type of module or is used in a second place, or where the norm has no
-    running statistics.
+    Skipped is a pair of convolution and norm of which one has a hook or a parametrization, is of
+    another type or is used in a second place, or where the norm has no running statistics.
 
     The state dict changes: a folded pair has ``conv.bias`` and no entries of ``bn``. Load
     checkpoints first, then fold. Results change by rounding only. A second call changes nothing.
@@ -75,13 +72,11 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield module.stem
         elif isinstance(module, SKUnit):
             yield from (module.reduce, module.increase, module.shortcut)
-        elif isinstance(module, SKConv) and not _is_applied_on_the_fly(module):
+        elif isinstance(module, SKConv) and (
+            module.aggregate == "sum" or not hasattr(module.fc1, "bn")
+        ):
+            # `sk_fuse_select` applies the norms of any other on the fly.
             yield from module.branches
-
-
-def _is_applied_on_the_fly(sk: SKConv) -> bool:
-    """Tells whether `sk_fuse_select` computes what ``sk`` is made of, hooks and backend apart."""
-    return sk.aggregate == "sk" and hasattr(sk.fc1, "bn")
 
 
 def _is_foldable(block: nn.Module, uses: Counter[int]) -> bool:
@@ -98,26 +93,10 @@ def _is_foldable(block: nn.Module, uses: Counter[int]) -> bool:
     return free and uses[id(conv)] == uses[id(bn)] == 1
 
 
-@torch.no_grad()
 def _folded(block: Any) -> nn.Conv2d:
-    """Returns a new convolution that does what ``block.conv`` and ``block.bn`` do."""
-    old, bn = block.conv, block.bn
-    dtype = old.weight.dtype
+    """Returns a new convolution that does what ``block.conv`` and ``block.bn`` do, rounded once."""
+    dtype, trained = block.conv.weight.dtype, block.conv.weight.requires_grad
+    conv, bn = (copy.deepcopy(module).eval() for module in (block.conv, block.bn))
     wide = accumulation_dtype(dtype)
-
-    def widened(x: Tensor | None) -> Any:
-        return None if x is None else x.to(wide)
-
-    weight, bias = fuse_conv_bn_weights(
-        widened(old.weight),
-        widened(old.bias),
-        widened(bn.running_mean),
-        widened(bn.running_var),
-        bn.eps,
-        widened(bn.weight),
-        widened(bn.bias),
-    )
-    conv: nn.Conv2d = copy.deepcopy(old)
-    conv.weight = nn.Parameter(weight.to(dtype), old.weight.requires_grad)
-    conv.bias = nn.Parameter(bias.to(dtype), old.weight.requires_grad)
-    return conv
+    folded: nn.Conv2d = fuse_conv_bn_eval(conv.to(wide), bn.to(wide)).to(dtype)
+    return folded.requires_grad_(trained)

@@ -1,18 +1,20 @@
-"""SKNets in timm's registry: names, arguments, features, weights, and what timm's scripts ask."""
+"""SKNets in timm's registry and what its scripts ask of them; accelerate on timm's own modules."""
 
 import copy
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sknet_triton as skt
-from sknet_triton import SKNet, SKNetFeatures
+from sknet_triton import Backend, SKNet, SKNetFeatures, use_backend
 from sknet_triton.models import SKNET26
+from tests.helpers import BACKENDS, EXACT_NETWORK, assert_same, outcome
 from tests.plain_sknet import largest_error, scramble
 
 WIDTHS, REDUCTIONS = [64, 256, 512, 1024, 2048], [2, 4, 8, 16, 32]
@@ -292,3 +294,85 @@ def test_parameter_groups_run_from_the_stem_to_the_head(
     assert [name for group in by_group.values() for name in group] == [
         name for name, _ in model.named_parameters()
     ]
+
+
+# accelerate on timm's own models and layers
+
+
+def accelerated(kind: str, module: str, units: tuple[int, ...], remark: str = "") -> str:
+    """The printed report of a network whose stages have so many units."""
+    lines = [
+        f"accelerated  layer{stage}.{unit}.{module}  [{kind}]{remark}"
+        for stage, count in enumerate(units, start=1)
+        for unit in range(count)
+    ]
+    return "\n".join([f"{len(lines)} accelerated", *lines])
+
+
+SELECTIVE, SPLIT = "timm SelectiveKernel", "ResNeSt split attention"
+OWN_COMPILED = "  its own forward under torch.compile without kernels"
+REPORTS = {
+    "skresnext50_32x4d": accelerated(SELECTIVE, "conv2", (3, 4, 6, 3)),
+    "skresnet18": accelerated(SELECTIVE, "conv1", (2, 2, 2, 2)),
+    "resnest26d": accelerated(SPLIT, "conv2", (2, 2, 2, 2), OWN_COMPILED),
+}
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """Gives norms and the attention's last layer values that no mistake can hide behind."""
+    with torch.no_grad():
+        for name, child in module.named_modules():
+            if isinstance(child, nn.BatchNorm2d):
+                for tensor_name, tensor in child.state_dict().items():
+                    if tensor_name in ("weight", "running_var"):
+                        tensor.uniform_(0.5, 1.5)
+                    elif tensor_name in ("bias", "running_mean"):
+                        tensor.uniform_(-0.3, 0.3)
+            elif name.endswith(("fc_select", "fc2")):
+                child.get_parameter("weight").uniform_(-1, 1)
+    return module.double()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_the_device")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", REPORTS)
+def test_an_accelerated_network_has_the_same_numbers_and_names(
+    name: str, training: bool, timm: Any
+) -> None:
+    own = randomised(timm.create_model(name, num_classes=10)).train(training)
+    model = copy.deepcopy(own)
+    assert str(skt.accelerate(model)) == REPORTS[name]
+    assert list(model.state_dict()) == list(own.state_dict())
+    # With few images fc_reduce's batch norm divides by almost nothing, and magnifies roundings.
+    x = torch.randn(8, 3, 48, 48, dtype=torch.float64)
+    assert_same(outcome(model, model, x), outcome(own, own, x), EXACT_NETWORK, least=1.0)
+    assert len(skt.restore(model)) == len(REPORTS[name].splitlines()) - 1
+    assert [type(m) for m in model.modules()] == [type(m) for m in own.modules()]
+
+
+# Of timm.layers; each takes 8 channels, or 9.
+LAYERS: dict[str, Callable[[Any], nn.Module]] = {
+    "SelectiveKernel": lambda layers: layers.SelectiveKernel(8, 8, groups=2),
+    "SelectiveKernel M3": lambda layers: layers.SelectiveKernel(
+        9, 8, kernel_size=[3, 5, 7], stride=2, split_input=True
+    ),
+    "SplitAttn": lambda layers: layers.SplitAttn(8, 8, groups=2, norm_layer=nn.BatchNorm2d),
+    "SplitAttn radix 1": lambda layers: layers.SplitAttn(8, 8, radix=1, norm_layer=nn.BatchNorm2d),
+}
+
+
+@pytest.mark.usefixtures("on_the_device")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_accelerated_layer_has_the_same_numbers_on_both_backends(
+    name: str, backend: Backend, training: bool, timm: Any
+) -> None:
+    own = randomised(LAYERS[name](timm.layers)).train(training)
+    module = copy.deepcopy(own)
+    assert [row.status for row in skt.accelerate(module)] == ["accelerated"]
+    x = torch.randn(3, 9 if "M3" in name else 8, 6, 5, dtype=torch.float64)
+    with use_backend(backend):
+        actual = outcome(module, module, x)
+    assert_same(actual, outcome(own, own, x), least=1.0)

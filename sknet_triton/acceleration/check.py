@@ -87,21 +87,20 @@ def check(
     parameters, buffers and inputs afterwards, and the random numbers drawn; and, with ``besides``,
     what the module keeps on itself and what else the forward does (`effects`).
     """
-    arguments = module, family, cls or type(module), besides
+
+    def answer() -> Checked:
+        try:
+            with _isolated():
+                return _compared(module, family, cls or type(module), besides)
+        except _UnfitError as error:
+            return Checked(str(error))
+
     if threading.current_thread().name.startswith(_THREAD):
-        return _checked(*arguments)
+        return answer()
     # A new thread has none of the caller's: default device, autocast, inference mode, hooks of
     # saved tensors, modes that see every function or operator.
     with ThreadPoolExecutor(1, _THREAD) as thread:
-        return thread.submit(_checked, *arguments).result()
-
-
-def _checked(module: nn.Module, family: Family, cls: Any, besides: bool) -> Checked:
-    try:
-        with _isolated():
-            return _compared(module, family, cls, besides)
-    except _UnfitError as error:
-        return Checked(str(error))
+        return thread.submit(answer).result()
 
 
 def _compared(module: nn.Module, family: Family, cls: Any, besides: bool) -> Checked:
@@ -174,11 +173,7 @@ def _isolated() -> Iterator[None]:
 
     Seeded is the CPU's generator alone: ``torch.manual_seed`` reseeds those of all devices.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_one_at_a_time)
-        stack.enter_context(use_backend("reference"))
-        state = torch.default_generator.get_state()
-        stack.callback(torch.default_generator.set_state, state)
+    with _one_at_a_time, use_backend("reference"), torch.random.fork_rng([]), ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         if "numpy" in sys.modules:
             numbers = sys.modules["numpy"].random

@@ -55,8 +55,6 @@ def sk_units(model: nn.Module) -> list[Unit]:
     """Returns the selective-kernel units of ``model``, in its order.
 
     Those are every `SKConv` that selects, and the modules that `accelerate` swapped or would swap.
-    One that looks like a known module and computes something else is not among them; the report of
-    `accelerate` names it.
 
     Raises:
         ValueError: there is none; the reasons are named where a module comes near to one.
@@ -130,12 +128,11 @@ def record_attention(
 ) -> pd.DataFrame:
     """Records how every selective-kernel unit weighs its branches, for each class of images.
 
-    The model evaluates (dropout off, running statistics) without gradients. Afterwards, also after
-    an error or an interrupt, its modes, buffers, hooks and torch's random states are as before.
-    Sums are kept, in float64, not weights: the memory does not depend on the number of images.
-
-    It works on every backend. Inside of torch.compile's and the data-parallel wrappers the module
-    itself is run, eagerly; in a process group each process records what its own loader gives.
+    The model evaluates (dropout off, running statistics) without gradients, on any backend.
+    Afterwards, also after an error or an interrupt, its modes, buffers, hooks and torch's random
+    states are as before. Sums are kept, in float64: the memory does not depend on the number of
+    images. Inside of torch.compile's and the data-parallel wrappers the module itself is run,
+    eagerly; in a process group each process records what its own loader gives.
 
     Args:
         model: contains an `SKConv`, or modules that `accelerate` swapped or would swap; those have
@@ -145,16 +142,12 @@ def record_attention(
         device: where images are moved; None for that of the model's first parameter.
 
     Returns:
-        One row for every unit and class, in the model's order and that of the classes:
-
-        - ``path``, ``stage``, ``index``: as in `Unit`.
-        - ``label``: the class; missing where the loader gives none.
-        - ``images``: how many images the means are over. A unit that the model calls k times
-          counts each image k times; one that it does not call has no row.
-        - ``difference``: the mean over images and channels of the last branch's weight minus the
-          first's; for the published unit, of (dilated - 3x3).
-        - ``weight_0``, ``weight_1``, ...: the same mean of every branch's weight; missing beyond
-          the branches that a unit has.
+        One row for every unit and class, in the model's order and that of the classes: ``path``,
+        ``stage`` and ``index`` as in `Unit`; ``label``, the class, missing where there is none;
+        ``images``, how many the means are over, each counted at every call of the unit;
+        ``difference``, the mean over images and channels of the last branch's weight minus the
+        first's (of the published unit, dilated - 3x3); and ``weight_0``, ``weight_1``, ..., the
+        same mean of every branch's weight, missing beyond the branches that a unit has.
 
     Raises:
         TypeError: an argument, or what the loader yields, is of another type.
@@ -186,8 +179,7 @@ def record_sizes(
         ``change``: the difference minus the one at 1.0 of the same unit and class.
 
     Raises:
-        TypeError: as in `record_attention` and `enlarge`.
-        ValueError: likewise, or ``scales`` lacks 1.0.
+        TypeError, ValueError: as in `record_attention` and `enlarge`; or ``scales`` lacks 1.0.
     """
     if 1.0 not in scales:
         raise ValueError(f"scales: expected 1.0 among them, got {tuple(scales)}")
@@ -198,22 +190,21 @@ def enlarge(images: Tensor, scale: float) -> Tensor:
     """Enlarges images around their centre and keeps their size (Li et al. 2019, figure 3).
 
     The paper crops the centre and resizes the crop. Here the crop is exactly H / scale by
-    W / scale, not rounded to whole pixels, and the resizing is bilinear: with pixel i covering
-    [i, i + 1), the middle of output pixel i reads position n / 2 + (i + 1/2 - n / 2) / scale of a
-    side of n pixels. 1.0 returns the same values. Beside ``F.interpolate`` of a crop of whole
-    pixels only the outermost differ: they read on across the border of the crop.
+    W / scale and the resizing bilinear: with pixel i covering [i, i + 1), the middle of output
+    pixel i reads position n / 2 + (i + 1/2 - n / 2) / scale of a side of n pixels. Beside
+    ``F.interpolate`` of a crop of whole pixels only the outermost pixels differ: they read on
+    across the border of the crop.
 
     Args:
         images: [..., H, W], floating point.
-        scale: at least 1.
+        scale: at least 1, which returns the same values.
 
     Returns:
         Images of the same shape, dtype and device.
 
     Raises:
         TypeError: ``images`` is not a floating-point tensor.
-        ValueError: ``scale`` is below 1, which would need pixels outside the image, or not finite;
-            or ``images`` has fewer than two axes.
+        ValueError: ``scale`` is below 1 or not finite, or ``images`` has fewer than two axes.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -354,11 +345,7 @@ def _reading(n: int, scale: float) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluates ``model`` inside the block, eagerly and without gradients.
-
-    Afterwards, also after an error or an interrupt, the training mode of every module, the buffers
-    and torch's random states are as they were. A compiled model keeps its graphs.
-    """
+    """Evaluates ``model`` eagerly inside the block; puts modes, buffers and random states back."""
     before = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     values = [(x, x.detach().clone()) for x in model.buffers()]
     gpus = list({x.device for x in model.parameters() if x.is_cuda})

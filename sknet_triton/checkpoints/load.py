@@ -93,14 +93,12 @@ class CheckpointMismatchError(ValueError):
     """
 
     def __init__(self, diff: StateDiff) -> None:
-        super().__init__(
-            "\n".join([f"the checkpoint does not fit the model: {diff}", *_hints(diff)])
-        )
+        super().__init__(diff)
         self.diff = diff
 
-    def __reduce__(self) -> tuple[type["CheckpointMismatchError"], tuple[StateDiff]]:
-        # The default would call the class with the message.
-        return type(self), (self.diff,)
+    def __str__(self) -> str:
+        lines = [f"the checkpoint does not fit the model: {self.diff}", *_hints(self.diff)]
+        return "\n".join(lines)
 
 
 def _hints(diff: StateDiff) -> Iterator[str]:
@@ -200,8 +198,7 @@ def _state(model: nn.Module) -> Mapping[str, Tensor]:
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """Reads a safetensors file or one that torch.save wrote, onto the CPU.
 
-    A torch file is read with ``weights_only=True``: a pickle that wants more than tensors and plain
-    containers is refused, and nothing of it is run.
+    A pickle that wants more than tensors and plain containers is refused, and nothing of it is run.
 
     Returns:
         What the file holds, for `convert_state_dict` or `load_checkpoint`.
