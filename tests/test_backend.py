@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -82,31 +81,6 @@ def test_a_block_is_its_contexts_own() -> None:
     assert asyncio.run(both()) == ["reference", "triton"]
     contextvars.copy_context().run(use_backend("triton").__enter__)
     assert backend.current_backend() == "auto"
-
-
-def test_blocks_of_several_threads_are_seen_by_none_other_and_leave_nothing() -> None:
-    wrong: list[str] = []
-    interval = sys.getswitchinterval()
-
-    def enter(name: Backend) -> None:
-        for _ in range(2000):
-            with use_backend(name):
-                if backend.current_backend() != name:
-                    wrong.append(name)
-
-    names: tuple[Backend, ...] = ("reference", "triton", "reference")
-    threads = [threading.Thread(target=enter, args=(name,)) for name in names]
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            if backend.current_backend() != "auto":
-                wrong.append("seen from outside")
-    finally:
-        sys.setswitchinterval(interval)
-    assert wrong == []
-    assert backend.current_backend() == seen_elsewhere() == "auto"
 
 
 def test_compiled_code_follows_the_block_the_setter_and_the_thread(fresh_dynamo: None) -> None:

@@ -26,16 +26,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sknet_triton as skt
 from perf.peers import rebuilt
-from sknet_triton import SKConv, SKNet, SKUnit, StageSpec, use_backend
+from sknet_triton import SKConv, SKUnit, use_backend
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.backend import Backend
-from tests.helpers import BACKENDS, DEVICE, assert_same, is_plain
+from tests.helpers import (
+    BACKENDS,
+    DEVICE,
+    Seen,
+    assert_same,
+    images,
+    is_plain,
+    small_network,
+)
 from tests.plain_sknet import largest_error, scramble
 from tests.processes import WORLD, in_two_processes, needs_gloo
 
 pytestmark = [pytest.mark.slow, needs_gloo]
 
-# float64: two steps through a few layers, sums of some hundred products in another order.
+CPU = torch.device("cpu")
 SHARES = (2, 3)  # images of each process
 RATE = 0.05
 
@@ -66,15 +74,13 @@ def layer() -> nn.Module:
 
 
 def peer() -> nn.Module:
-    timm = rebuilt.SelectiveKernel(4, 4)
-    return finished(timm, nn.Conv2d(4, 3, 1))
+    return finished(rebuilt.SelectiveKernel(4, 4), nn.Conv2d(4, 3, 1))
 
 
 def checkpointed_network() -> nn.Module:
-    stage = StageSpec(4, 2, 1, d=3)
-    net = SKNet((stage,), num_classes=3, in_chans=4, unit_options={"G": 2})
+    net = small_network(units=2)
     net.set_grad_checkpointing()
-    return scramble(net).double()
+    return net
 
 
 def built(build: Callable[[], nn.Module], device: torch.device, training: bool) -> nn.Module:
@@ -82,14 +88,9 @@ def built(build: Callable[[], nn.Module], device: torch.device, training: bool) 
     return build().to(device).train(training)
 
 
-def batches(device: torch.device, steps: int = 2) -> list[Tensor]:
+def batches(device: torch.device = CPU, steps: int = 2) -> list[Tensor]:
     """Returns the input of every step."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (sum(SHARES), 4, 6, 5)
-    return [
-        torch.randn(shape, dtype=torch.float64, generator=generator).to(device)
-        for _ in range(steps)
-    ]
+    return [images(sum(SHARES), (6, 5), seed, device) for seed in range(steps)]
 
 
 def share(x: Tensor, rank: int) -> Tensor:
@@ -109,13 +110,13 @@ def descend(model: nn.Module) -> None:
                 p.sub_(p.grad, alpha=RATE)
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
+def state(model: nn.Module) -> Seen:
     """Returns every gradient, parameter and buffer."""
     seen = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return seen | {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
-def alone(model: nn.Module, xs: list[Tensor]) -> list[dict[str, Tensor]]:
+def alone(model: nn.Module, xs: list[Tensor]) -> list[Seen]:
     """One process takes a step a joint batch; the gradients are means over processes."""
     for x in xs:
         model.zero_grad()
@@ -124,7 +125,7 @@ def alone(model: nn.Module, xs: list[Tensor]) -> list[dict[str, Tensor]]:
     return [state(model)] * WORLD
 
 
-def alone_by_shares(model: nn.Module, xs: list[Tensor], broadcast: bool) -> list[dict[str, Tensor]]:
+def alone_by_shares(model: nn.Module, xs: list[Tensor], broadcast: bool) -> list[Seen]:
     """One process plays both, where each has statistics of its own share.
 
     With ``broadcast`` the second begins every step with the buffers of the first.
@@ -176,13 +177,10 @@ def synced(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Parallel:
-    """A use of DistributedDataParallel.
+    """A use of DistributedDataParallel with ``options``.
 
     Attributes:
-        options: of DistributedDataParallel.
-        build: makes the model.
-        before: what is done to the model.
-        after: what is done to the DistributedDataParallel.
+        build: makes the model; ``before`` is done to it, ``after`` to DistributedDataParallel.
         training: whether batch norms take statistics.
         accumulate: whether a step is one micro batch an image, all but the last under ``no_sync``.
         joint: whether the oracle sees the joint batch at once.
@@ -227,7 +225,7 @@ PARALLEL = {
 }
 
 
-def run_parallel(case: Parallel, backend: Backend, rank: int) -> dict[str, Tensor]:
+def run_parallel(case: Parallel, backend: Backend, rank: int) -> Seen:
     model = built(case.build, DEVICE, case.training)
     parallel = DistributedDataParallel(case.before(model), **case.options)
     run: Model = case.after(parallel)
@@ -247,15 +245,11 @@ def run_parallel(case: Parallel, backend: Backend, rank: int) -> dict[str, Tenso
 
 @dataclass(frozen=True)
 class Sharded:
-    """Where `fully_shard` is called.
+    """Where `fully_shard` is called; what has no attribute here is as in `Parallel`.
 
     Attributes:
         paths: the modules, outermost last; a tuple of paths is one group.
         plain: whether the first SKConv is still an `sk_fuse_select`.
-        build: makes the model.
-        before: what is done to the model.
-        training: whether batch norms take statistics.
-        backends: which are asked.
     """
 
     paths: tuple[str | tuple[str, ...], ...] = ("",)
@@ -301,9 +295,8 @@ SHARDED = {
 def sharded(model: nn.Module, paths: tuple[str | tuple[str, ...], ...], **options: Any) -> Any:
     mesh = init_device_mesh("cpu", (WORLD,))
     for path in paths:
-        modules = [model.get_submodule(path)] if isinstance(path, str) else None
-        group = modules or [model.get_submodule(p) for p in path]
-        fully_shard(cast(Any, group[0] if modules else group), mesh=mesh, **options)
+        group = [model.get_submodule(p) for p in ((path,) if isinstance(path, str) else path)]
+        fully_shard(cast(Any, group[0] if len(group) == 1 else group), mesh=mesh, **options)
     return model
 
 
@@ -311,7 +304,7 @@ def first_conv(model: nn.Module) -> SKConv:
     return next(m for m in model.modules() if isinstance(m, SKConv))
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def whole_state(model: nn.Module) -> Seen:
     """As `state`, with every shard gathered."""
     gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     grads = {
@@ -323,19 +316,19 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def run_sharded(case: Sharded, backend: Backend, rank: int) -> dict[str, Any]:
-    model = sharded(case.before(built(case.build, torch.device("cpu"), case.training)), case.paths)
+    model = sharded(case.before(built(case.build, CPU, case.training)), case.paths)
     plain = case.build is peer or is_plain(first_conv(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     with use_backend(backend):
-        for x in batches(torch.device("cpu"), steps=1):
+        for x in batches(steps=1):
             torch.autograd.backward(loss(model(share(x, rank))))
             optimizer.step()
     return {"plain": plain, "state": whole_state(model)}
 
 
-def loaded(rank: int) -> dict[str, Tensor]:
+def loaded(rank: int) -> Seen:
     """Loads the first process's whole state dict into shards; returns it gathered again."""
-    source = built(units, torch.device("cpu"), False)
+    source = built(units, CPU, False)
     model = sharded(copy.deepcopy(source), ("0", "1", ""))
     with torch.no_grad():
         for t in model.parameters():
@@ -347,7 +340,7 @@ def loaded(rank: int) -> dict[str, Tensor]:
 
 def accelerated_late() -> list[str]:
     """Returns what `accelerate` says of the modules of a sharded model."""
-    model = sharded(built(peer, torch.device("cpu"), False), ("",))
+    model = sharded(built(peer, CPU, False), ("",))
     report = skt.accelerate(model)
     assert not any(isinstance(m, Accelerated) for m in model.modules())
     return [str(row) for row in report]
@@ -358,34 +351,27 @@ FLOAT32_OUT = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torc
 UNTOUCHED = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """A policy of the whole, and whether the norms stay in float32 by one of their own."""
-
-    policy: MixedPrecisionPolicy
-    float32_norms: bool
-    dtype: torch.dtype
-
-
+# The policy of the whole, whether the norms stay in float32 by one of their own, and V's dtype.
 MIXED = {
-    "bf16": Mixed(BF16, False, torch.bfloat16),
-    "bf16, output in float32": Mixed(FLOAT32_OUT, False, torch.float32),
-    "bf16, norms in float32": Mixed(BF16, True, torch.bfloat16),
+    "bf16": (BF16, False, torch.bfloat16),
+    "bf16, output in float32": (FLOAT32_OUT, False, torch.float32),
+    "bf16, norms in float32": (BF16, True, torch.bfloat16),
 }
 
 
-def run_mixed(case: Mixed, backend: Backend, rank: int) -> dict[str, Tensor]:
-    model = built(units, torch.device("cpu"), True).float()
-    if case.float32_norms:
+def run_mixed(name: str, backend: Backend, rank: int) -> Seen:
+    policy, float32_norms, _ = MIXED[name]
+    model = built(units, CPU, True).float()
+    if float32_norms:
         norms = [path for path, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
         sharded(model, tuple(norms), mp_policy=UNTOUCHED)
     else:  # on a CPU a batch norm's statistics have the dtype of its weight
         for buffer in model.buffers():
             buffer.data = buffer.data.bfloat16() if buffer.is_floating_point() else buffer.data
     sharded(model, ("0", "1"), mp_policy=BF16)
-    sharded(model, ("",), mp_policy=case.policy)
+    sharded(model, ("",), mp_policy=policy)
     with use_backend(backend):
-        out = model(share(batches(torch.device("cpu"))[0], rank).float())
+        out = model(share(batches()[0], rank).float())
     torch.autograd.backward(loss(out.float()))
     return {"out": out.detach()} | whole_state(model)
 
@@ -403,9 +389,9 @@ def work(rank: int) -> dict[str, Any]:
     for name, case in SHARDED.items():
         for backend in case.backends:
             seen[f"FSDP {name} {backend}"] = run_sharded(case, backend, rank)
-    for name, mixed in MIXED.items():
+    for name in MIXED:
         for backend in FSDP_BACKENDS:
-            seen[f"mixed {name} {backend}"] = run_mixed(mixed, backend, rank)
+            seen[f"mixed {name} {backend}"] = run_mixed(name, backend, rank)
     return seen
 
 
@@ -439,28 +425,21 @@ def test_data_parallel_equals_one_process(
 )
 def test_shards_equal_one_process(name: str, backend: Backend, ranks: list[dict[str, Any]]) -> None:
     case = SHARDED[name]
-    model = built(case.build, torch.device("cpu"), case.training)
-    xs = batches(torch.device("cpu"), steps=1)
+    model = built(case.build, CPU, case.training)
+    xs = batches(steps=1)
     expected = alone_by_shares(model, xs, broadcast=False) if case.training else alone(model, xs)
-    for seen, wanted in zip(ranks, expected, strict=True):
-        assert_same(seen[f"FSDP {name} {backend}"]["state"], wanted)
-
-
-@pytest.mark.parametrize("name", SHARDED)
-def test_a_child_that_is_sharded_by_itself_is_called(
-    name: str, ranks: list[dict[str, Any]]
-) -> None:
-    # Its parameters are gathered by a hook of its own, before it is called.
-    for seen in ranks:
-        for backend in SHARDED[name].backends:
-            assert seen[f"FSDP {name} {backend}"]["plain"] == SHARDED[name].plain
+    for each, wanted in zip(ranks, expected, strict=True):
+        seen = each[f"FSDP {name} {backend}"]
+        assert_same(seen["state"], wanted)
+        # The parameters of a child that is sharded by itself are gathered by a hook of its own,
+        # before it is called.
+        assert seen["plain"] == case.plain
 
 
 def test_a_whole_state_dict_goes_into_shards_and_back(ranks: list[dict[str, Any]]) -> None:
-    expected = built(units, torch.device("cpu"), False).state_dict()
+    expected = built(units, CPU, False).state_dict()
     for seen in ranks:
-        assert seen["loaded"].keys() == expected.keys()
-        assert all(torch.equal(seen["loaded"][key], t) for key, t in expected.items())
+        assert_same(seen["loaded"], expected, bound=0)
 
 
 # What is rounded to bf16 on the way through both units: the input, seven convolutions and their
@@ -470,12 +449,8 @@ HALF_EPS = torch.finfo(torch.bfloat16).eps / 2
 
 
 def exact(rank: int) -> Tensor:
-    model = built(units, torch.device("cpu"), True)
-    return cast(Tensor, model(share(batches(torch.device("cpu"))[0], rank)).detach())
-
-
-def dtypes(tensors: dict[str, Tensor]) -> dict[str, torch.dtype]:
-    return {name: t.dtype for name, t in tensors.items()}
+    model = built(units, CPU, True)
+    return cast(Tensor, model(share(batches()[0], rank)).detach())
 
 
 @pytest.mark.parametrize("backend", FSDP_BACKENDS)
@@ -483,11 +458,10 @@ def dtypes(tensors: dict[str, Tensor]) -> dict[str, torch.dtype]:
 def test_mixed_precision_gives_the_dtypes_of_the_modules(
     name: str, backend: Backend, ranks: list[dict[str, Any]]
 ) -> None:
-    case = MIXED[name]
     for seen in ranks:
         actual, modules = seen[f"mixed {name} {backend}"], seen[f"mixed {name} reference"]
-        assert dtypes(actual) == dtypes(modules)
-        assert actual["out"].dtype == case.dtype
+        assert {n: t.dtype for n, t in actual.items()} == {n: t.dtype for n, t in modules.items()}
+        assert actual["out"].dtype == MIXED[name][2]
         assert actual["grad 0.sk.fc2.weight"].dtype == torch.float32
         assert largest_error(actual["out"], exact(seen["rank"])) < ROUNDINGS * HALF_EPS
 

@@ -4,7 +4,6 @@ The oracle is made of nn.BatchNorm2d modules called one by one. All cases run in
 processes, because starting a pair takes longer than the cases do.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from sknet_triton import SKConv, use_backend
 from sknet_triton.backend import Backend
-from tests.helpers import BACKENDS, Seen, assert_same, is_plain, laid_out, outcome
+from tests.helpers import BACKENDS, Seen, assert_same, is_plain, laid_out, one_by_one, outcome
 from tests.plain_sknet import for_norms, scramble, without_affine, without_tracking
 from tests.processes import WORLD, in_two_processes, needs_gloo
 
@@ -67,6 +66,7 @@ CASES = {
     "unequal": Case(),
     "one image on a rank": Case((1, 3)),
     "one image on every rank": Case((1, 1), backends=PLAIN),
+    "no image on a rank": Case((0, 3)),
     "equal": Case((2, 2), backends=PLAIN),
     "M3 stride 2 channels_last": Case(options={"M": 3, "stride": 2}, layout="channels_last"),
     "momentum None": Case(change=for_norms(lambda bn: setattr(bn, "momentum", None))),
@@ -86,12 +86,10 @@ def two_steps(sk: SKConv, x: Tensor, dout: Tensor, compiled: bool = False) -> Se
     return outcome(run, sk, x, dout)
 
 
-def modules_one_by_one(sk: SKConv, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
-    """The oracle: a do-nothing hook keeps SKConv from using `sk_fuse_select`."""
-    sk.fc2.register_forward_hook(lambda *_: None)
-    assert not is_plain(sk)
+def modules_one_by_one(sk: SKConv, x: Tensor, dout: Tensor) -> Seen:
+    """The oracle."""
     with use_backend("reference"):
-        return two_steps(sk, x, dout)
+        return two_steps(one_by_one(sk), x, dout)
 
 
 def synced(sk: SKConv, group: Any = None) -> SKConv:
@@ -126,7 +124,7 @@ def worker(rank: int, device_type: str) -> dict[str, Any]:
 
 def run_case(
     case: Case, backend: Backend, rank: int, device: torch.device, group: Any = None
-) -> dict[str, Tensor]:
+) -> Seen:
     sk = synced(case.module(device), group)
     assert is_plain(sk)
     x, dout = (share(t, case.images, rank) for t in case.joined(device))
@@ -134,54 +132,43 @@ def run_case(
         return two_steps(sk, x, dout, case.compiled)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Norms of which some are synced.
+
+    Attributes:
+        sync: converts them to the group.
+        plain: whether `sk_fuse_select` may still be used.
+        freeze: what is done to the module afterwards.
+    """
+
+    sync: Callable[[SKConv, Any], Any]
+    plain: bool = False
+    freeze: Callable[[SKConv], Any] = unchanged
+
+
 def sync_branches(sk: SKConv, group: Any) -> None:
     convert(sk.branches, group)
 
 
-def sync_fc1(sk: SKConv, group: Any) -> None:
-    convert(sk.fc1, group)
-
-
-def sync_over_two_groups(sk: SKConv, group: Any) -> None:
-    sync_branches(sk, group)
-    sync_fc1(sk, None)
-
-
-def sync_branches_beside_frozen_fc1(sk: SKConv, group: Any) -> None:
-    sync_branches(sk, group)
-    sk.fc1.eval()
-
-
-def sync_fc1_beside_frozen_branches(sk: SKConv, group: Any) -> None:
-    sync_fc1(sk, group)
-    sk.branches.eval()
-
-
-def sync_one_branch(sk: SKConv, group: Any) -> None:
-    convert(sk.branches[0], group)
-
-
-def sync_branches_in_eval(sk: SKConv, group: Any) -> None:
-    sync_branches(sk, group)
-    sk.eval()
-
-
-# What to do to an SKConv; whether `sk_fuse_select` may still be used.
-MIXTURES: dict[str, tuple[Callable[[SKConv, Any], None], bool]] = {
-    "branches": (sync_branches, False),
-    "fc1": (sync_fc1, False),
-    "two groups": (sync_over_two_groups, False),
-    "one branch": (sync_one_branch, False),
-    "branches beside frozen fc1": (sync_branches_beside_frozen_fc1, True),
-    "fc1 beside frozen branches": (sync_fc1_beside_frozen_branches, True),
-    "branches in eval": (sync_branches_in_eval, True),
+MIXTURES = {
+    "branches": Mixture(sync_branches),
+    "fc1": Mixture(lambda sk, group: convert(sk.fc1, group)),
+    "two groups": Mixture(lambda sk, group: (convert(sk.branches, group), convert(sk.fc1, None))),
+    "one branch": Mixture(lambda sk, group: convert(sk.branches[0], group)),
+    "branches beside frozen fc1": Mixture(sync_branches, True, lambda sk: sk.fc1.eval()),
+    "fc1 beside frozen branches": Mixture(
+        lambda sk, group: convert(sk.fc1, group), True, lambda sk: sk.branches.eval()
+    ),
+    "branches in eval": Mixture(sync_branches, True, lambda sk: sk.eval()),
 }
 
 
 def run_mixture(name: str, rank: int, device: torch.device, group: Any) -> dict[str, Any]:
-    case, (change, _) = CASES["unequal"], MIXTURES[name]
+    case = CASES["unequal"]
     sk = case.module(device)
-    change(sk, group)
+    MIXTURES[name].sync(sk, group)
+    MIXTURES[name].freeze(sk)
     x, dout = (share(t, case.images, rank) for t in case.joined(device))
     result: dict[str, Any] = {"plain": is_plain(sk)}
     try:
@@ -192,19 +179,16 @@ def run_mixture(name: str, rank: int, device: torch.device, group: Any) -> dict[
     return result
 
 
-# --- processes that see other resolutions, or one of them no image at all -----------------------
+# --- processes that see other resolutions -------------------------------------------------------
 
-SHAPES = {
-    "other resolutions": ((2, 3, 4, 5), (3, 3, 7, 6)),
-    "an empty process": ((0, 3, 4, 5), (3, 3, 4, 5)),
-}
+SHAPES = ((2, 3, 4, 5), (3, 3, 7, 6))
 
 
-def drawn(kind: str, device: torch.device) -> tuple[SKConv, list[Tensor], list[Tensor]]:
+def drawn(device: torch.device) -> tuple[SKConv, list[Tensor], list[Tensor]]:
     """Returns a layer, the input of each process and the gradient that arrives there."""
     torch.manual_seed(3)
     sk = scramble(SKConv(3, 4, G=1, d=5, dtype=torch.float64)).to(device)
-    xs = [torch.randn(shape, dtype=torch.float64).to(device) for shape in SHAPES[kind]]
+    xs = [torch.randn(shape, dtype=torch.float64).to(device) for shape in SHAPES]
     return sk, xs, [torch.randn(len(x), 4, *x.shape[2:], dtype=x.dtype).to(device) for x in xs]
 
 
@@ -235,14 +219,13 @@ def joint(sk: SKConv, xs: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def run_uneven(rank: int, device: torch.device) -> dict[tuple[str, str], Seen]:
-    seen: dict[tuple[str, str], Seen] = {}
-    for kind in SHAPES:
-        for backend in BACKENDS:
-            plain, xs, douts = drawn(kind, device)
-            sk = synced(plain)
-            with use_backend(backend):
-                seen[kind, backend] = outcome(sk, sk, xs[rank], douts[rank])
+def run_uneven(rank: int, device: torch.device) -> dict[Backend, Seen]:
+    seen: dict[Backend, Seen] = {}
+    for backend in BACKENDS:
+        plain, xs, douts = drawn(device)
+        sk = synced(plain)
+        with use_backend(backend):
+            seen[backend] = outcome(sk, sk, xs[rank], douts[rank])
     return seen
 
 
@@ -256,19 +239,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return in_two_processes(worker, tmp_path_factory.mktemp("ranks"), device_type)
 
 
-def assert_joined(seen: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:
+def assert_joined(seen: list[Seen], expected: Seen) -> None:
     """Asserts that the processes' shares make up what one process sees."""
-    assert all(share.keys() == expected.keys() for share in seen)
-    for key, value in expected.items():
-        shares = [share[key] for share in seen]
-        if key in ("out", "dx"):
-            actual = [torch.cat(shares)]
-        elif key.startswith("grad "):
-            actual = [torch.stack(shares).sum(0)]
-        else:
-            actual = shares  # every process keeps the statistics of the joined batch
-        for x in actual:
-            assert_same({key: x}, {key: value})
+    for own in seen:  # every process keeps the statistics of the joined batch
+        whole = dict(own)
+        for key in own:
+            if key in ("out", "dx"):
+                whole[key] = torch.cat([share[key] for share in seen])
+            elif key.startswith("grad "):
+                whole[key] = torch.stack([share[key] for share in seen]).sum(0)
+        assert_same(whole, expected)
 
 
 @pytest.mark.parametrize(
@@ -300,45 +280,33 @@ def test_in_groups_of_one_every_process_is_alone(
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_norms_that_disagree_are_called_one_by_one(name: str, ranks: list[dict[str, Any]]) -> None:
-    for seen in ranks:
-        assert seen["mixtures"][name]["plain"] == MIXTURES[name][1]
-        # The modules themselves are right on a GPU; on a CPU torch's SyncBatchNorm says no.
-        if not MIXTURES[name][1] and not torch.cuda.is_available():
-            message = seen["mixtures"][name]["error"]
-            assert "SyncBatchNorm expected input tensor to be on GPU" in message
-
-
-FREEZES: dict[str, Callable[[SKConv], Any]] = {
-    "branches beside frozen fc1": lambda sk: sk.fc1.eval(),
-    "fc1 beside frozen branches": lambda sk: sk.branches.eval(),
-    "branches in eval": lambda sk: sk.eval(),
-}
-
-
-@pytest.mark.parametrize("name", FREEZES)
-def test_a_frozen_norm_agrees_with_any_group(
+def test_norms_that_disagree_are_called_and_a_frozen_norm_agrees_with_any_group(
     name: str, ranks: list[dict[str, Any]], device: torch.device
 ) -> None:
-    case = CASES["unequal"]
-    sk = case.module(device)
-    FREEZES[name](sk)
-    expected = modules_one_by_one(sk, *case.joined(device))
-    assert_joined([seen["mixtures"][name]["outcome"] for seen in ranks], expected)
+    mixture, seen = MIXTURES[name], [process["mixtures"][name] for process in ranks]
+    assert all(each["plain"] == mixture.plain for each in seen)
+    if mixture.plain:
+        case = CASES["unequal"]
+        sk = case.module(device)
+        mixture.freeze(sk)
+        expected = modules_one_by_one(sk, *case.joined(device))
+        assert_joined([each["outcome"] for each in seen], expected)
+    elif not torch.cuda.is_available():  # where the modules themselves are right
+        message = "SyncBatchNorm expected input tensor to be on GPU"
+        assert all(message in each["error"] for each in seen)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", SHAPES)
 def test_values_are_counted_rather_than_images(
-    kind: str, backend: Backend, ranks: list[dict[str, Any]], device: torch.device
+    backend: Backend, ranks: list[dict[str, Any]], device: torch.device
 ) -> None:
-    sk, xs, douts = drawn(kind, device)
+    sk, xs, douts = drawn(device)
     leaves = [x.requires_grad_() for x in xs]
     outs = joint(sk, leaves)
     torch.autograd.backward(outs, douts)
     buffers = {name: t for name, t in sk.named_buffers() if "running" in name}
-    seen = [process["uneven"][kind, backend] for process in ranks]
-    for rank in range(2):
+    seen = [process["uneven"][backend] for process in ranks]
+    for rank in range(WORLD):
         dx = cast(Tensor, leaves[rank].grad)
         expected = {"out": outs[rank].detach(), "dx": dx, **buffers}
         assert_same({name: seen[rank][name] for name in expected}, expected)
@@ -356,7 +324,7 @@ def test_without_a_process_group_it_is_batch_norm(
 ) -> None:
     case = CASES[name]
     sk = case.module(device)
-    expected = modules_one_by_one(copy.deepcopy(sk), *case.joined(device))
+    expected = modules_one_by_one(sk, *case.joined(device))
     with use_backend(backend):
         assert_joined([two_steps(synced(sk), *case.joined(device))], expected)
 
