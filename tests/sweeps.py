@@ -21,6 +21,8 @@ from perf.sweep.providers import Provider
 from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
 
+Patch = pytest.MonkeyPatch
+Printed = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
 
@@ -48,7 +50,7 @@ class MadeUp:
         return {provider.name: Result("ok", **times) for provider in providers}  # type: ignore[arg-type]  # times by name
 
 
-def make_up(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> MadeUp:
+def make_up(monkeypatch: Patch, seconds: float = 0.0) -> MadeUp:
     """Replaces measuring by rows that are made up, and returns what was asked for."""
     made_up = MadeUp(seconds)
     monkeypatch.setattr(sweep, "measure_case", made_up)
@@ -60,7 +62,7 @@ def small(workload: str, mode: str, **axes: object) -> Case:
     return make_case(workload, mode, **{"batch": 4, "resolution": 32, **axes})  # type: ignore[arg-type]  # axes by name
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, silent: bool = True) -> str:
+def refusal(capsys: Printed, *arguments: str, silent: bool = True) -> str:
     """Returns the one line with which a command is refused; a ``silent`` one prints nothing."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:

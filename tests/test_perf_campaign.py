@@ -23,7 +23,7 @@ from perf.sweep import contest, workloads
 from perf.sweep.contest import BudgetSpentError, measure_case
 from perf.sweep.providers import PROVIDERS, Call, Provider
 from tests.helpers import ROOT
-from tests.sweeps import CONDITIONS, CPU, perf, refusal, small, state, write_report
+from tests.sweeps import CONDITIONS, CPU, Patch, Printed, perf, refusal, small, state, write_report
 
 
 def python(code: str, seconds: float = 60.0) -> Part:
@@ -34,7 +34,7 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(monkeypatch: Patch) -> Run:
     """Runs a campaign of the given parts, each with little time to end."""
 
     def campaign(out: Path, *planned: Part, minutes: float = 1) -> int:
@@ -50,7 +50,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_the_plan_is_printed_and_nothing_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: Printed, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["campaign", "--minutes", "20", "--dry-run"]) == 0
@@ -63,7 +63,7 @@ def test_the_plan_is_printed_and_nothing_runs(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_are_chosen_by_name(capsys: Printed) -> None:
     assert main(["campaign", "--dry-run", "--minutes", "9", "--part", "conv", "passes"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["passes", "conv", "together"]
@@ -71,7 +71,7 @@ def test_parts_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="it is installed")
-def test_a_part_without_its_program_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_without_its_program_is_said(capsys: Printed) -> None:
     said = refusal(capsys, "campaign", "--dry-run", "--part", "memcheck")
     assert "compute-sanitizer is not installed" in said
 
@@ -103,9 +103,7 @@ def test_shares_fill_the_time_and_no_more(minutes: int) -> None:
 # Its time
 
 
-def test_a_part_that_hangs_costs_its_own_time(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_part_that_hangs_costs_its_own_time(run: Run, tmp_path: Path, capsys: Printed) -> None:
     touched = tmp_path / "touched"
     deaf = python(
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(99)"
@@ -119,7 +117,7 @@ def test_a_part_that_hangs_costs_its_own_time(
 
 
 def test_a_part_that_fails_is_said_and_the_rest_runs(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     failing = python("import sys; sys.exit('no device')")
     sources = [str(ROOT), str(ROOT / "kernels")]
@@ -183,7 +181,7 @@ def test_what_a_part_has_started_ends_with_the_campaign(
 
 
 def test_a_second_campaign_on_one_report_is_refused_by_name(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: Printed
 ) -> None:
     out = tmp_path / "a.csv"
     write_report(out, [])
@@ -199,7 +197,7 @@ def test_a_second_campaign_on_one_report_is_refused_by_name(
 
 
 def test_a_full_disk_ends_a_campaign_in_one_line(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     class Full(FileIO):
         def write(self, data: object) -> int:
@@ -248,11 +246,7 @@ def test_a_part_that_appends_rows_gets_a_budget_below_its_time() -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    tmp_path: Path, monkeypatch: Patch, capsys: Printed, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("there.csv", "tuned-tuned.csv"):
@@ -282,9 +276,7 @@ def test_a_short_campaign_on_a_processor_ends_in_time_with_a_readable_report(
 # A budget that is spent in the middle of a case
 
 
-def test_providers_that_are_ready_are_timed_when_the_budget_is_spent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_providers_that_are_ready_are_timed_when_the_budget_is_spent(monkeypatch: Patch) -> None:
     prepared = Provider.prepared
 
     def spent(self: Provider, call: Call) -> object:
@@ -334,7 +326,7 @@ def test_a_pass_belongs_to_one_provider() -> None:
     assert results["plain-eager"].reason == "moments is a pass of ours-triton-eager"
 
 
-def test_check_says_who_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_who_is_right(capsys: Printed) -> None:
     assert main(["check", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 20
@@ -343,7 +335,7 @@ def test_check_says_who_is_right(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.interpreter
-def test_a_pass_is_timed_after_its_fuse_select_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_is_timed_after_its_fuse_select_was_judged(monkeypatch: Patch) -> None:
     monkeypatch.setattr(Provider, "unavailable", lambda *_: None)
     case = small("select", "infer", batch=2)
     ours = PROVIDERS["ours-triton-eager"]

@@ -19,7 +19,7 @@ from perf.sweep.workloads import make_case
 from sknet_triton.acceleration import families as known
 from sknet_triton.acceleration.swap import Accelerated
 from tests import sweeps
-from tests.sweeps import CONDITIONS, CPU
+from tests.sweeps import CONDITIONS, CPU, Patch
 
 PAIR = (PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"])
 
@@ -73,7 +73,7 @@ def test_both_pass_the_gate_and_are_timed(name: str, mode: str, layout: str) -> 
         assert cast(float, result.saved_own_mb) <= cast(float, result.saved_mb)
 
 
-def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: Patch) -> None:
     class Wrong(nn.Module):
         def __init__(self, case: Case) -> None:
             super().__init__()
@@ -93,7 +93,7 @@ def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: pytest.Monk
     assert results["ours-pytorch-eager"].ms_p50 is None
 
 
-def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: Patch) -> None:
     class Other(rebuilt.SKConv):
         def attention(self, wide: Tensor) -> Tensor:
             return super().attention(wide.sigmoid())

@@ -18,7 +18,7 @@ from perf.rows.schema import Result
 from perf.rows.typed_csv import Values, values_of
 from perf.sweep.providers import PROVIDERS
 from perf.sweep.workloads import make_case
-from tests.sweeps import refusal, write_report
+from tests.sweeps import Printed, refusal, write_report
 
 ENV = replace(env.snapshot(torch.device("cpu"), seed=0, ranks=1), git_sha="0123456789abcdef")
 REPORTS = Path(__file__).parent.parent / "perf/reports"
@@ -45,9 +45,7 @@ def report(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_every_figure_is_a_png_and_an_svg(
-    report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_figure_is_a_png_and_an_svg(report: Path, tmp_path: Path, capsys: Printed) -> None:
     assert main(["plot", str(report), "--out", str(tmp_path / "figures")]) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     names = {path.stem.removeprefix("report-") for path in paths}
@@ -137,9 +135,7 @@ def test_growth_is_one_figure_for_each_set_of_cases_under_a_name_of_its_own(repo
     }
 
 
-def test_report_without_a_measured_row_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_without_a_measured_row_is_refused(tmp_path: Path, capsys: Printed) -> None:
     path = tmp_path / "a.csv"
     case = make_case("sk_fuse", "infer")
     write_report(
@@ -151,7 +147,7 @@ def test_report_without_a_measured_row_is_refused(
 
 @pytest.mark.slow
 def test_traffic_is_drawn_for_every_plan_beside_the_minimum(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: Printed
 ) -> None:
     assert main(["plot", str(TRAFFIC), "--out", str(tmp_path)]) == 0
     png, svg = (Path(line) for line in capsys.readouterr().out.splitlines())
@@ -163,9 +159,7 @@ def test_traffic_is_drawn_for_every_plan_beside_the_minimum(
     assert len(training.patches) == len(table)
 
 
-def test_traffic_without_a_row_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_traffic_without_a_row_is_refused(tmp_path: Path, capsys: Printed) -> None:
     path = tmp_path / "a.csv"
     path.write_text(TRAFFIC.read_text().partition("\n")[0] + "\n")
     refusal(capsys, "plot", str(path))
@@ -178,9 +172,7 @@ def test_providers_look_different() -> None:
     assert len({explained(name).partition("\n")[2] for name in PROVIDERS}) == len(PROVIDERS)
 
 
-def test_summary_is_markdown_with_its_environment(
-    report: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_summary_is_markdown_with_its_environment(report: Path, capsys: Printed) -> None:
     assert main(["summary", str(report)]) == 0
     first, _, header, rule, *rows = capsys.readouterr().out.splitlines()
     assert ENV.torch in first

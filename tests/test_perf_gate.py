@@ -16,7 +16,7 @@ from perf.sweep import contest, gate, measure, workloads
 from perf.sweep.providers import PROVIDERS, Evaluation
 from perf.sweep.workloads import make_case
 from sknet_triton import SKConv, SKUnit, sknet26
-from tests.sweeps import CONDITIONS, CPU, small
+from tests.sweeps import CONDITIONS, CPU, Patch, small
 
 EAGER, REFERENCE = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
+def plant(monkeypatch: Patch) -> Plant:
     """Puts a wrong computation in the place of our module of a workload."""
 
     def put(workload: str, forward: Forward) -> None:
@@ -78,7 +78,7 @@ def nan_in_one_place(*branches: Tensor) -> Tensor:
     ],
 )
 def test_planted_wrong_provider_is_unverified_and_never_timed(
-    plant: Plant, monkeypatch: pytest.MonkeyPatch, workload: str, forward: Forward, dtype: str
+    plant: Plant, monkeypatch: Patch, workload: str, forward: Forward, dtype: str
 ) -> None:
     plant(workload, forward)
     timed: list[str] = []

@@ -30,7 +30,7 @@ from perf.sweep.contest import DeviceLostError
 from perf.sweep.providers import PROVIDERS, Call, Provider, captured, evaluate, recorded, settings
 from perf.sweep.sweep import Rank
 from perf.sweep.workloads import make_case
-from tests.sweeps import CONDITIONS, CPU, make_up, refusal, small
+from tests.sweeps import CONDITIONS, CPU, Patch, Printed, make_up, refusal, small
 
 GPU = torch.device("cuda", 0)
 PLAIN, OURS = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
@@ -41,13 +41,13 @@ def measured(case: Case, *providers: Provider) -> list[Result]:
     return list(contest.measure_case(case, providers, CONDITIONS).values())
 
 
-def planted(workload: str, ours: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def planted(workload: str, ours: nn.Module, monkeypatch: Patch) -> None:
     """Puts a module in the place of our module of a workload."""
     changed = replace(workloads.WORKLOADS[workload], ours=lambda case: ours)
     monkeypatch.setitem(workloads.WORKLOADS, workload, changed)
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, ms: list[float], call_ms: list[float]) -> None:
+def timed(monkeypatch: Patch, ms: list[float], call_ms: list[float]) -> None:
     """Lets every run take times that are made up."""
 
     def made_up(runs: dict[str, object], *_: object) -> tuple[dict[str, measure.Times], Any]:
@@ -59,7 +59,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, ms: list[float], call_ms: list[float]
 # Switches
 
 
-def test_cudnn_is_on_where_a_layer_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_is_on_where_a_layer_is_timed(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
     (result,) = measured(small("sk_conv", "infer"), OURS)
     assert (result.cudnn, result.cudnn_benchmark, result.cudnn_deterministic) == (True, True, False)
@@ -83,7 +83,7 @@ def test_tf32_is_what_the_dtype_says(dtype: str, tf32: bool) -> None:
     assert (now.cudnn_tf32, now.matmul_tf32) == (tf32, tf32)
 
 
-def test_switches_are_read_while_timing_and_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_switches_are_read_while_timing_and_not_assumed(monkeypatch: Patch) -> None:
     @contextmanager
     def without_cudnn(case: Case) -> Iterator[None]:
         with settings(case), torch.backends.cudnn.flags(enabled=False):
@@ -137,9 +137,7 @@ def test_float64_sees_few_images_of_a_network(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["infer", "train"])
-def test_a_network_is_judged_on_eight_images_once(
-    monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+def test_a_network_is_judged_on_eight_images_once(monkeypatch: Patch, mode: str) -> None:
     consulted: list[int] = []
     consult = gate.consult
 
@@ -165,7 +163,7 @@ class _WrongInTheLastImage(nn.Module):
         return torch.cat([out[:-1], 1.1 * out[-1:]])
 
 
-def test_a_fault_beyond_the_judged_images_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_beyond_the_judged_images_is_seen(monkeypatch: Patch) -> None:
     planted("sknet26", _WrongInTheLastImage(), monkeypatch)
     changed = replace(
         workloads.WORKLOADS["sknet26"],
@@ -176,7 +174,7 @@ def test_a_fault_beyond_the_judged_images_is_seen(monkeypatch: pytest.MonkeyPatc
     assert result.status == "unverified"
 
 
-def test_an_oracle_that_fails_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_oracle_that_fails_is_asked_once(monkeypatch: Patch) -> None:
     asked = 0
 
     def out_of_memory(*_: object) -> gate.Oracle:
@@ -217,7 +215,7 @@ class _Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def graphs(monkeypatch: Patch) -> None:
     """Puts CUDA graphs and streams that work on CPU tensors in the place of CUDA's."""
     stream = SimpleNamespace(wait_stream=lambda other: None)  # there is one order on a CPU
     stubs: dict[str, Callable[..., Any]] = {
@@ -273,7 +271,7 @@ def test_a_graph_replays_on_the_tensors_that_it_captured(
     ],
 )
 def test_what_a_provider_compiles_and_repeats(
-    name: str, mode: str | None, how: str, monkeypatch: pytest.MonkeyPatch
+    name: str, mode: str | None, how: str, monkeypatch: Patch
 ) -> None:
     provider, module = PROVIDERS[name], nn.ReLU()
     for graph in ("captured", "recorded"):
@@ -288,7 +286,7 @@ def test_what_a_provider_compiles_and_repeats(
     assert reason == (None if how == "called" else replays)
 
 
-def test_a_graph_has_no_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_has_no_peak_of_its_own(monkeypatch: Patch) -> None:
     monkeypatch.setattr(measure, "peak_memory_mb", lambda run, device: 3.0)
     case = small("sk_fuse", "infer")
     for graphed, peak in ((False, 3.0), (True, None)):
@@ -297,9 +295,7 @@ def test_a_graph_has_no_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
-def test_a_compiled_graph_is_told_that_inputs_stay(
-    monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+def test_a_compiled_graph_is_told_that_inputs_stay(monkeypatch: Patch, mode: str) -> None:
     said: list[int] = []
     monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda x: said.append(x.data_ptr()))
     seen: list[int] = []
@@ -319,7 +315,7 @@ def test_a_compiled_graph_is_told_that_inputs_stay(
     assert seen == 2 * said
 
 
-def test_the_timed_step_runs_on_the_judged_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timed_step_runs_on_the_judged_tensors(monkeypatch: Patch) -> None:
     seen: set[int] = set()
 
     def spy(*branches: Tensor) -> Tensor:
@@ -335,7 +331,7 @@ def test_the_timed_step_runs_on_the_judged_tensors(monkeypatch: pytest.MonkeyPat
 # Clocks and counters
 
 
-def test_two_times_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_times_a_call(monkeypatch: Patch) -> None:
     from triton import testing
 
     now = 0.0
@@ -359,9 +355,7 @@ def test_two_times_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert did[-len(block) :] == block
 
 
-def test_only_a_first_call_that_compiles_has_its_time_in_the_row(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_a_first_call_that_compiles_has_its_time_in_the_row(monkeypatch: Patch) -> None:
     clock = itertools.count(step=2.5)
     monkeypatch.setattr(contest, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
@@ -371,7 +365,7 @@ def test_only_a_first_call_that_compiles_has_its_time_in_the_row(
 
 @pytest.mark.parametrize(("batch", "ms"), [(8, 4.0), (16, 2.0)])
 def test_small_batches_are_judged_from_call_to_call(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: int, ms: float
+    monkeypatch: Patch, tmp_path: Path, batch: int, ms: float
 ) -> None:
     timed(monkeypatch, [1.0, 2.0, 3.0], [4.0])
     out = tmp_path / "a.csv"
@@ -386,14 +380,14 @@ def test_small_batches_are_judged_from_call_to_call(
     assert ("from call to call" in tables.table(schema.read(out))) == (ms == 4.0)
 
 
-def test_launches_are_counted_once_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_are_counted_once_a_provider(monkeypatch: Patch) -> None:
     count = itertools.count(7)
     monkeypatch.setattr(measure, "launches", lambda run, device: next(count))
     results = measured(small("sk_fuse", "infer"), PLAIN, OURS)
     assert [result.launches for result in results] == [7, 8]
 
 
-def test_what_a_profile_counts_as_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_profile_counts_as_a_launch(monkeypatch: Patch) -> None:
     def event(kind: str) -> SimpleNamespace:
         return SimpleNamespace(device_type=SimpleNamespace(name=kind))
 
@@ -407,7 +401,7 @@ def test_what_a_profile_counts_as_a_launch(monkeypatch: pytest.MonkeyPatch) -> N
     assert measure.launches(lambda: None, CPU) is None
 
 
-def test_peak_memory_is_the_steps_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_the_steps_own(monkeypatch: Patch) -> None:
     allocated, peak = 5 * MEBI, 9 * MEBI
 
     def reset(device: torch.device) -> None:
@@ -428,7 +422,7 @@ def test_peak_memory_is_the_steps_own(monkeypatch: pytest.MonkeyPatch) -> None:
 # A device that is lost
 
 
-def test_an_error_that_stays_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_stays_is_no_row(monkeypatch: Patch) -> None:
     error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     answers: list[Exception | None] = [error]
 
@@ -445,7 +439,7 @@ def test_an_error_that_stays_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lost_device_ends_the_run_with_its_rows_safe(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: Patch, tmp_path: Path, capsys: Printed
 ) -> None:
     made_up = make_up(monkeypatch)
 
@@ -465,9 +459,7 @@ def test_a_lost_device_ends_the_run_with_its_rows_safe(
     assert len(schema.read(out)) == len(made_up.asked) == len(set(made_up.asked))
 
 
-def test_a_check_says_that_the_device_is_lost(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_check_says_that_the_device_is_lost(monkeypatch: Patch, capsys: Printed) -> None:
     def judge_case(*_: object) -> dict[str, Result]:
         raise DeviceLostError("an illegal memory access")
 
@@ -478,7 +470,7 @@ def test_a_check_says_that_the_device_is_lost(
     assert said.count("\n") == 1
 
 
-def test_a_sweep_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_takes_its_own_gpu(monkeypatch: Patch) -> None:
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     second = torch.device("cuda", 1)
@@ -503,7 +495,7 @@ def test_a_port_computes_what_the_plain_modules_compute(mode: str) -> None:
 
 
 @pytest.fixture
-def smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def smi(monkeypatch: Patch, tmp_path: Path) -> Iterator[Path]:
     """Puts a program of ours in the place of nvidia-smi; the test writes what it does."""
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nexit 9\n")
@@ -539,7 +531,7 @@ esac
     ids=["a GPU", "not available", "several GPUs", "MIG", "MIG without a status", "it hangs"],
 )
 def test_what_nvidia_smi_answers(
-    monkeypatch: pytest.MonkeyPatch, smi: Path, clock: str, driver: str, expected: tuple[int, str]
+    monkeypatch: Patch, smi: Path, clock: str, driver: str, expected: tuple[int, str]
 ) -> None:
     monkeypatch.setattr(env, "ANSWER_SECONDS", 1.0)
     smi.write_text(ANSWERS.format(clock=clock, driver=driver))
@@ -551,7 +543,7 @@ def test_what_nvidia_smi_answers(
 
 
 def test_a_copy_without_git_has_the_commit_of_its_variable(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: Patch, tmp_path: Path
 ) -> None:
     env._git_state.cache_clear()
     monkeypatch.setattr(env, "CHECKOUT", tmp_path)
@@ -566,7 +558,7 @@ def test_a_copy_without_git_has_the_commit_of_its_variable(
 # What a GPU alone does
 
 
-def test_a_copy_on_a_gpu_is_large_and_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_on_a_gpu_is_large_and_timed_by_events(monkeypatch: Patch) -> None:
     from triton import testing
 
     def bench(run: Callable[[], object], **_: object) -> list[float]:
@@ -585,7 +577,7 @@ def test_a_copy_on_a_gpu_is_large_and_timed_by_events(monkeypatch: pytest.Monkey
         measure.copy_gbps.cache_clear()
 
 
-def test_memory_is_given_back_after_running_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_given_back_after_running_out(monkeypatch: Patch) -> None:
     emptied: list[bool] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
@@ -593,7 +585,7 @@ def test_memory_is_given_back_after_running_out(monkeypatch: pytest.MonkeyPatch)
     assert emptied == [True]
 
 
-def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     second = Rank(index=1, local=1, count=2)
@@ -601,7 +593,7 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert chosen_device("cpu", second) == CPU
 
 
-def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_that_is_not_there_is_one_line(capsys: Printed) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     for command in ("run", "check", "campaign"):

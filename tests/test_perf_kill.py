@@ -21,7 +21,7 @@ from perf.rows import schema
 from perf.sweep import sweep
 from perf.sweep.sweep import Rank, part_of, parts_of
 from tests.helpers import ROOT
-from tests.sweeps import MadeUp, make_up, perf, refusal, write_report
+from tests.sweeps import MadeUp, Patch, Printed, make_up, perf, refusal, write_report
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +36,7 @@ PATIENCE = 60.0
 
 
 @pytest.fixture(autouse=True)
-def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+def made_up(monkeypatch: Patch) -> MadeUp:
     """Lets cases take a millisecond, and puts back where ranks meet."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
@@ -146,7 +146,7 @@ def test_two_writers_a_full_disk_and_kills_still_leave_the_undisturbed_run(
 
 
 def test_ranks_write_one_report_whatever_it_is_called(
-    whole: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, folder: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path / "in")
@@ -197,7 +197,7 @@ def test_mistake_under_ranks_is_said_once_and_leaves_nothing(
 
 
 def test_parts_of_a_rank_that_died_are_collected_on_resume(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, tmp_path: Path, capsys: Printed
 ) -> None:
     out = tmp_path / "out.csv"
     lines = whole.read_text().splitlines(keepends=True)

@@ -12,7 +12,7 @@ import torch
 from perf.__main__ import SOFTWARE_ERROR, main
 from perf.sweep import sweep
 from tests.helpers import ROOT
-from tests.sweeps import make_up, refusal, state
+from tests.sweeps import Patch, Printed, make_up, refusal, state
 
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 REPORTS = ROOT / "perf" / "reports"
@@ -24,7 +24,7 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: Patch) -> Path:
     """A folder to stand in, with a file, a folder, a pipe and links to nowhere in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.csv").write_text("mine\n")
@@ -36,9 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Refused:
+def refused(folder: Path, monkeypatch: Patch, capsys: Printed) -> Refused:
     """Runs a command that is to be refused, and returns its one line."""
     made_up = make_up(monkeypatch)
 
@@ -143,7 +141,7 @@ def test_run_says_what_it_cannot_take(arguments: list[str], said: str, refused: 
     ],
 )
 def test_ranks_that_are_none_and_ranks_that_never_come(
-    environment: str, said: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    environment: str, said: str, refused: Refused, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(sweep, "PATIENCE", timedelta(seconds=1))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -155,9 +153,7 @@ def test_ranks_that_are_none_and_ranks_that_never_come(
     assert time.monotonic() - start < 15
 
 
-def test_rank_without_a_gpu_of_its_own_is_said(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rank_without_a_gpu_of_its_own_is_said(refused: Refused, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
@@ -178,11 +174,7 @@ def test_rank_without_a_gpu_of_its_own_is_said(
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
 )
 def test_static_commands_say_what_they_cannot_take(
-    arguments: list[str],
-    interpret: str,
-    said: str,
-    refused: Refused,
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], interpret: str, said: str, refused: Refused, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
     assert said in refused(*arguments)
@@ -291,17 +283,13 @@ def test_report_without_a_row_is_said(command: str, folder: Path, refused: Refus
     assert "a.csv" in refused(command, *["a.csv"] * (1 + (command == "compare")))
 
 
-def test_report_with_line_breaks_of_another_system_is_read(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_with_line_breaks_of_another_system_is_read(folder: Path, capsys: Printed) -> None:
     (folder / "a.csv").write_bytes(WHOLE.replace(b"\n", b"\r\n"))
     assert main(["compare", "a.csv", str(REPORT)]) == 0
     assert "slower" not in capsys.readouterr().out
 
 
-def test_failure_of_the_harness_is_no_verdict(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failure_of_the_harness_is_no_verdict(monkeypatch: Patch, capsys: Printed) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("unforeseen")
 
@@ -321,7 +309,7 @@ def test_plot_says_where_it_cannot_write(out: str, refused: Refused) -> None:
 @pytest.mark.parametrize("out", ["folder", "nowhere/a.csv", "file.csv/a.csv", "pipe", "x" * 300])
 @pytest.mark.parametrize("command", ["kernels", "traffic", "host"])
 def test_where_a_table_goes_is_checked_before_the_work(
-    command: str, out: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    command: str, out: str, refused: Refused, monkeypatch: Patch
 ) -> None:
     def work(*arguments: object) -> None:
         raise AssertionError("worked first")

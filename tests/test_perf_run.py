@@ -19,7 +19,7 @@ from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS, Provider
 from perf.sweep.workloads import make_case, stage_shape
 from tests.helpers import ROOT
-from tests.sweeps import make_up, perf, refusal
+from tests.sweeps import Patch, Printed, make_up, perf, refusal
 
 PERF = [sys.executable, "-m", "perf"]
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
@@ -27,13 +27,13 @@ UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-ea
 
 
 @pytest.fixture
-def instant(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+def instant(monkeypatch: Patch) -> list[Case]:
     """Replaces measuring by made-up rows and returns the list of cases that were asked for."""
     return make_up(monkeypatch).asked
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_small_sweep_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_sweep_end_to_end(tmp_path: Path, capsys: Printed) -> None:
     out = tmp_path / "a.csv"
     assert main([*TINY, *UNCOMPILED, "--out", str(out)]) == 0
     said = capsys.readouterr()
@@ -80,10 +80,7 @@ def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Pat
 
 
 def test_default_report_is_named_after_its_environment_and_not_overwritten(
-    instant: list[Case],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    instant: list[Case], tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--level", "op"]) == 0
@@ -109,7 +106,7 @@ def test_resume_measures_only_what_is_missing(instant: list[Case], tmp_path: Pat
 
 
 def test_budget_ends_in_the_middle_of_a_case_and_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: Patch, tmp_path: Path, capsys: Printed
 ) -> None:
     asked: list[Case] = []
 
@@ -197,7 +194,7 @@ def test_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
     assert len(schema.read(out)) == 3
 
 
-def test_help_and_env_work(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_env_work(capsys: Printed) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["run", "--help"])
     assert stopped.value.code == 0

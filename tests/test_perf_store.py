@@ -21,7 +21,7 @@ from perf.rows.store import Store, collect, open_store
 from perf.rows.typed_csv import Values, values_of
 from perf.sweep.sweep import Rank, part_of, parts_of
 from perf.sweep.workloads import make_case
-from tests.sweeps import make_up, perf, refusal, write_report
+from tests.sweeps import Patch, Printed, make_up, perf, refusal, write_report
 
 ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64)
@@ -112,7 +112,7 @@ def append_one_by_one(store: Store, rows: list[Values]) -> None:
 
 
 def test_disk_that_is_full_at_any_byte_leaves_whole_rows_to_resume(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # this disk keeps its power
     rows = rows_of(3)
@@ -132,7 +132,7 @@ def test_disk_that_is_full_at_any_byte_leaves_whole_rows_to_resume(
 
 
 def test_full_disk_ends_a_sweep_in_one_line_and_it_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     make_up(monkeypatch)
     whole, out = tmp_path / "whole.csv", tmp_path / "a.csv"
@@ -155,7 +155,7 @@ def test_full_disk_ends_a_sweep_in_one_line_and_it_resumes(
 
 
 def test_disk_that_is_full_from_the_start_is_said_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     made_up = make_up(monkeypatch)
     with full_after(100):
@@ -181,7 +181,7 @@ def write_little(descriptor: int, data: bytes, offset: int, write: Fail = os.pwr
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_failing_write_is_undone_and_said(
-    call: str, code: int, path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, code: int, path: Path, monkeypatch: Patch
 ) -> None:
     with open_store(path, resume=False) as store:
         store.append(rows_of(1))
@@ -198,7 +198,7 @@ def test_failing_write_is_undone_and_said(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
 def test_interrupt_in_the_middle_of_a_write_waits_for_its_end(
-    number: signal.Signals, path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, path: Path, monkeypatch: Patch
 ) -> None:
     def interrupted(descriptor: int, data: bytes, offset: int) -> int:
         os.kill(os.getpid(), number)
@@ -223,7 +223,7 @@ def test_interrupt_in_the_middle_of_a_write_waits_for_its_end(
 
 
 def test_write_that_cannot_even_be_undone_is_cut_off_on_resume(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: Patch
 ) -> None:
     with open_store(path, resume=False) as store:
         store.append(rows_of(1))
@@ -266,7 +266,7 @@ def test_output_that_cannot_be_shown_is_no_verdict(path: Path) -> None:
 
 
 def test_second_run_on_one_report_is_refused_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     made_up = make_up(monkeypatch)
     path, link = tmp_path / "a.csv", tmp_path / "link.csv"
@@ -286,7 +286,7 @@ def test_second_run_on_one_report_is_refused_by_name(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_writers_that_start_at_once_leave_each_row_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     make_up(monkeypatch, seconds=0.002)
     path = tmp_path / "a.csv"
@@ -348,7 +348,7 @@ def test_mistake_removes_no_report_that_was_there(path: Path) -> None:
     assert schema.read(path).empty
 
 
-def test_damaged_part_leaves_no_report(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_part_leaves_no_report(path: Path, capsys: Printed) -> None:
     part = part_of(path, Rank(0, 0, 2))
     part.write_text("damaged\n")
     assert f"{part}:1: " in refusal(capsys, *TINY, "--out", str(path), "--resume")
@@ -376,7 +376,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_name_of_a_report_is_a_name_and_no_pattern(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     make_up(monkeypatch)
     monkeypatch.chdir(tmp_path)
