@@ -1,7 +1,6 @@
 """What the harness does on a GPU, with CUDA's answers put in by stubs."""
 
 import itertools
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,9 +40,9 @@ def measured(case: Case, *providers: Provider) -> list[Result]:
     return list(contest.measure_case(case, providers, CONDITIONS).values())
 
 
-def planted(workload: str, ours: nn.Module, monkeypatch: Patch) -> None:
+def planted(workload: str, ours: nn.Module, monkeypatch: Patch, **changes: Any) -> None:
     """Puts a module in the place of our module of a workload."""
-    changed = replace(workloads.WORKLOADS[workload], ours=lambda case: ours)
+    changed = replace(workloads.WORKLOADS[workload], ours=lambda case: ours, **changes)
     monkeypatch.setitem(workloads.WORKLOADS, workload, changed)
 
 
@@ -164,30 +163,24 @@ class _WrongInTheLastImage(nn.Module):
 
 
 def test_a_fault_beyond_the_judged_images_is_seen(monkeypatch: Patch) -> None:
-    planted("sknet26", _WrongInTheLastImage(), monkeypatch)
-    changed = replace(
-        workloads.WORKLOADS["sknet26"],
-        plain=lambda ours: baseline.with_plain_convs(ours.get_submodule("net")),
-    )
-    monkeypatch.setitem(workloads.WORKLOADS, "sknet26", changed)
+    def plain(ours: nn.Module) -> nn.Module:
+        return baseline.with_plain_convs(ours.get_submodule("net"))
+
+    planted("sknet26", _WrongInTheLastImage(), monkeypatch, plain=plain)
     (result,) = measured(small("sknet26", "infer", batch=16), OURS)
     assert result.status == "unverified"
 
 
 def test_an_oracle_that_fails_is_asked_once(monkeypatch: Patch) -> None:
-    asked = 0
+    asked = itertools.count(1)
 
     def out_of_memory(*_: object) -> gate.Oracle:
-        nonlocal asked
-        asked += 1
-        raise torch.OutOfMemoryError("no room")
+        raise torch.OutOfMemoryError(f"no room, {next(asked)}")
 
     monkeypatch.setattr(gate, "consult", out_of_memory)
-    results = measured(small("sknet26", "infer", batch=16), PLAIN, OURS)
-    assert asked == 1
-    for result in results:
+    for result in measured(small("sknet26", "infer", batch=16), PLAIN, OURS):
         assert result.status == "oom"
-        assert result.reason == "the check of 8 images: OutOfMemoryError: no room"
+        assert result.reason == "the check of 8 images: OutOfMemoryError: no room, 1"
 
 
 # Graphs
@@ -388,35 +381,26 @@ def test_launches_are_counted_once_a_provider(monkeypatch: Patch) -> None:
 
 
 def test_what_a_profile_counts_as_a_launch(monkeypatch: Patch) -> None:
-    def event(kind: str) -> SimpleNamespace:
-        return SimpleNamespace(device_type=SimpleNamespace(name=kind))
-
-    @contextmanager
-    def profiled(activities: object) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(events=lambda: [event("CUDA"), event("CPU"), event("CUDA")])
-
-    monkeypatch.setattr(measure, "profile", profiled)
+    kinds = [SimpleNamespace(name=name) for name in ("CUDA", "CPU", "CUDA")]
+    events = [SimpleNamespace(device_type=kind) for kind in kinds]
+    profiler = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(measure, "profile", lambda activities: nullcontext(profiler))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     assert measure.launches(lambda: None, GPU) == 2
     assert measure.launches(lambda: None, CPU) is None
 
 
 def test_peak_memory_is_the_steps_own(monkeypatch: Patch) -> None:
-    allocated, peak = 5 * MEBI, 9 * MEBI
-
-    def reset(device: torch.device) -> None:
-        nonlocal peak
-        peak = allocated
-
-    def run() -> None:
-        nonlocal peak
-        peak = max(peak, allocated + 3 * MEBI)
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
-    assert measure.peak_memory_mb(run, GPU) == 3.0
+    peaks = [9 * MEBI]
+    stubs: dict[str, Callable[[torch.device], object]] = {
+        "synchronize": lambda device: None,
+        "memory_allocated": lambda device: 5 * MEBI,
+        "reset_peak_memory_stats": lambda device: peaks.append(5 * MEBI),
+        "max_memory_allocated": lambda device: peaks[-1],
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    assert measure.peak_memory_mb(lambda: peaks.append(peaks[-1] + 3 * MEBI), GPU) == 3.0
 
 
 # A device that is lost
@@ -474,14 +458,7 @@ def test_a_sweep_takes_its_own_gpu(monkeypatch: Patch) -> None:
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     second = torch.device("cuda", 1)
-    sweep.sweep(
-        [],
-        None,  # type: ignore[arg-type]  # there is no job
-        replace(CONDITIONS, device=second),
-        ranks=2,
-        budget=None,
-        shown=False,
-    )
+    assert sweep.in_turn([], second, budget=None) == "complete"
     assert taken == [second]
 
 
@@ -492,21 +469,6 @@ def test_a_port_computes_what_the_plain_modules_compute(mode: str) -> None:
 
 
 # The environment
-
-
-@pytest.fixture
-def smi(monkeypatch: Patch, tmp_path: Path) -> Iterator[Path]:
-    """Puts a program of ours in the place of nvidia-smi; the test writes what it does."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\nexit 9\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    properties = SimpleNamespace(uuid="0123-45")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 MIG 1g.10gb")
-    env._driver.cache_clear()
-    yield program
-    env._driver.cache_clear()
 
 
 ANSWERS = """#!/bin/sh
@@ -531,10 +493,17 @@ esac
     ids=["a GPU", "not available", "several GPUs", "MIG", "MIG without a status", "it hangs"],
 )
 def test_what_nvidia_smi_answers(
-    monkeypatch: Patch, smi: Path, clock: str, driver: str, expected: tuple[int, str]
+    monkeypatch: Patch, tmp_path: Path, clock: str, driver: str, expected: tuple[int, str]
 ) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(ANSWERS.format(clock=clock, driver=driver))
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    properties = SimpleNamespace(uuid="0123-45")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 MIG 1g.10gb")
+    monkeypatch.setattr(env, "_driver", env._driver.__wrapped__)
     monkeypatch.setattr(env, "ANSWER_SECONDS", 1.0)
-    smi.write_text(ANSWERS.format(clock=clock, driver=driver))
     start = time.monotonic()
     now = env.snapshot(GPU, seed=0, ranks=1)
     assert time.monotonic() - start < 30
@@ -545,14 +514,11 @@ def test_what_nvidia_smi_answers(
 def test_a_copy_without_git_has_the_commit_of_its_variable(
     monkeypatch: Patch, tmp_path: Path
 ) -> None:
-    env._git_state.cache_clear()
+    monkeypatch.setattr(env, "_git_state", env._git_state.__wrapped__)
     monkeypatch.setattr(env, "CHECKOUT", tmp_path)
     monkeypatch.setenv(env.COMMIT_VARIABLE, "abc123")
-    try:
-        now = env.snapshot(CPU, 0, 1)
-        assert (now.git_sha, now.git_dirty) == ("abc123", False)
-    finally:
-        env._git_state.cache_clear()
+    now = env.snapshot(CPU, 0, 1)
+    assert (now.git_sha, now.git_dirty) == ("abc123", False)
 
 
 # What a GPU alone does
@@ -570,11 +536,8 @@ def test_a_copy_on_a_gpu_is_large_and_timed_by_events(monkeypatch: Patch) -> Non
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, dtype=torch.uint8))
     monkeypatch.setattr(testing, "do_bench", bench)
-    measure.copy_gbps.cache_clear()
-    try:
-        assert measure.copy_gbps(GPU) == pytest.approx(2 * MEBI / 1e-3 / 1e6, rel=1e-5)
-    finally:
-        measure.copy_gbps.cache_clear()
+    gbps = measure.copy_gbps.__wrapped__(GPU)
+    assert gbps == pytest.approx(2 * MEBI / 1e-3 / 1e6, rel=1e-5)
 
 
 def test_memory_is_given_back_after_running_out(monkeypatch: Patch) -> None:

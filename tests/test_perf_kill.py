@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -92,11 +93,15 @@ def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for_lines(path: Path, count: int) -> None:
+def wait_for(done: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
-    while lines_in(path) < count:
+    while not done():
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    wait_for(lambda: lines_in(path) >= count)
 
 
 def sorted_keys(path: Path) -> list[tuple[object, ...]]:
@@ -240,15 +245,9 @@ def test_killed_compilation_leaves_no_process() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     silent = subprocess.DEVNULL
     run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=silent, stderr=silent)
-    end = time.monotonic() + PATIENCE
-    while len(children_of(run.pid)) < 2:  # one keeps the others' resources
-        assert run.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: run.poll() is None and len(children_of(run.pid)) >= 2)  # one keeps resources
     time.sleep(2.0)  # they are importing, or compile
     children = children_of(run.pid)
     run.kill()
     run.wait()
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
