@@ -135,12 +135,14 @@ def test_growth_is_one_figure_for_each_set_of_cases_under_a_name_of_its_own(repo
     }
 
 
-def test_report_without_a_measured_row_is_refused(tmp_path: Path, capsys: Printed) -> None:
+def test_what_has_no_measured_row_is_refused(tmp_path: Path, capsys: Printed) -> None:
     path = tmp_path / "a.csv"
     case = make_case("sk_fuse", "infer")
     write_report(
         path, [values_of(case, Result("unsupported", "no"), ENV, provider="ours-triton-eager")]
     )
+    refusal(capsys, "plot", str(path))
+    path.write_text(TRAFFIC.read_text().partition("\n")[0] + "\n")
     refusal(capsys, "plot", str(path))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -157,13 +159,6 @@ def test_traffic_is_drawn_for_every_plan_beside_the_minimum(
     minimum, *plans = training.get_legend_handles_labels()[1]
     assert (minimum, plans) == ("the mathematics", list(table.provider.unique()))
     assert len(training.patches) == len(table)
-
-
-def test_traffic_without_a_row_is_refused(tmp_path: Path, capsys: Printed) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text(TRAFFIC.read_text().partition("\n")[0] + "\n")
-    refusal(capsys, "plot", str(path))
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_providers_look_different() -> None:
