@@ -24,6 +24,7 @@ import sknet_triton as skt
 from perf.peers.rebuilt import SelectiveKernel, SKConvBlock, SKFusion, SplitAttn
 from sknet_triton import Backend, analysis, use_backend
 from sknet_triton.analysis import record
+from tests.helpers import assert_same
 from tests.plain_sknet import scramble
 from tests.processes import needs_gloo
 
@@ -393,9 +394,7 @@ def test_the_model_is_as_it_was(where: str, error: type[BaseException] | None) -
 
     assert [m.training for m in net.modules()] == modes
     assert net[1].get_buffer("last") is counted
-    after = net.state_dict()
-    assert after.keys() == state.keys()
-    assert all(torch.equal(after[name], state[name]) for name in state)
+    assert_same(net.state_dict(), state, bound=0)
     for p, before in zip(net.parameters(), gradients, strict=True):
         assert p.requires_grad
         assert torch.equal(cast(Tensor, p.grad), before)
@@ -425,55 +424,53 @@ def test_the_random_states_of_the_models_gpus_are_put_back(monkeypatch: pytest.M
 # What is refused
 
 
-def test_a_model_without_a_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"got Linear with none$"):
-        analysis.record_attention(nn.Linear(1, 1), [bright(1)])
-    with pytest.raises(ValueError, match=r"the model: SKConv\(aggregate='sum'\) has no weights"):
-        analysis.record_attention(skt.SKConv(32, 32, aggregate="sum"), [bright(1)])
-
-
-def test_a_model_that_calls_no_unit_is_refused() -> None:
-    with pytest.raises(ValueError, match="got Calling, which called none of its 1"):
-        analysis.record_attention(Calling(by_hand(), lambda sk, x: x), [bright(1)])
-
-
-@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
-def test_something_that_is_no_model_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
-        analysis.record_attention(cast(Any, by_hand), [bright(1)])
-    traced = cast(Any, torch.jit).trace(nn.Identity(), torch.zeros(1))
-    with pytest.raises(TypeError, match="got a TorchScript module"):
-        analysis.record_attention(traced, [bright(1)])
-
-
-REFUSED_BATCHES = {
-    "a dict": ({"image": bright(1)}, TypeError, "got dict$"),
-    "three": ((bright(1), [0], [0]), TypeError, "got a tuple of Tensor, list, list$"),
-    "a number": (torch.tensor(1.0), TypeError, r"got a tensor of shape \(\) and torch.float32$"),
-    "float labels": ((bright(1), torch.tensor([0.0])), TypeError, "labels, got a tensor of shape"),
-    "one-hot": ((bright(1), torch.tensor([[0, 1]])), TypeError, r"shape \(1, 2\) and torch.int64"),
-    "names": ((bright(1), ["cat"]), TypeError, "labels, got a list of str$"),
-    "one label": ((bright(1, 2), [0]), ValueError, "expected 2 labels, one an image, got 1$"),
+ONE = bright(1)
+# A model, what the loader yields, and what is said.
+REFUSED: dict[str, tuple[Callable[[], Any], list[Any], type[Exception], str]] = {
+    "no unit": (lambda: nn.Linear(1, 1), [ONE], ValueError, "model: .* got Linear with none$"),
+    "a sum": (
+        lambda: skt.SKConv(32, 32, aggregate="sum"),
+        [ONE],
+        ValueError,
+        r"the model: SKConv\(aggregate='sum'\) has no weights",
+    ),
+    "not called": (
+        lambda: Calling(by_hand(), lambda sk, x: x),
+        [ONE],
+        ValueError,
+        "got Calling, which called none of its 1",
+    ),
+    "frames": (
+        lambda: Calling(by_hand(), lambda sk, x: sk(x.repeat(3, 1, 1, 1))),
+        [bright(1, 2)],
+        ValueError,
+        "each of 2 images in 'sk', got 6",
+    ),
+    "no model": (lambda: by_hand, [ONE], TypeError, r"expected a torch\.nn\.Module, got function"),
+    "traced": (
+        lambda: cast(Any, torch.jit).trace(nn.Identity(), torch.zeros(1)),
+        [ONE],
+        TypeError,
+        "got a TorchScript module",
+    ),
+    "no batch": (by_hand, [], ValueError, "loader: expected at least one image, got none"),
+    "no image": (by_hand, [bright()], ValueError, "loader: expected at least one image, got none"),
+    "a dict": (by_hand, [{"image": ONE}], TypeError, "loader: .*got dict$"),
+    "three": (by_hand, [(ONE, [0], [0])], TypeError, "loader: .*a tuple of Tensor, list, list$"),
+    "a number": (by_hand, [torch.tensor(1.0)], TypeError, r"shape \(\) and torch.float32$"),
+    "float labels": (by_hand, [(ONE, torch.zeros(1))], TypeError, "labels, got a tensor of shape"),
+    "one-hot": (by_hand, [(ONE, torch.tensor([[0, 1]]))], TypeError, r"\(1, 2\) and torch.int64"),
+    "names": (by_hand, [(ONE, ["cat"])], TypeError, "labels, got a list of str$"),
+    "one label": (by_hand, [(bright(1, 2), [0])], ValueError, "2 labels, one an image, got 1$"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_BATCHES)
-def test_a_batch_of_another_kind_is_refused(name: str) -> None:
-    batch, error, match = REFUSED_BATCHES[name]
-    with pytest.raises(error, match=f"loader: .*{match}"):
-        analysis.record_attention(by_hand(), [batch])
-
-
-@pytest.mark.parametrize("loader", [[], [bright()]], ids=["no batch", "an empty batch"])
-def test_a_loader_without_an_image_is_refused(loader: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match="loader: expected at least one image, got none"):
-        analysis.record_attention(by_hand(), loader)
-
-
-def test_maps_that_are_not_one_an_image_are_refused() -> None:
-    net = Calling(by_hand(), lambda sk, x: sk(x.repeat(3, 1, 1, 1)))
-    with pytest.raises(ValueError, match="each of 2 images in 'sk', got 6"):
-        analysis.record_attention(net, [bright(1, 2)])
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_recorded_is_refused(name: str) -> None:
+    build, loader, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        analysis.record_attention(build(), loader)
 
 
 # Sizes
