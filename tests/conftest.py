@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import distributions
 from platform import python_version
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.interpreter import patch_the_language_once_a_launch
 from tests.processes import fill_fresh_memory_with_nan
@@ -60,6 +62,14 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of gloo's that holds this process alone."""
+    dist.init_process_group("gloo", store=cast(Any, dist).HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pandas.testing import assert_frame_equal
 from torch import Tensor, nn
@@ -320,20 +319,15 @@ def test_a_data_parallel_model_is_recorded() -> None:
 
 
 @needs_gloo
-def test_a_distributed_model_is_recorded_without_a_word_to_the_others(tmp_path: Path) -> None:
+def test_a_distributed_model_is_recorded_without_a_word_to_the_others(one_process: None) -> None:
     net, x = small_net(), images_of(3)
     expected = analysis.record_attention(net, [x])
-    rendezvous = (tmp_path / "rendezvous").as_uri()
-    dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(net)
-        calls: list[Any] = []
-        wrapped.register_forward_pre_hook(lambda *args: calls.append(args))
-        assert_same_table(analysis.record_attention(wrapped, [x]), expected)
-        # Its forward sends the buffers round, and waits for processes that may have fewer images.
-        assert calls == []
-    finally:
-        dist.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    calls: list[Any] = []
+    wrapped.register_forward_pre_hook(lambda *args: calls.append(args))
+    assert_same_table(analysis.record_attention(wrapped, [x]), expected)
+    # Its forward sends the buffers round, and waits for processes that may have fewer images.
+    assert calls == []
 
 
 # What is left behind: nothing

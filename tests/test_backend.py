@@ -3,12 +3,11 @@
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -199,13 +198,6 @@ def test_gpu_tensors_take_triton_unless_told_otherwise(
     x = torch.ones(1).as_subclass(OnAGpu) if on_a_gpu else BRANCHES[0]
     with use_backend(name):
         assert backend.takes_triton(x) is taken
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=cast(Any, dist).HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @needs_gloo

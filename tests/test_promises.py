@@ -1,6 +1,5 @@
 """accelerate changes the speed and nothing else: what it compares, what it leaves alone."""
 
-import contextlib
 import copy
 import gc
 import inspect
@@ -17,7 +16,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -738,14 +736,15 @@ def test_what_is_made_of_an_accelerated_module_computes_the_same(
 
 @needs_gloo
 @pytest.mark.parametrize("build", [port, lambda: rebuilt.SelectiveKernel(8, 4)])
-def test_statistics_of_several_processes_are_no_hindrance(build: Callable[[], nn.Module]) -> None:
-    with one_process():
-        module = synced(build())
-        assert row_of(module).status == "accelerated"
-        for norm in cast(Any, module).modules():
-            if isinstance(norm, nn.SyncBatchNorm):
-                norm.process_group = SimpleNamespace(size=lambda: 2)
-                assert cast(Any, parts.group_of(norm)) is norm.process_group
+def test_statistics_of_several_processes_are_no_hindrance(
+    build: Callable[[], nn.Module], one_process: None
+) -> None:
+    module = synced(build())
+    assert row_of(module).status == "accelerated"
+    for norm in cast(Any, module).modules():
+        if isinstance(norm, nn.SyncBatchNorm):
+            norm.process_group = SimpleNamespace(size=lambda: 2)
+            assert cast(Any, parts.group_of(norm)) is norm.process_group
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -811,29 +810,19 @@ def test_a_parametrized_module_is_left_and_a_parametrized_child_not(blend: nn.Mo
     assert row_of(module).status == "accelerated"
 
 
-@contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]  # exported, but not by name
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 @needs_gloo
-def test_fully_shard_on_top_stays() -> None:
-    with one_process():
-        module, x = scramble(rebuilt.SKConv(8, 4)), torch.randn(2, 8, 5, 4)
-        skt.accelerate(module)
-        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-        expected = module(x)
-        skt.restore(module)
-        assert isinstance(module, FSDPModule)
-        assert not isinstance(module, Accelerated)
-        out = module(x)
-        torch.testing.assert_close(out, expected)
-        out.sum().backward()
-        assert type(module).__name__ == "FSDPSKConv"
+def test_fully_shard_on_top_stays(one_process: None) -> None:
+    module, x = scramble(rebuilt.SKConv(8, 4)), torch.randn(2, 8, 5, 4)
+    skt.accelerate(module)
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    expected = module(x)
+    skt.restore(module)
+    assert isinstance(module, FSDPModule)
+    assert not isinstance(module, Accelerated)
+    out = module(x)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert type(module).__name__ == "FSDPSKConv"
 
 
 def test_in_place_changes_are_named_by_autograd() -> None:
