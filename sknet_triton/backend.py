@@ -117,7 +117,9 @@ def takes_triton(tensor: Tensor) -> bool:
     if backend == "auto":
         if not tensor.is_cuda or not _triton_installed():
             return False
-        return not (in_transform() or _exporting_to_onnx() or _is_distributed(tensor))
+        return not (
+            in_transform() or _exporting_to_onnx() or isinstance(tensor, _distributed_type())
+        )
     if not _triton_installed():
         raise ImportError("backend: 'triton' needs the package triton, which is not installed")
     if not has_kernels(tensor):
@@ -135,7 +137,7 @@ def takes_triton(tensor: Tensor) -> bool:
             "backend: 'triton' has no rule for torch.func's transforms (grad, jvp, vmap, ...) and "
             "forward-mode derivatives; use_backend('auto') and use_backend('reference') have"
         )
-    if _is_distributed(tensor):
+    if isinstance(tensor, _distributed_type()):
         raise RuntimeError(
             "backend: 'triton' has no sharding rule for DTensors; use_backend('auto') and "
             "use_backend('reference') take PyTorch's operators, which have"
@@ -193,10 +195,6 @@ def is_symbolic(value: object) -> bool:
 def interpreting() -> bool:
     """Tells whether the environment has Triton interpret its kernels, as Triton reads it."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-
-
-def _is_distributed(tensor: Tensor) -> bool:
-    return isinstance(tensor, _distributed_type())
 
 
 def _checked(name: str, source: str) -> Backend:

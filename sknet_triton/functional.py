@@ -156,19 +156,13 @@ def sk_fuse_select(
     """
     xs = checked_branches(branches, branch_dim)
     check_fuse_select(xs, norms, fc1_weight, fc1_norm, fc2_weight)
-    norm = norms[0]
     # That of all norms that take statistics, which the check has seen to.
-    groups = [n.process_group for n in (norm, fc1_norm) if n.batch_stats]
+    groups = [n.process_group for n in (norms[0], fc1_norm) if n.batch_stats]
     arguments = fused.Arguments(
         xs, _norms(norms), fc1_weight, fc1_bias, _norms([fc1_norm]), fc2_weight, fc2_bias
     )
-    out, kept, fc1_kept = fused.fuse_select(
-        fused.way_of(xs[0]),
-        arguments,
-        norm.batch_stats,
-        fc1_norm.batch_stats,
-        groups[0] if groups else None,
-    )
+    group = groups[0] if groups else None
+    out, kept, fc1_kept = fused.fuse_select(fused.way_of(xs[0]), arguments, group)
     mean, var = (None, None) if kept is None else kept
     fc1_mean, fc1_var = (None, None) if fc1_kept is None else fc1_kept
     return FuseSelect(out, mean, var, fc1_mean, fc1_var)

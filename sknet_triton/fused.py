@@ -4,8 +4,9 @@
 them off their children. The seven steps are PyTorch's formulas, Triton's launchers, or operators.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sknet_kernels.launch import planned
 from sknet_kernels.layout import evenly, positions
-from sknet_kernels.norms import Norms, Running
+from sknet_kernels.norms import ChannelGradients, Norms, Running
 from sknet_triton import ops, reference
 from sknet_triton.backend import in_transform, needs_plain_backward, takes_triton
 from sknet_triton.checks import check_counts, check_limits
@@ -47,25 +48,15 @@ def way_of(x: Tensor) -> Way:
 
 
 class Arguments(NamedTuple):
-    """What `fuse_select` computes with.
+    """What `fuse_select` computes with; norms have running statistics, or None for the batch's."""
 
-    Attributes:
-        branches: M tensors [B, C, *spatial].
-        norms: of the branches; with running statistics, or with None where the batch's are taken.
-        fc1_weight: [d, C], or [d, C, 1, 1] as a convolution has it.
-        fc1_bias: [d] or None.
-        fc1_norm: one norm, likewise.
-        fc2_weight: [M * C, d], or [M * C, d, 1, 1].
-        fc2_bias: [M * C] or None.
-    """
-
-    branches: Sequence[Tensor]
+    branches: Sequence[Tensor]  # M of [B, C, *spatial]
     norms: Norms
-    fc1_weight: Tensor
-    fc1_bias: Tensor | None
+    fc1_weight: Tensor  # [d, C], or [d, C, 1, 1] as a convolution has it
+    fc1_bias: Tensor | None  # [d]
     fc1_norm: Norms
-    fc2_weight: Tensor
-    fc2_bias: Tensor | None
+    fc2_weight: Tensor  # [M * C, d], or [M * C, d, 1, 1]
+    fc2_bias: Tensor | None  # [M * C]
 
     @classmethod
     def of(cls, settings: "Settings", tensors: Sequence[Any]) -> "Arguments":
@@ -93,8 +84,6 @@ class Arguments(NamedTuple):
 def fuse_select(
     way: Way,
     arguments: Arguments,
-    batch_stats: bool,
-    fc1_batch_stats: bool,
     group: "ProcessGroup | None" = None,
     running: Running | None = None,
     fc1_running: Running | None = None,
@@ -105,9 +94,7 @@ def fuse_select(
         way: "kernels" takes Triton's, which have limits (see `check_limits`). "composed" knows no
             process group, where it is "formulas", and moves no running statistics.
         arguments: the tensors.
-        batch_stats: whether the branches' norms take the statistics of the batch.
-        fc1_batch_stats: whether fc1's norm does.
-        group: the processes that they are taken over; None for this one alone.
+        group: the processes that statistics are taken over; None for this one alone.
         running: moved towards the statistics of the batch, where those are taken.
         fc1_running: likewise, of fc1's norm alone.
 
@@ -121,6 +108,8 @@ def fuse_select(
         where they were not taken, or served to move running ones.
     """
     branches = arguments.branches
+    batch_stats = arguments.norms.mean[0] is None
+    fc1_batch_stats = arguments.fc1_norm.mean[0] is None
     if group is None:
         check_counts(branches[0], batch_stats, fc1_batch_stats)
         if way == "composed":
@@ -194,10 +183,8 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _counts_flops() -> bool:
-    """Tells whether a FlopCounterMode is at work, which knows the formulas' products alone.
-
-    Registering what the operators count would import its module, and with it triton.
-    """
+    # It knows the formulas' products alone: registering what the operators count would import its
+    # module, and with it triton.
     modes = _get_current_dispatch_mode_stack()
     return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
 
@@ -224,24 +211,14 @@ def _planned(
 
 
 class Settings(NamedTuple):
-    """What `SKFuseSelect` takes beside tensors.
-
-    Attributes:
-        M: number of branches.
-        eps: of the branches' norms.
-        fc1_eps: of fc1's norm.
-        batch_stats: whether the branches' norms take the statistics of the batch.
-        fc1_batch_stats: whether fc1's norm does.
-        group: the processes that they are taken over.
-        by: names the implementation of the steps.
-    """
+    """What `SKFuseSelect` takes beside tensors."""
 
     M: int
     eps: float
     fc1_eps: float
-    batch_stats: bool
+    batch_stats: bool  # whether the branches' norms take the statistics of the batch
     fc1_batch_stats: bool
-    group: "ProcessGroup | None"
+    group: "ProcessGroup | None"  # the processes that they are taken over
     by: By
 
     @property
@@ -251,23 +228,14 @@ class Settings(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward needs beside the arguments: statistics, or None where none were taken.
+    """What the backward needs beside the arguments; None where no statistics were taken."""
 
-    Attributes:
-        stats: mean and biased variance of the branches [2, M, C].
-        fc1_stats: of fc1's output [2, d].
-        pooled: s [B, C].
-        hidden: fc1's output [B, d].
-        logits: [B, M, C].
-        counts: images, and values a channel, over the process group [2].
-    """
-
-    stats: Tensor | None
-    fc1_stats: Tensor | None
-    pooled: Tensor
-    hidden: Tensor
-    logits: Tensor
-    counts: Tensor | None
+    stats: Tensor | None  # mean and biased variance of the branches [2, M, C]
+    fc1_stats: Tensor | None  # those of fc1's output [2, d]
+    pooled: Tensor  # s [B, C]
+    hidden: Tensor  # fc1's output [B, d]
+    logits: Tensor  # [B, M, C]
+    counts: Tensor | None  # images, and values a channel, over the process group [2]
 
 
 def _forward(
@@ -277,12 +245,13 @@ def _forward(
     steps, group = settings.steps, settings.group
     stats, kept, fc1_stats, fc1_kept, counts = None, None, None, None, None
     if group is not None:
-        counts = _counts(a.branches[0], group)
+        x = a.branches[0]
+        own = [x.shape[0], x.shape[0] * positions(x)]
+        counts = sum_over(group, x.new_tensor(own, dtype=accumulation_dtype(x.dtype)))
     if settings.batch_stats:
         stats, kept = steps.moments(a.branches, *filter(None, moved[:1]))
         if counts is not None and kept is not None:
-            own = len(a.branches[0]) * positions(a.branches[0])
-            stats, kept = _joined(stats, own, counts[1], group)
+            stats, kept = _joined(stats, own[1], counts[1], group)
     norms = _applied(a.norms, stats)
     pooled, hidden = steps.hidden(a.branches, norms, a.fc1_weight, a.fc1_bias)
     fc1_norm = a.fc1_norm
@@ -302,17 +271,18 @@ def _forward(
 def _backward(
     dout: Tensor, a: Arguments, saved: Saved, settings: Settings
 ) -> tuple[Sequence[Tensor], tuple[Tensor | None, ...]]:
-    """Carries out the backward in 3M + 2 passes.
-
-    Returns:
-        The gradients of the branches, and one or None for every other tensor of `fused`.
-    """
+    """Returns the gradients of the branches and, or None, of what follows them: 3M + 2 passes."""
     steps, S = settings.steps, positions(dout)
     if settings.by == "launchers":
         dout = evenly(dout)
     norms, fc1_norm = _applied(a.norms, saved.stats), _applied(a.fc1_norm, saved.fc1_stats)
     sums, dlogits, dz = steps.hidden_bwd(dout, a.branches, saved.logits, norms, a.fc2_weight)
-    arguments = (
+    channels_bwd: Callable[..., ChannelGradients] = steps.channels_bwd
+    if settings.group is not None:
+        # The collectives cost more than the small operators around them.
+        over = {"group": settings.group, "counts": saved.counts}
+        channels_bwd = partial(REFERENCE.channels_bwd, **over)
+    share, drift, gamma, beta, *rest = channels_bwd(
         sums,
         dlogits,
         dz,
@@ -329,12 +299,6 @@ def _backward(
         settings.batch_stats,
         settings.fc1_batch_stats,
     )
-    if settings.group is not None:
-        # The collectives cost more than the small operators around them.
-        gradients = REFERENCE.channels_bwd(*arguments, settings.group, saved.counts)
-    else:
-        gradients = steps.channels_bwd(*arguments)
-    share, drift, gamma, beta, *rest = gradients
     dbranches = steps.dx(dout, a.branches, saved.logits, norms, share, drift)
     fc1_weight, fc1_bias, fc1_gamma, fc1_beta, fc2_weight, fc2_bias = rest
     nothing = (None,) * (2 * settings.M)
@@ -415,20 +379,10 @@ def _applied(norms: Norms, stats: Tensor | None) -> Norms:
     return Norms(rows[:n], rows[n:], norms.weight, norms.bias, norms.eps)
 
 
-def _counts(x: Tensor, group: "ProcessGroup | None") -> Tensor:
-    """Returns images, and values a channel, over the processes of ``group`` [2]."""
-    own = [x.shape[0], x.shape[0] * positions(x)]
-    return sum_over(group, x.new_tensor(own, dtype=accumulation_dtype(x.dtype)))
-
-
 def _joined(
     stats: Tensor, count: int, total: Tensor, group: "ProcessGroup | None"
 ) -> tuple[Tensor, Tensor]:
-    """Joins mean and biased variance of ``count`` values with those of the group.
-
-    Returns:
-        Mean and biased variance, then mean and unbiased variance.
-    """
+    """Joins moments of ``count`` values with the group's; returns them, and with unbiased ones."""
     weight = count / total
     # A process without an image has moments of nothing, NaN, that count for nothing.
     mean, var = stats.masked_fill(weight == 0, 0)
@@ -438,10 +392,9 @@ def _joined(
 
 
 def _move(groups: Sequence[tuple[Running, Tensor]]) -> None:
-    """Moves running statistics towards the batch's, as ``nn.BatchNorm2d`` in training does.
+    """Moves running statistics towards the batch's beside them, [2, n, C] or of one norm [2, C].
 
-    Beside each are the batch's mean and unbiased variance [2, n, C] of its n norms, [2, C] of one,
-    which are overwritten.
+    As ``nn.BatchNorm2d`` in training does; the batch's mean and variance are overwritten.
     """
     moved: list[Tensor] = []
     batch: list[Tensor] = []

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def conv_bn(
@@ -78,17 +73,11 @@ def any_hook(modules: Iterable[nn.Module], *, everywhere: bool = True) -> bool:
 
 
 class Block(NamedTuple):
-    """A convolution, its batch norm and its ReLU.
-
-    Attributes:
-        conv: called as a module.
-        norm: read, not called.
-        silent: every module that is not called: the norm, the activation, what holds the three.
-    """
+    """A convolution, its batch norm and its ReLU."""
 
     conv: nn.Module
     norm: nn.Module
-    silent: tuple[nn.Module, ...]
+    silent: tuple[nn.Module, ...]  # what is not called: norm, activation, what holds the three
 
 
 class Parts(NamedTuple):
@@ -209,8 +198,6 @@ def _fused(parts: Parts, maps: Sequence[Tensor], way: fused.Way) -> Tensor:
     out, kept, fc1_kept = fused.fuse_select(
         way,
         arguments,
-        batch_stats,
-        fc1_batch_stats,
         group,
         _running(norms) if batch_stats else None,
         _running([fc1_norm]) if fc1_batch_stats else None,
@@ -302,10 +289,7 @@ def _keeps(bn: Any) -> bool:
 
 
 def _move(norms: Sequence[Any], means: Tensor, variances: Tensor) -> None:
-    """Moves running statistics towards the batch's [n, C], as ``nn.BatchNorm2d`` does, one by one.
-
-    It is for norms that are not moved all alike, or that share a module.
-    """
+    """Moves running statistics one by one, of norms that are not all alike or share a module."""
     for bn, mean, var in zip(norms, means, variances, strict=True):
         if not _keeps(bn):
             continue

@@ -11,7 +11,7 @@ cannot relaunch its kernels with arguments of its own choosing. Any strides will
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
@@ -30,15 +30,7 @@ def launchers() -> Steps:
     """Returns the steps on Triton's launchers, whose import a machine without kernels is spared."""
     from sknet_kernels import steps
 
-    return Steps(
-        steps.moments,
-        steps.hidden,
-        steps.logits,
-        steps.out,
-        steps.hidden_bwd,
-        steps.channels_bwd,
-        steps.dx,
-    )
+    return Steps(**{field.name: getattr(steps, field.name) for field in fields(Steps)})
 
 
 def _in_layout_of(x: Tensor, out: Tensor) -> Tensor:

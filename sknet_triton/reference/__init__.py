@@ -6,10 +6,9 @@ checked here; `sknet_triton.functional` does that.
 """
 
 from sknet_triton.reference.common import accumulation_dtype
-from sknet_triton.reference.composed import composed
 from sknet_triton.reference.sk_fuse import sk_fuse, sk_fuse_bwd
 from sknet_triton.reference.sk_select import sk_select, sk_select_bwd
-from sknet_triton.reference.steps import REFERENCE
+from sknet_triton.reference.steps import REFERENCE, composed
 
 __all__ = [
     "REFERENCE",

@@ -1,4 +1,4 @@
-"""`sk_fuse_select`, all between the convolutions and V, as seven steps, in PyTorch.
+"""`sk_fuse_select`, all between the convolutions and V, in PyTorch: as seven steps, and `composed`.
 
 A step reads or writes full-size tensors, or lies between two that do. The derivation: with x the
 convolutions' outputs, y_i = gamma_i xhat_i + beta_i and u_i = max(y_i, 0), one read of dV and x
@@ -21,8 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sknet_kernels.norms import ChannelGradients, Norms, common_dtype
-from sknet_triton.reference.common import accumulation_dtype, cast, over_space, sum_over
-from sknet_triton.reference.sk_select import attention
+from sknet_triton.reference.common import (
+    accumulation_dtype,
+    cast,
+    no_autocast,
+    over_space,
+    sum_over,
+)
+from sknet_triton.reference.sk_fuse import pooled as pooled_over
+from sknet_triton.reference.sk_select import attention, sk_select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,7 +95,7 @@ def hidden(
 ) -> tuple[Tensor, Tensor]:
     """Returns s [B, C] (eqs. 1 and 2) and fc1's output [B, d] (eq. 3)."""
     pooled = fuse(branches, norms)
-    return pooled, F.linear(pooled, _matrix(fc1_weight, pooled), cast(fc1_bias, pooled.dtype))
+    return pooled, _linear(pooled, fc1_weight, fc1_bias)
 
 
 def fuse(branches: Sequence[Tensor], norms: Norms) -> Tensor:
@@ -112,7 +119,7 @@ def logits(
         kept = torch.stack([mean, var * (size / (size - 1))])
         fc1_norm = fc1_norm._replace(mean=(mean,), var=(var,))
     _, _, z = _fc1_norm(hidden, fc1_norm)
-    wide = F.linear(z, _matrix(fc2_weight, z), cast(fc2_bias, z.dtype))
+    wide = _linear(z, fc2_weight, fc2_bias)
     return wide.view(hidden.shape[0], M, fc2_weight.shape[0] // M), applied, kept
 
 
@@ -257,6 +264,57 @@ def dx(
 REFERENCE = Steps(moments, hidden, logits, out, hidden_bwd, channels_bwd, dx)
 
 
+def composed(
+    branches: Sequence[Tensor],
+    norms: Norms,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc1_norm: Norms,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Computes V = sum of a_i u_i, as `functional.sk_fuse_select` says, for eager PyTorch.
+
+    Every operator is PyTorch's, so every kind of derivative is. What it keeps for the backward is
+    the branches and the u_i. No process group is known here.
+
+    Returns:
+        V in the dtype of the branches; mean and unbiased variance of the branches [2, M, C] and of
+        fc1's output [2, d] in the accumulation dtype, None where running ones were taken.
+    """
+    B, C = branches[0].shape[:2]
+    with no_autocast(branches[0]):
+        maps, kept = _batch_normed(branches, norms)
+        hidden = _linear(pooled_over(maps), fc1_weight, fc1_bias)
+        (z,), fc1_kept = _batch_normed([hidden], fc1_norm)
+        logits = _linear(z, fc2_weight, fc2_bias)
+        out = sk_select(maps, logits.view(B, len(maps), C))
+    return out, kept, None if fc1_kept is None else fc1_kept[:, 0]
+
+
+def _batch_normed(xs: Sequence[Tensor], norms: Norms) -> tuple[list[Tensor], Tensor | None]:
+    """Returns the xs normalised and rectified, and the batch's statistics where they were taken.
+
+    Those are mean and unbiased variance [2, n, C] of the n norms.
+    """
+    dtype = accumulation_dtype(xs[0].dtype)
+    kept, mean, var = None, norms.mean, norms.var
+    if mean[0] is None:
+        # At momentum 1 running statistics are the batch's and nothing else.
+        kept = xs[0].new_zeros((2, len(xs), xs[0].shape[1]), dtype=dtype)
+        rows = kept.flatten(0, 1).unbind()
+        mean, var = rows[: len(xs)], rows[len(xs) :]
+    maps = []
+    for x, *row in zip(xs, mean, var, norms.weight, norms.bias, strict=True):
+        m, v, weight, bias = (cast(vector, dtype) for vector in row)
+        maps.append(F.batch_norm(x, m, v, weight, bias, kept is not None, 1.0, norms.eps).relu_())
+    return maps, kept
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, _matrix(weight, x), cast(bias, x.dtype))
+
+
 def _space(x: Tensor) -> tuple[int, ...]:
     return tuple(range(2, x.dim()))
 
@@ -305,7 +363,7 @@ def _fc1_norm(hidden: Tensor, fc1_norm: Norms) -> tuple[Tensor, Tensor, Tensor]:
 
 def _matrix(weight: Tensor, like: Tensor) -> Tensor:
     """Returns a weight [n, m], or [n, m, 1, 1] as a convolution has it, as a matrix."""
-    return weight.flatten(1).to(like.dtype)
+    return cast(weight.flatten(1), like.dtype)
 
 
 def _like(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
