@@ -19,7 +19,7 @@ _GROUPS = 32
 
 
 class OnList(nn.Module):
-    """A module that takes its branches in a list."""
+    """A module that takes its M branches [B, C, H, W] in a list."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -29,14 +29,11 @@ class OnList(nn.Module):
         return self.module(list(branches))
 
 
-class OnChannelsLast(nn.Module):
+class OnChannelsLast(OnList):
     """A module on maps [B, H, W, C], called as in its network: on a view of [B, C, H, W]."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *branches: Tensor) -> Tensor:
+        (x,) = branches
         return self.module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

@@ -80,11 +80,12 @@ def switches() -> Switches:
 def snapshot(device: torch.device, seed: int, ranks: int) -> Environment:
     """Returns the environment as it is now; the clock and the time are this moment's."""
     sha, dirty = _git_state()
+    on_a_gpu = device.type == "cuda"
     return Environment(
         gpu=gpu_name(device),
-        sm_clock_mhz=_sm_clock_mhz(device),
-        driver=_driver(device),
-        cuda=(torch.version.cuda or torch.version.hip or "") if device.type == "cuda" else "",
+        sm_clock_mhz=_sm_clock_mhz(device) if on_a_gpu else 0,
+        driver=_driver() if on_a_gpu else "",
+        cuda=(torch.version.cuda or torch.version.hip or "") if on_a_gpu else "",
         cpu=_cpu_model(),
         cores=os.cpu_count() or 0,
         threads=torch.get_num_threads(),
@@ -130,15 +131,13 @@ def _cpu_model() -> str:
 
 
 @functools.cache
-def _driver(device: torch.device) -> str:
+def _driver() -> str:
     # All GPUs of a machine have one driver, and one may not be asked for by its id.
-    return _nvidia_smi("driver_version") if device.type == "cuda" else ""
+    return _nvidia_smi("driver_version")
 
 
 def _sm_clock_mhz(device: torch.device) -> int:
     """Returns the clock of the multiprocessors; 0 where none is told, as of a part of a GPU."""
-    if device.type != "cuda":
-        return 0
     uuid = torch.cuda.get_device_properties(device).uuid
     clock = _nvidia_smi("clocks.sm", f"--id=GPU-{uuid}")
     return int(clock) if clock.isdecimal() else 0
@@ -146,10 +145,8 @@ def _sm_clock_mhz(device: torch.device) -> int:
 
 def _nvidia_smi(field: str, *options: str) -> str:
     """Returns the first answer of nvidia-smi; empty where it says in brackets that it has none."""
-    output = _output(
-        "nvidia-smi", *options, f"--query-gpu={field}", "--format=csv,noheader,nounits"
-    )
-    answer = output.partition("\n")[0].strip()
+    query = (f"--query-gpu={field}", "--format=csv,noheader,nounits")
+    answer = _output("nvidia-smi", *options, *query).partition("\n")[0].strip()
     return "" if answer.startswith("[") else answer
 
 

@@ -10,12 +10,8 @@ from perf.rows.schema import LAYOUTS, STAGES, Case, DType, Layout, Level, Mode
 from perf.sweep.workloads import LEVEL_OF, make_case
 
 CORE = (
-    "plain-eager",
-    "plain-compile",
-    "ours-pytorch-eager",
-    "ours-pytorch-compile",
-    "ours-triton-eager",
-    "ours-triton-compile",
+    *("plain-eager", "plain-compile", "ours-pytorch-eager", "ours-pytorch-compile"),
+    *("ours-triton-eager", "ours-triton-compile"),
 )
 UNCOMPILED = ("plain-eager", "ours-pytorch-eager", "ours-triton-eager")
 BOTH_CALLED_ALIKE = ("plain-eager", "plain-compile", "ours-triton-eager", "ours-triton-compile")
@@ -161,15 +157,8 @@ _SKNET50 = _bf16(
     dtypes=("autocast",),
     batches=(128,),
     providers=(
-        "ours-triton-eager",
-        "ours-triton-compile",
-        "timm-sk-compile",
-        "timm-se-compile",
-        "plain-compile",
-        "port-compile",
-        "ours-triton-cudagraph",
-        "plain-eager",
-        "timm-sk-eager",
+        *("ours-triton-eager", "ours-triton-compile", "timm-sk-compile", "timm-se-compile"),
+        *("plain-compile", "port-compile", "ours-triton-cudagraph", "plain-eager", "timm-sk-eager"),
     ),
 )
 NETWORK = (
@@ -193,7 +182,7 @@ SMALL = (
     replace(_SMALL_FUSE_SELECT, modes=("train",), batches=(8,)),
 )
 
-_THREE = ("plain-eager", "plain-compile", "ours-triton-eager")
+_THREE = ("plain-eager", *_PAIR)
 REST = (
     Grid(("digits",), modes=("train",), batches=(64,), providers=UNCOMPILED),
     _bf16("sk_fuse_select", "sk_select", modes=("bwd",), providers=BOTH_CALLED_ALIKE),

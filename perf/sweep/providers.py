@@ -5,7 +5,7 @@ A call computes on tensors that stay where they are: it is judged, captured and 
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -56,7 +56,6 @@ class Call:
             inputs = tuple(x.detach().requires_grad_() for x in inputs)
             self.tensors |= {f"input {i}": x for i, x in enumerate(inputs)}
         self.inputs = inputs
-        self._autocast = case.dtype == "autocast" and inputs[0].dtype != torch.float64
         self._wanted = list(self.tensors.values())
         self._seed = seed
         self._dout: Tensor | None = None
@@ -64,19 +63,16 @@ class Call:
 
     def forward(self) -> Tensor:
         """Returns the output, under autocast where the case says so: as a user does."""
-        if not self._autocast:
-            return self.net(*self.inputs)
-        with torch.autocast(self.inputs[0].device.type, torch.bfloat16):
+        x = self.inputs[0]
+        enabled = self.case.dtype == "autocast" and x.dtype != torch.float64
+        with torch.autocast(x.device.type, torch.bfloat16) if enabled else nullcontext():
             return self.net(*self.inputs)
 
     def __call__(self) -> Results:
         """Returns the output and the gradients of `tensors`."""
         alone = self.case.mode == "bwd"
-        if self._out is None:
-            out = self.forward()
-            self._out = out if alone else None
-        else:
-            out = self._out
+        out = self.forward() if self._out is None else self._out
+        self._out = out if alone else None
         if not self.case.differentiates:
             return out, ()
         if self._dout is None:
@@ -190,9 +186,8 @@ class Provider:
     @property
     def code(self) -> str:
         """Whose code runs: plain, port, ours-pytorch (no Triton), ours-triton, timm's."""
-        if self.source != "ours":
-            return self.source
-        return "ours-triton" if self.backend == "triton" else "ours-pytorch"
+        ours = "ours-triton" if self.backend == "triton" else "ours-pytorch"
+        return ours if self.source == "ours" else self.source
 
     @property
     def name(self) -> str:
@@ -220,9 +215,8 @@ class Provider:
             return "a port is a layer or a whole network"
         if self.backend == "triton" and importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if (self.backend == "triton" or self.wrap not in ("eager", "compile")) and (
-            device.type != "cuda"
-        ):
+        on_a_gpu = self.backend == "triton" or self.wrap not in ("eager", "compile")
+        if on_a_gpu and device.type != "cuda":
             return f"{self.name} needs a GPU, and there is none"
         if self.graphed and case.mode == "bwd":
             # Replaying the backward pass alone would read memory that it has already reused.
@@ -245,13 +239,9 @@ class Provider:
 
     def prepared(self, call: Call) -> Callable[[], Results]:
         """Returns ``call`` as this provider repeats it, on the very tensors of the call."""
-        match self.wrap:
-            case "cudagraph":
-                return captured(call)
-            case "reduce-overhead" | "max-autotune":
-                return recorded(call)
-            case _:
-                return call
+        if not self.graphed:
+            return call
+        return captured(call) if self.wrap == "cudagraph" else recorded(call)
 
 
 _WRAPS: dict[tuple[Source, skt.Backend], tuple[Wrap, ...]] = {
@@ -272,9 +262,4 @@ BASELINE = Provider("plain").name
 PASSES_OF = Provider("ours", backend="triton").name
 
 # The plain module that is called as a provider of ours calls ours.
-BEFORE = {
-    after.name: before.name
-    for after in PROVIDERS.values()
-    for before in PROVIDERS.values()
-    if (after.source, before.source) == ("ours", "plain") and after.wrap == before.wrap
-}
+BEFORE = {p.name: Provider("plain", p.wrap).name for p in PROVIDERS.values() if p.source == "ours"}

@@ -53,10 +53,7 @@ def subjects(
     dtype: str,
     device: str | torch.device,
 ) -> list[Subject]:
-    """Returns every kernel on branches of an SKNet's stages.
-
-    Those that move most come first, small kernels last.
-    """
+    """Returns every kernel on branches of an SKNet's stages, first those that move most."""
     found = []
     for kernel, layout, stage, B in itertools.product(kernels, layouts, stages, batches):
         C, side = stage_shape(stage, resolution)

@@ -47,36 +47,24 @@ JUDGED_IMAGES = 8
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-def _branches(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    return tuple(_normal(generator, case.B, case.C, case.H, case.W) for _ in range(case.M))
-
-
-def _logits_and_branches(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    return (_normal(generator, case.B, case.M, case.C), *_branches(case, generator))
-
-
-def _image(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    return (_normal(generator, case.B, case.C, case.H, case.W),)
-
-
-def _features(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    # A mean in each channel, as a network has: else pooling leaves nothing.
-    means = _normal(generator, case.C, 1, 1)
-    return (_normal(generator, case.B, case.C, case.H, case.W) + means,)
-
-
-def _feature_branches(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    return tuple(_features(case, generator)[0] for _ in range(case.M))
-
-
-def _digit_images(case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
-    (images, _), _ = digits.load()
-    rows = torch.randint(len(images), (case.B,), generator=generator, device=generator.device)
-    return (images.to(generator.device)[rows],)
-
-
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def _map(case: Case, generator: torch.Generator) -> Tensor:
+    return _normal(generator, case.B, case.C, case.H, case.W)
+
+
+def _features(case: Case, generator: torch.Generator) -> Tensor:
+    # A mean in each channel, as a network has: else pooling leaves nothing.
+    means = _normal(generator, case.C, 1, 1)
+    return _map(case, generator) + means
+
+
+def _digit_images(case: Case, generator: torch.Generator) -> Tensor:
+    (images, _), _ = digits.load()
+    rows = torch.randint(len(images), (case.B,), generator=generator, device=generator.device)
+    return images.to(generator.device)[rows]
 
 
 # Branch tensors that the mathematics of a mode reads or writes: (k, n) for k * M + n.
@@ -104,10 +92,18 @@ class Workload:
     ours: Callable[[Case], nn.Module]
     # Builds the baseline from ours, with the same parameters.
     plain: Callable[[nn.Module], nn.Module] = baseline.with_plain_convs
-    inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]] = _image  # in float32
+    draw: Callable[[Case, torch.Generator], Tensor] = _map  # an input in float32
+    given: bool = False  # whether it takes M of them, not one
+    logits: bool = False  # whether it takes logits before them
     input_grads: bool = True  # whether the backward pass goes down to the inputs
     moved: Moved | None = None  # none where convolutions move more than the stages do
     batch_norm: bool = True  # whether training takes statistics of one vector an image, as fc1's
+
+    def inputs(self, case: Case, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Draws the inputs of a case in float32."""
+        logits = [_normal(generator, case.B, case.M, case.C)] if self.logits else []
+        drawn = [self.draw(case, generator) for _ in range(case.M if self.given else 1)]
+        return (*logits, *drawn)
 
 
 def _family(family: Family) -> Workload:
@@ -115,7 +111,8 @@ def _family(family: Family) -> Workload:
         "family",
         families.accelerated,
         families.original,
-        inputs=_feature_branches if family.given else _features,
+        draw=_features,
+        given=family.given,
         moved=_FUSION if family.given else None,
         batch_norm=family.batch_norm,
     )
@@ -130,7 +127,7 @@ WORKLOADS = {
         "op",
         lambda case: baseline.Function(baseline.sk_fuse),
         lambda ours: baseline.Function(baseline.plain_fuse),
-        inputs=_branches,
+        given=True,
         moved=_FUSE,
         batch_norm=False,
     ),
@@ -138,7 +135,8 @@ WORKLOADS = {
         "op",
         lambda case: baseline.Function(baseline.sk_select),
         lambda ours: baseline.Function(baseline.plain_select),
-        inputs=_logits_and_branches,
+        given=True,
+        logits=True,
         moved=_SELECT,
         batch_norm=False,
     ),
@@ -146,21 +144,21 @@ WORKLOADS = {
         "op",
         lambda case: baseline.SKFuseSelect(case.C, case.M),
         baseline.PlainFuseSelect,
-        inputs=_branches,
+        given=True,
         moved=_FUSE_SELECT,
     ),
     "sk_conv": Workload("layer", lambda case: skt.SKConv(case.C, case.C, M=case.M)),
     "sk_unit": Workload(
         "layer",
         lambda case: skt.SKUnit(2 * case.C, case.C, M=case.M),
-        inputs=lambda case, generator: _image(replace(case, C=2 * case.C), generator),
+        draw=lambda case, generator: _map(replace(case, C=2 * case.C), generator),
     ),
     **{name: _family(family) for name, family in FAMILIES.items()},
     "sknet26": _network(skt.sknet26),
     "sknet50": _network(skt.sknet50),
     "sknet101": _network(skt.sknet101),
     "digits": Workload(
-        "workload", lambda case: digits.DigitsNet(M=case.M), inputs=_digit_images, input_grads=False
+        "workload", lambda case: digits.DigitsNet(M=case.M), draw=_digit_images, input_grads=False
     ),
 }
 
@@ -250,12 +248,12 @@ def parameters(case: Case, source: Source, seed: int) -> nn.Module:
     workload = WORKLOADS[case.workload]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if source in ("timm-sk", "timm-se"):
-            module = families.timm_build(source, case)
-        else:
-            module = workload.ours(case)
+        timm = source in ("timm-sk", "timm-se")
+        module = families.timm_build(source, case) if timm else workload.ours(case)
         _randomise(module)
-        _calibrate(module, workload.inputs(_small(case), torch.Generator().manual_seed(seed)))
+        side = DIGITS_RESOLUTION if case.level == "workload" else min(case.H, 64)
+        small = replace(case, B=CALIBRATION_BATCH, H=side, W=side)
+        _calibrate(module, workload.inputs(small, torch.Generator().manual_seed(seed)))
     if source == "port":
         return baseline.with_plain_convs(module, baseline.PortSKConv)
     return workload.plain(module) if source == "plain" else module
@@ -334,11 +332,6 @@ def pass_of(case: Case, device: torch.device) -> Callable[[], object]:
     return launch.run
 
 
-def _small(case: Case) -> Case:
-    side = DIGITS_RESOLUTION if case.level == "workload" else min(case.H, 64)
-    return replace(case, B=CALIBRATION_BATCH, H=side, W=side)
-
-
 def _randomise(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, _BATCH_NORMS):
@@ -349,13 +342,11 @@ def _randomise(module: nn.Module) -> None:
 
 
 def _calibrate(module: nn.Module, images: tuple[Tensor, ...]) -> None:
-    norms = [child for child in module.modules() if isinstance(child, _BATCH_NORMS)]
-    if not norms:
-        return
-    usual = [norm.momentum for norm in norms]
-    for norm in norms:
+    usual = {m: m.momentum for m in module.modules() if isinstance(m, _BATCH_NORMS)}
+    for norm in usual:
         norm.momentum = 1.0
-    with torch.no_grad():
-        module.train()(*images)
-    for norm, momentum in zip(norms, usual, strict=True):
+    if usual:
+        with torch.no_grad():
+            module.train()(*images)
+    for norm, momentum in usual.items():
         norm.momentum = momentum
