@@ -30,7 +30,7 @@ if INTERPRETED:
 LONGEST = (
     *("test_aot", "test_compile", "test_properties", "test_export"),
     *("test_ops", "test_distributed", "test_module_contract", "test_promises"),
-    *("test_perf_campaign", "test_perf_kill", "test_sk_fuse_select", "test_sync_batchnorm"),
+    *("test_perf_campaign", "test_perf_store", "test_sk_fuse_select", "test_sync_batchnorm"),
 )
 # What is compared with float64 is computed in the dtype that it claims, and repeatably.
 torch.backends.cudnn.allow_tf32 = False
