@@ -16,7 +16,7 @@ from perf.rows.schema import Case, Result
 from perf.rows.store import open_store
 from perf.rows.typed_csv import Values
 from perf.sweep import sweep
-from perf.sweep.contest import Conditions
+from perf.sweep.contest import Conditions, measure_case
 from perf.sweep.providers import Provider
 from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
@@ -60,6 +60,11 @@ def make_up(monkeypatch: Patch, seconds: float = 0.0) -> MadeUp:
 def small(workload: str, mode: str, **axes: object) -> Case:
     """Returns a case of 4 images of 32 x 32 px, where ``axes`` say nothing else."""
     return make_case(workload, mode, **{"batch": 4, "resolution": 32, **axes})  # type: ignore[arg-type]  # axes by name
+
+
+def measured(case: Case, *providers: Provider) -> list[Result]:
+    """Measures a case by providers, in truth and for a moment."""
+    return list(measure_case(case, providers, CONDITIONS).values())
 
 
 def refusal(capsys: Printed, *arguments: str, silent: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""The gate lets what is right pass and stops what is wrong, in values and in gradients."""
+"""The gate lets what is right pass and stops what is wrong: ops, passes, networks, families."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -9,14 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perf.peers import baseline
+import sknet_triton as skt
+from perf.peers import baseline, families, rebuilt
+from perf.peers.families import FAMILIES, Family
 from perf.rows import env
-from perf.rows.schema import Result
+from perf.rows.schema import Case, Result
+from perf.static.bytes import saved
 from perf.sweep import contest, gate, measure, workloads
-from perf.sweep.providers import PROVIDERS, Evaluation
+from perf.sweep.contest import BudgetSpentError
+from perf.sweep.presets import PRESETS, jobs
+from perf.sweep.providers import PROVIDERS, Call, Evaluation, Provider, arriving_gradient
 from perf.sweep.workloads import make_case
 from sknet_triton import SKConv, SKUnit, sknet26
-from tests.sweeps import CONDITIONS, CPU, Patch, small
+from sknet_triton.acceleration import families as known
+from sknet_triton.acceleration.swap import Accelerated
+from tests.sweeps import CONDITIONS, CPU, Patch, measured, small
 
 EAGER, REFERENCE = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 
@@ -36,10 +43,9 @@ def plant(monkeypatch: Patch) -> Plant:
     return put
 
 
-def both(workload: str, mode: str, **axes: object) -> tuple[Result, Result]:
+def both(workload: str, mode: str, **axes: object) -> list[Result]:
     """Measures plain PyTorch and ours."""
-    results = contest.measure_case(small(workload, mode, **axes), (EAGER, REFERENCE), CONDITIONS)
-    return results[EAGER.name], results[REFERENCE.name]
+    return measured(small(workload, mode, **axes), EAGER, REFERENCE)
 
 
 def average_without_division(*branches: Tensor) -> Tensor:
@@ -268,10 +274,8 @@ def test_bwd_times_the_backward_pass_alone(plant: Plant) -> None:
 
 @pytest.mark.slow
 def test_bwd_of_torch_compile_runs_again() -> None:
-    results = contest.measure_case(
-        small("sk_select", "bwd", batch=2), (PROVIDERS["plain-compile"],), CONDITIONS
-    )
-    assert (results["plain-compile"].status, results["plain-compile"].reason) == ("ok", "")
+    (result,) = measured(small("sk_select", "bwd", batch=2), PROVIDERS["plain-compile"])
+    assert (result.status, result.reason) == ("ok", "")
 
 
 def test_backward_of_fuse_needs_no_bytes_and_has_no_bandwidth() -> None:
@@ -375,3 +379,225 @@ def test_an_error_or_a_bound_that_is_no_number_is_no_proof(value: float) -> None
         gate.Verdict(0.0, 1.0, value, value),
     ):
         assert not verdict.passed
+
+
+def test_providers_that_are_ready_are_timed_when_the_budget_is_spent(monkeypatch: Patch) -> None:
+    prepared = Provider.prepared
+
+    def spent(self: Provider, call: Call) -> object:
+        if self.source == "ours":
+            raise BudgetSpentError
+        return prepared(self, call)
+
+    monkeypatch.setattr(Provider, "prepared", spent)
+    (result,) = both("sk_fuse", "infer")
+    assert result.ms_p50 is not None
+
+
+# Passes
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("workload", ["moments", "fuse", "select", "sums", "dx"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_a_pass_is_the_kernels_launch_and_moves_what_it_counts(workload: str, layout: str) -> None:
+    from perf.static.bytes import counted_bytes
+
+    case = small(workload, "infer", layout=layout)
+    run_pass = workloads.pass_of(case, CPU)
+    with counted_bytes() as count:
+        run_pass()
+    needed = workloads.bytes_needed(case)
+    assert needed
+    assert needed <= count.read + count.written < 1.6 * needed
+
+
+def test_a_copy_reads_and_writes_and_a_pass_belongs_to_one_provider() -> None:
+    case = small("copy", "infer")
+    result, other = measured(case, EAGER, REFERENCE)
+    assert (result.status, result.images_per_s, other.status) == ("ok", None, "unsupported")
+    assert result.bytes_needed == 2 * 4 * case.B * case.C * case.H * case.W
+    assert result.gbps is not None
+    assert result.pct_copy is not None
+    results = measured(small("moments", "infer"), EAGER, PROVIDERS["ours-triton-eager"])
+    assert {result.status for result in results} == {"unsupported"}
+    assert results[0].reason == "moments is a pass of ours-triton-eager"
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter
+def test_a_pass_is_timed_after_its_fuse_select_was_judged(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Provider, "unavailable", lambda *_: None)
+    case = small("select", "infer", batch=2)
+    ours = PROVIDERS["ours-triton-eager"]
+    monkeypatch.setattr(contest, "_judged_step", contest._judged_step.__wrapped__)
+    (result,) = measured(case, ours)
+    assert (result.status, result.reason) == ("ok", "")
+    assert result.grad_err is not None
+    assert result.bytes_needed == 3 * 4 * case.B * case.C * case.H * case.W
+    assert result.gbps is not None
+
+    wrong = Result("unverified", "output off")
+    monkeypatch.setattr(contest, "judge_case", lambda *_: {ours.name: wrong})
+    assert measured(case, ours) == [wrong]
+
+
+# Families: what stands before, what after, and that both are checked
+
+# A radix of 1 is the same module with one branch, where there is nothing to select.
+WITHOUT_A_ROW = {"ResNeSt split attention, radix 1"}
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def family(name: str, mode: str, **axes: object) -> Case:
+    return small(name, mode, **{"resolution": 28, **axes})
+
+
+def accelerated_within(module: nn.Module) -> list[str]:
+    found = [m for m in module.modules() if isinstance(m, Accelerated)]
+    return [m._skt_family.name for m in found]
+
+
+def test_every_family_that_accelerate_knows_is_measured() -> None:
+    built = [families.accelerated(family(name, "infer")) for name in FAMILIES]
+    kinds = {kind for module in built for kind in accelerated_within(module)}
+    assert kinds == {family.name for family in known()} - WITHOUT_A_ROW
+    assert {job.case.workload for job in jobs(PRESETS["family"].grids, 0)} == set(FAMILIES)
+
+
+@every_family
+def test_before_is_the_module_itself_and_after_the_same_module_accelerated(name: str) -> None:
+    case = family(name, "train")
+    before, after = (workloads.parameters(case, source, 0) for source in ("plain", "ours"))
+    assert (accelerated_within(before), len(accelerated_within(after))) == ([], 1)
+    state = after.state_dict()
+    assert before.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in before.state_dict().items())
+
+
+@pytest.mark.parametrize(("mode", "layout"), [("train", "nchw"), ("infer", "channels_last")])
+@every_family
+def test_both_pass_the_gate_and_are_timed(name: str, mode: str, layout: str) -> None:
+    for result in measured(family(name, mode, layout=layout), EAGER, REFERENCE):
+        assert (result.status, result.reason) == ("ok", "")
+        assert result.ms_p50
+        if mode == "infer":
+            assert (result.saved_mb, result.saved_own_mb) == (None, None)
+            continue
+        # A bound near one would let any gradient pass.
+        assert cast(float, result.grad_err_bound) < 0.2
+        assert cast(float, result.saved_own_mb) <= cast(float, result.saved_mb)
+
+
+class Wrong(nn.Module):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.module = families.accelerated(case)
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        out: Tensor = self.module(*reversed(branches))
+        return out
+
+
+def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: Patch) -> None:
+    def before(ours: nn.Module) -> nn.Module:
+        return families.original(ours.get_submodule("module"))
+
+    wrong = replace(workloads.WORKLOADS["mirnet_skff"], ours=Wrong, plain=before)
+    monkeypatch.setitem(workloads.WORKLOADS, "mirnet_skff", wrong)
+    plain, ours = measured(family("mirnet_skff", "infer"), EAGER, REFERENCE)
+    assert (plain.status, ours.status, ours.ms_p50) == ("ok", "unverified", None)
+
+
+def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: Patch) -> None:
+    class Other(rebuilt.SKConv):
+        def attention(self, wide: Tensor) -> Tensor:
+            return super().attention(wide.sigmoid())
+
+    monkeypatch.setitem(FAMILIES, "port_sk_conv", Family(lambda case: Other(case.C, case.C), C=128))
+    results = measured(family("port_sk_conv", "infer"), EAGER, REFERENCE)
+    assert {result.status for result in results} == {"error"}
+    assert "expected one accelerated module, got: 1 left" in results[1].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "sizes"),
+    [
+        ("mirnet_skff", 130, (3, 0, 64, 130, 130)),
+        ("vision_permutator", 224, (3, 0, 192, 32, 32)),
+        ("timm_selective_kernel", 225, (2, 0, 128, 57, 57)),
+    ],
+)
+def test_families_have_their_own_maps_and_branches(
+    name: str, resolution: int, sizes: tuple[int, ...]
+) -> None:
+    case = make_case(name, "infer", M=7, stage=3, resolution=resolution)
+    assert (case.M, case.stage, case.C, case.H, case.W) == sizes
+
+
+def test_channels_first_and_last_are_the_same_numbers_for_every_family() -> None:
+    for name in FAMILIES:
+        outs = []
+        for layout in ("nchw", "channels_last"):
+            case = family(name, "infer", layout=layout)
+            module = workloads.place_module(workloads.parameters(case, "ours", 0), case, CPU)
+            xs = workloads.inputs(case, 0, CPU)
+            format_ = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+            assert all(x.is_contiguous(memory_format=format_) for x in xs)
+            assert {x.shape for x in xs} == {(4, case.C, case.H, case.W)}
+            with skt.use_backend("reference"), torch.no_grad():
+                outs.append(module(*xs))
+            assert outs[-1].shape == (4, case.C, case.H, case.W)
+        # Of the order of one; roundings of float32 through two norms and 1,152 products.
+        torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_maps_go_in_and_out_as_they_are_called() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(families.OnChannelsLast(nn.Flatten(2, 2))(x), x)
+    assert torch.equal(families.OnList(baseline.Function(lambda maps: maps.pop()))(x, -x), -x)
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("infer", 7), ("train", 15), ("bwd", 8)])
+def test_fusion_of_given_maps_has_the_passes_of_the_mathematics(mode: str, passes: int) -> None:
+    case = family("mirnet_skff", mode)
+    assert workloads.bytes_needed(case) == passes * 4 * 64 * 28 * 28 * 4
+    assert workloads.bytes_needed(family("timm_selective_kernel", mode)) is None
+
+
+def test_the_backward_pass_of_a_family_is_measured_alone() -> None:
+    results = measured(family("dehazeformer_sk_fusion", "bwd"), EAGER, REFERENCE)
+    assert {result.status for result in results} == {"ok"}
+
+
+def test_one_image_trains_where_there_is_no_batch_norm() -> None:
+    assert workloads.unsupported(family("mirnet_skff", "train", batch=1), CPU) is None
+    reason = workloads.unsupported(family("timm_selective_kernel", "train", batch=1), CPU)
+    assert reason == "training needs a batch of at least 2, for the batch norm of fc1"
+
+
+def test_a_side_that_vision_permutator_cannot_have_is_unsupported() -> None:
+    case = family("vision_permutator", "infer", resolution=35)
+    assert "into 5" in str(workloads.unsupported(case, CPU))
+    assert workloads.unsupported(family("vision_permutator", "infer"), CPU) is None
+
+
+def test_what_is_kept_is_counted_with_the_inputs_and_without() -> None:
+    side = 512  # 1 MiB of float32 in a square
+    x = torch.randn(2, side, side, requires_grad=True)
+    module = nn.Sequential(nn.Linear(side, side), nn.Sigmoid())
+    counted = saved(lambda: module(x[0]), module, [x])
+    # The linear layer keeps its weight and half of x, whose storage is whole; the sigmoid its out.
+    assert (counted.mb, counted.own_mb) == (3.0, 1.0)
+
+
+def test_gradients_arrive_in_the_layout_of_the_case() -> None:
+    out = torch.zeros(2, 3, 4, 5)
+    first, last = (
+        arriving_gradient(out, small("sk_conv", "train", layout=layout), 0)
+        for layout in ("nchw", "channels_last")
+    )
+    assert first.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(first, last)

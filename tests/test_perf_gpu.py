@@ -29,15 +29,11 @@ from perf.sweep.contest import DeviceLostError
 from perf.sweep.providers import PROVIDERS, Call, Provider, captured, evaluate, recorded, settings
 from perf.sweep.sweep import Rank
 from perf.sweep.workloads import make_case
-from tests.sweeps import CONDITIONS, CPU, Patch, Printed, make_up, refusal, small
+from tests.sweeps import CPU, Patch, Printed, make_up, measured, refusal, small
 
 GPU = torch.device("cuda", 0)
 PLAIN, OURS = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def measured(case: Case, *providers: Provider) -> list[Result]:
-    return list(contest.measure_case(case, providers, CONDITIONS).values())
 
 
 def planted(workload: str, ours: nn.Module, monkeypatch: Patch, **changes: Any) -> None:
