@@ -5,7 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -218,58 +218,6 @@ def enlarge(images: Tensor, scale: float) -> Tensor:
     return (rows @ images.to(dtype) @ columns.T).to(images.dtype)
 
 
-@dataclass
-class _Means:
-    """Images, and the sum over them of the weights' means over channels, by scale, unit and class.
-
-    ``scale`` and ``labels`` say whose weights are added.
-    """
-
-    sums: dict[tuple[float, Unit, Label], tuple[int, Tensor]] = field(default_factory=dict)
-    scale: float = 1.0
-    labels: Sequence[Label] = ()
-
-    def add(self, unit: Unit, weights: Tensor) -> None:
-        """Adds the weights [B, M, C] of ``unit``."""
-        if len(weights) != len(self.labels):
-            raise ValueError(
-                f"model: expected weights for each of {len(self.labels)} images in {unit.path!r}, "
-                f"got {len(weights)}, which no class can be told for"
-            )
-        by_image = weights.mean(2)
-        for label in dict.fromkeys(self.labels):
-            at = [i for i, other in enumerate(self.labels) if other == label]
-            key, total = (self.scale, unit, label), by_image[at].sum(0)
-            images, before = self.sums.get(key, (0, torch.zeros_like(total)))
-            self.sums[key] = images + len(at), before + total
-
-    def table(self, units: list[Unit]) -> pd.DataFrame:
-        """Returns the means by scale, unit and class, with the columns of `record_sizes`."""
-        rows = []
-        for (scale, unit, label), (images, total) in self.sums.items():
-            weights = (total / images).tolist()
-            rows.append(
-                {
-                    "scale": scale,
-                    "path": unit.path,
-                    "stage": unit.stage,
-                    "index": unit.index,
-                    "label": label,
-                    "images": images,
-                    "difference": weights[-1] - weights[0],
-                    **{f"{WEIGHT}{i}": weight for i, weight in enumerate(weights)},
-                }
-            )
-        table = pd.DataFrame(rows).astype({"label": "Int64"})
-        places = {unit.path: place for place, unit in enumerate(units)}
-        return table.sort_values(
-            ["scale", "path", "label"],
-            key=lambda column: column.map(places) if column.name == "path" else column,
-            na_position="first",
-            ignore_index=True,
-        )
-
-
 def _record(
     model: nn.Module,
     loader: Iterable[Any],
@@ -280,26 +228,82 @@ def _record(
     inner = _unwrapped(model)
     units = sk_units(inner)
     where = next(inner.parameters()).device if device is None else torch.device(device)
-    means = _Means()
+    # Images, and the sum over them of the weights' means over channels.
+    sums: dict[tuple[float, Unit, Label], tuple[int, Tensor]] = {}
+    calls: list[tuple[Unit, Tensor]] = []
     images_seen = 0
+
+    def call(unit: Unit, weights: Tensor) -> None:
+        calls.append((unit, weights.mean(2)))
+
     with ExitStack() as stack:
         stack.enter_context(_undisturbed(inner))
         for unit in units:
-            stack.callback(unit.watch(functools.partial(means.add, unit)).remove)
+            stack.callback(unit.watch(functools.partial(call, unit)).remove)
         for batch in loader:
-            images, means.labels = _split(batch)
+            images, labels = _split(batch)
             images_seen += len(images)
             for scale in scales:
-                means.scale = float(scale)
+                calls.clear()
                 inner(images.to(where) if scale == 1 else enlarge(images.to(where), scale))
+                for unit, by_image in calls:
+                    for label, at in _by_class(unit, by_image, labels):
+                        count, total = sums.get((scale, unit, label), (0, 0))
+                        added = count + len(at), total + by_image[at].sum(0)
+                        sums[scale, unit, label] = added
     if not images_seen:
         raise ValueError("loader: expected at least one image, got none")
-    if not means.sums:
+    if not sums:
         raise ValueError(
             f"model: expected one that calls its selective-kernel units, got "
             f"{type(inner).__name__}, which called none of its {len(units)}"
         )
-    return means.table(units)
+    return _table(sums, units)
+
+
+def _by_class(
+    unit: Unit, by_image: Tensor, labels: Sequence[Label]
+) -> Iterator[tuple[Label, list[int]]]:
+    """Yields each class with the places of its images."""
+    if len(by_image) != len(labels):
+        raise ValueError(
+            f"model: expected weights for each of {len(labels)} images in {unit.path!r}, "
+            f"got {len(by_image)}, which no class can be told for"
+        )
+    for label in dict.fromkeys(labels):
+        yield label, [i for i, other in enumerate(labels) if other == label]
+
+
+def _table(
+    sums: dict[tuple[float, Unit, Label], tuple[int, Tensor]], units: list[Unit]
+) -> pd.DataFrame:
+    """Returns the means by scale, unit and class, with the columns of `record_sizes`."""
+    rows = []
+    for (scale, unit, label), (images, total) in sums.items():
+        weights = (total / images).tolist()
+        rows.append(
+            {
+                "scale": float(scale),
+                "path": unit.path,
+                "stage": unit.stage,
+                "index": unit.index,
+                "label": label,
+                "images": images,
+                "difference": weights[-1] - weights[0],
+                **{f"{WEIGHT}{i}": weight for i, weight in enumerate(weights)},
+            }
+        )
+    places = {unit.path: place for place, unit in enumerate(units)}
+    return (
+        pd.DataFrame(rows)
+        .astype({"label": "Int64"})
+        .sort_values(
+            ["scale", "path", "label"],
+            key=lambda column: column.map(places) if column.name == "path" else column,
+            na_position="first",
+            ignore_index=True,
+        )
+    )
 
 
 def _split(batch: Any) -> tuple[Tensor, list[Label]]:
