@@ -67,15 +67,9 @@ class SKNetHub(
     ) -> "SKNetHub":
         """Builds the network of a local folder or of a repository on the Hub, in eval mode.
 
-        Args:
-            pretrained_model_name_or_path: a folder that ``save_pretrained`` wrote, or a
-                repository's name; a folder needs no network.
-            force_download: as in ``huggingface_hub.hf_hub_download``, like the next four.
-            token: likewise.
-            cache_dir: likewise.
-            local_files_only: likewise.
-            revision: likewise.
-            map_location: the device to put the network on.
+        A folder is one that ``save_pretrained`` wrote, and needs no network. ``map_location`` is
+        the device to put the network on; the other options are those of
+        ``huggingface_hub.hf_hub_download``.
 
         Raises:
             FileNotFoundError: the folder, or one of its two files, is not there.
@@ -102,7 +96,7 @@ class SKNetHub(
     @classmethod
     def _built(cls, config: Any, tensors: dict[str, Tensor]) -> "SKNetHub":
         """Builds the network around ``tensors``; nothing is allocated before they are compared."""
-        model = cls(**from_config(config), device="meta")
+        model = cast(SKNetHub, from_config(config, cls))
         diff = diff_states(model.state_dict(), tensors)
         if diff:
             raise CheckpointMismatchError(diff)
@@ -153,8 +147,7 @@ def to_config(model: SKNet) -> dict[str, Any]:
             "fc_norm": next((norms[name] for name in children if name in norms), "none"),
         },
     }
-    rebuilt = SKNet(**from_config(config), device="meta")
-    diff = diff_states(rebuilt.state_dict(), model.state_dict())
+    diff = diff_states(from_config(config).state_dict(), model.state_dict())
     if diff:
         raise ValueError(f"model: expected an SKNet as it was built, got changes: {diff}")
     return config
@@ -166,8 +159,8 @@ def _stage(stage: nn.Sequential) -> dict[str, int | None]:
     return {"width": sk.out_channels, "units": len(stage), "stride": sk.stride, "d": d}
 
 
-def from_config(config: Any) -> dict[str, Any]:
-    """Returns the arguments of `SKNet` that a config stands for, after building one without memory.
+def from_config(config: Any, cls: type[SKNet] = SKNet) -> SKNet:
+    """Builds the network that a config stands for, without memory for its tensors.
 
     Raises:
         ValueError: no network can be built from it; the argument that is wrong is named.
@@ -179,7 +172,6 @@ def from_config(config: Any) -> dict[str, Any]:
         units = sum(stage.units for stage in given["stages"])
         if units > _MOST_UNITS:
             raise ValueError(f"stages: expected at most {_MOST_UNITS} units, got {units}")
-        SKNet(**given, device="meta")
+        return cls(**given, device="meta")
     except (KeyError, OverflowError, RuntimeError, TypeError) as error:
         raise ValueError(f"config: expected the arguments of an SKNet: {error!r}") from error
-    return given
