@@ -68,18 +68,15 @@ def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
     # is the model itself.
     dtypes = {"path": "str", "label": "Int64"}
     # By Python's float: pandas before 3.1 rounds the last digits.
-    means = {c: _number for c in pd.read_csv(path, nrows=0).columns if _is_mean(c)}
+    means = [c for c in pd.read_csv(path, nrows=0).columns if _is_mean(c)]
+    numbers = dict.fromkeys(means, lambda text: float(text or "nan"))
     table = pd.read_csv(
-        path, dtype=dtypes, converters=means, keep_default_na=False, na_values=[""]
+        path, dtype=dtypes, converters=numbers, keep_default_na=False, na_values=[""]
     ).fillna({"path": ""})
     missing = {"path", "label", "images", "difference"} - set(table.columns)
     if missing:
         raise ValueError(f"path: expected a table of attention, got one without {sorted(missing)}")
     return table
-
-
-def _number(text: str) -> float:
-    return float(text or "nan")
 
 
 def _is_mean(column: str) -> bool:

@@ -82,7 +82,7 @@ def collect() -> dict[PurePosixPath, str]:
             for file in found:
                 if file.name != "__main__.py":
                     path = PurePosixPath(package, file.relative_to(top).as_posix())
-                    files[path] = _read(file)
+                    files[path] = file.read_text(encoding="utf-8")
     return dict(sorted(files.items()))
 
 
@@ -98,11 +98,7 @@ def rewrite(path: PurePosixPath, text: str, namespace: str) -> str:
 def _license(own: Path) -> str:
     """Returns the licence: a wheel installs it with the metadata, a checkout has it at its top."""
     installed = own.parent.glob(f"{OWN}-*.dist-info/licenses/LICENSE")
-    return _read(next(installed, own.parent / "LICENSE"))
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+    return next(installed, own.parent / "LICENSE").read_text(encoding="utf-8")
 
 
 def _write(path: Path, text: str) -> None:
