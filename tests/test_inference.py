@@ -136,14 +136,15 @@ def test_a_second_call_changes_nothing() -> None:
         fuse_bn(model)
 
 
-def test_convolutions_that_someone_else_holds_are_not_written_to() -> None:
-    unit = cast(SKUnit, build("SKUnit").requires_grad_(False))
+@pytest.mark.parametrize("trained", [False, True])
+def test_convolutions_that_someone_else_holds_are_not_written_to(trained: bool) -> None:
+    unit = cast(SKUnit, build("SKUnit").requires_grad_(trained))
     conv = unit.reduce.get_submodule("conv")
     weight = cast(Tensor, conv.weight).clone()
     fuse_bn(unit)
     assert conv.bias is None
     assert torch.equal(cast(Tensor, conv.weight), weight)
-    assert not any(p.requires_grad for p in unit.parameters())
+    assert {p.requires_grad for p in unit.parameters()} == {trained}
 
 
 # --- rounding -----------------------------------------------------------------------------------
