@@ -137,10 +137,14 @@ def images(
 
 def one_by_one(sk: SKConv) -> SKConv:
     """Returns a copy that a do-nothing hook keeps from using `sk_fuse_select`."""
-    twin = copy.deepcopy(sk)
-    twin.fc2.register_forward_hook(lambda *_: None)
-    assert not is_plain(twin)
-    return twin
+    return call_one_by_one(copy.deepcopy(sk))
+
+
+def call_one_by_one(sk: SKConv) -> SKConv:
+    """Puts the hook into ``sk`` itself."""
+    sk.fc2.register_forward_hook(lambda *_: None)
+    assert not is_plain(sk)
+    return sk
 
 
 def source_environment(**variables: str) -> dict[str, str]:
@@ -180,18 +184,11 @@ def outcome(
     dout: Tensor | None = None,
     forward: AbstractContextManager[Any] | None = None,
 ) -> Seen:
-    """Runs forward and backward once.
+    """Runs forward and backward of ``run``, a module or what was made of it, once.
 
-    Args:
-        run: is called with ``x``: the module, or what was made of it.
-        module: whose parameters and buffers are seen.
-        x: the input, or a list of inputs that is passed as one.
-        dout: the gradient of the output; the default has values of both signs.
-        forward: only the forward is run in it.
-
-    Returns:
-        "out"; "dx", or "dx0", "dx1", ... for a list; "grad NAME" of every parameter that got one;
-        and every buffer by its name.
+    Where ``x`` is a list it is passed as one; the default of ``dout`` has values of both signs;
+    only the forward is run in ``forward``. Returns "out"; "dx", or "dx0", "dx1", ... for a list;
+    "grad NAME" of every parameter of ``module`` that got one; and every buffer by its name.
     """
     leaves = [t.detach().requires_grad_() for t in ([x] if isinstance(x, Tensor) else x)]
     module.zero_grad()
@@ -208,14 +205,10 @@ def outcome(
 
 
 def assert_same(actual: Seen, expected: Seen, bound: float = EXACT, least: float = 0.0) -> None:
-    """Asserts the same names, shapes and values.
+    """Asserts the same names, shapes and values, up to ``bound`` times a tensor's largest value.
 
-    Args:
-        actual: what was seen.
-        expected: what it is compared with.
-        bound: of the error, in units of a tensor's largest value; 0 compares dtypes and bits.
-        least: the least such unit, where a tensor is nothing but rounding: the gradient of a bias
-            in front of a batch norm.
+    That is at least ``least``, where a tensor is nothing but rounding: the gradient of a bias in
+    front of a batch norm. A bound of 0 compares dtypes and bits.
     """
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
@@ -247,17 +240,10 @@ def message_of(error: type[Exception], call: Callable[[], object]) -> str:
 def assert_matches(
     actual: Tensor, oracle: Tensor, magnitude: Tensor, terms: float = 1.0, name: str = "result"
 ) -> None:
-    """Asserts that ``actual`` is ``oracle`` up to rounding in its own dtype.
+    """Asserts that ``actual`` is ``oracle``, in float64, up to rounding in its own dtype.
 
     A result kept in float32 and cast once is off by that cast and by a few float32 ulps of what
-    was added.
-
-    Args:
-        actual: the result of a kernel.
-        oracle: the exact result, in float64.
-        magnitude: the same sums over absolute values, in float64, or what bounds them.
-        terms: how many float32 roundings one term can meet.
-        name: what the message calls it.
+    was added: ``terms`` of ``magnitude``, the same sums over absolute values or what bounds them.
     """
     actual = actual.detach()
     accumulated = torch.float64 if actual.dtype == torch.float64 else torch.float32

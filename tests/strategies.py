@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sknet_kernels.config import MAX_BRANCHES, LaunchConfig
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, DTYPES
 
 _T = TypeVar("_T")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # A suite that guards changes draws the same examples every time: red means the change, not luck.
 # It prints the first that fails as it was drawn: to shrink it takes the interpreter minutes.
@@ -45,21 +43,13 @@ PROFILE = settings.get_profile(os.environ.get("SKNET_HYPOTHESIS_PROFILE", "same"
 
 @dataclass(frozen=True)
 class Placement:
-    """How a tensor lies in its storage, one entry an axis.
+    """How a tensor lies in its storage, one entry an axis."""
 
-    Attributes:
-        order: the axes from the slowest to the fastest.
-        steps: elements from one index to the next, in units of what lies inside.
-        gaps: indices of the storage that the tensor leaves out at the end of the axis.
-        expanded: whether the axis has stride 0.
-        offset: elements before the first.
-    """
-
-    order: tuple[int, ...]
-    steps: tuple[int, ...]
-    gaps: tuple[int, ...]
-    expanded: tuple[bool, ...]
-    offset: int = 0
+    order: tuple[int, ...]  # the axes from the slowest to the fastest
+    steps: tuple[int, ...]  # elements from one index to the next, in units of what lies inside
+    gaps: tuple[int, ...]  # indices of the storage that are left out at the end of the axis
+    expanded: tuple[bool, ...]  # whether the axis has stride 0
+    offset: int = 0  # elements before the first
 
     @classmethod
     def dense(cls, order: Sequence[int], offset: int = 0) -> "Placement":
@@ -82,53 +72,33 @@ class Placement:
 
 @dataclass(frozen=True)
 class Sample:
-    """Branches [B, C, *spatial], an incoming gradient like them, and logits [B, M, C].
+    """Branches [B, C, *spatial], an incoming gradient like them, and logits [B, M, C]."""
 
-    Attributes:
-        shape: of a branch.
-        dtype: of the branches and of dout.
-        branches: one placement each, M of them.
-        dout: the gradient's placement.
-        logits_dtype: may be another than that of the branches.
-        logits: their placement.
-        seed: of every value.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    branches: tuple[Placement, ...]
+    shape: tuple[int, ...]  # of a branch
+    dtype: torch.dtype  # of the branches and of dout
+    branches: tuple[Placement, ...]  # M of them
     dout: Placement
-    logits_dtype: torch.dtype
+    logits_dtype: torch.dtype  # may be another than that of the branches
     logits: Placement
-    spread: float
-    seed: int
+    spread: float  # of the logits
+    seed: int  # of every value
 
     @property
     def num_branches(self) -> int:
         """The number of branches."""
         return len(self.branches)
 
-    @property
-    def logits_shape(self) -> tuple[int, int, int]:
-        """[B, M, C]."""
-        return self.shape[0], self.num_branches, self.shape[1]
-
-    def placed(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Returns M tensors of values as the branches lie."""
-        pairs = zip(self.branches, values, strict=True)
-        return [p.hold(v.to(self.dtype)) for p, v in pairs]
-
-    def placed_logits(self, values: Tensor) -> Tensor:
-        """Returns values [B, M, C] as the logits lie."""
-        return self.logits.hold(values.to(self.logits_dtype))
-
     def random_branches(self) -> list[Tensor]:
         """Returns M normally distributed branches."""
-        return self.placed([self._normal(i, self.shape) for i in range(self.num_branches)])
+        return [
+            placement.hold(self._normal(i, self.shape).to(self.dtype))
+            for i, placement in enumerate(self.branches)
+        ]
 
     def random_logits(self) -> Tensor:
         """Returns logits wide enough for weights far from 1 / M, or so wide that few are not 0."""
-        return self.placed_logits(self.spread * self._normal(98, self.logits_shape))
+        shape = self.shape[0], self.num_branches, self.shape[1]
+        return self.logits.hold((self.spread * self._normal(98, shape)).to(self.logits_dtype))
 
     def random_dout(self) -> Tensor:
         """Returns a gradient like a branch."""
@@ -139,10 +109,8 @@ class Sample:
         return self._normal(1000 + stream, shape)
 
     def _normal(self, stream: int, shape: Sequence[int]) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=self._generator(stream)).to(DEVICE)
-
-    def _generator(self, stream: int) -> torch.Generator:
-        return torch.Generator().manual_seed(10_000 * self.seed + stream)
+        generator = torch.Generator().manual_seed(10_000 * self.seed + stream)
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(DEVICE)
 
 
 def examples(count: int) -> settings:

@@ -5,7 +5,6 @@ the device "meta" hold no values, so that nobody can read one.
 """
 
 import importlib
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -152,48 +151,6 @@ def test_fake_tensors_tell_what_a_step_would_give(name: str, chosen: Backend) ->
     assert strides(seen) == strides(expected)
 
 
-# --- CPUs ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts the kernels and lets none of them run."""
-    counts: Counter[str] = Counter()
-
-    def counted(first: Launch) -> Callable[..., None]:
-        def again(*pointers: Any) -> None:
-            counts[first.kernel.__name__] += 1
-
-        again()
-        return again
-
-    monkeypatch.setattr(launching, "_PLANS", {})
-    monkeypatch.setattr(launching, "_compiled", counted)
-    return counts
-
-
-@every_path
-def test_cpu_tensors_take_pytorch_though_triton_is_installed(
-    name: str, launched: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert importlib.util.find_spec("triton") is not None
-    monkeypatch.setattr(backend, "_environment", "auto")
-    with use_backend("auto"):
-        seen = PATHS[name].step(CPU)
-    with use_backend("reference"):
-        expected = PATHS[name].step(CPU)
-    assert not launched
-    assert_same(seen, expected, bound=0)
-
-
-@pytest.mark.parametrize("name", ["stages", "SKConv", "SKConv layer", "SKNet"])
-def test_kernels_insisted_on_are_refused_to_a_device_without_any(name: str) -> None:
-    path = PATHS[name]
-    module, x = path.module(META), path.x(META)
-    with use_backend("triton"), pytest.raises(ValueError, match=r"needs tensors on a GPU .* meta"):
-        module(x)
-
-
 # --- nothing waits for a device -----------------------------------------------------------------
 
 aten = torch.ops.aten
@@ -250,6 +207,23 @@ def refusing_to_wait() -> Iterator[NoSynchronisation]:
         patch.setattr(torch, "tensor", refused)
         patch.setattr(torch, "as_tensor", refused)
         yield mode
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the kernels and lets none of them run."""
+    counts: Counter[str] = Counter()
+
+    def counted(first: Launch) -> Callable[..., None]:
+        def again(*pointers: Any) -> None:
+            counts[first.kernel.__name__] += 1
+
+        again()
+        return again
+
+    monkeypatch.setattr(launching, "_PLANS", {})
+    monkeypatch.setattr(launching, "_compiled", counted)
+    return counts
 
 
 STEMS = ("sk_fuse", "sk_select", "steps")

@@ -100,27 +100,6 @@ def test_the_network_equals_the_equations_forward_and_backward(
         assert torch.equal(model.forward_features(x), model.forward_intermediates(x)[-1])
 
 
-# Sizes and batches
-
-
-@pytest.mark.parametrize(
-    ("height", "width"), [(32, 32), (33, 33), (47, 47), (224, 224), (200, 250)], ids=str
-)
-def test_any_size_down_to_32_gives_maps_of_the_reductions(height: int, width: int) -> None:
-    model = sknet26(num_classes=7).eval()
-    x = torch.randn(1, 3, height, width)
-    with torch.no_grad():
-        maps = model.forward_intermediates(x)
-        logits = model(x)
-    for info, feature in zip(model.feature_info, maps, strict=True):
-        rows, columns = (math.ceil(n / info["reduction"]) for n in (height, width))
-        assert feature.shape == (1, info["num_chs"], rows, columns)
-        assert torch.isfinite(feature).all()
-        assert feature.std() > 0
-    assert logits.shape == (1, 7)
-    assert torch.isfinite(logits).all()
-
-
 # Interface
 
 
@@ -133,13 +112,6 @@ def test_num_classes_0_returns_the_pooled_features() -> None:
     assert pooled.shape == (2, model.num_features) == (2, 128)
     assert isinstance(model.get_classifier(), nn.Identity)
     assert not any(name.startswith("head") for name in model.state_dict())
-
-
-@pytest.mark.parametrize("channels", [1, 4])
-def test_in_chans(channels: int) -> None:
-    model = small(in_chans=channels).eval()
-    assert model.stem.get_parameter("conv.weight").shape == (64, channels, 7, 7)
-    assert model(torch.randn(2, channels, 32, 32)).shape == (2, 5)
 
 
 def test_reset_classifier_replaces_only_the_head() -> None:

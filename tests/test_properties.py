@@ -21,6 +21,7 @@ from sknet_triton.reference import accumulation_dtype, steps
 from tests import launchers
 from tests.helpers import (
     BACKENDS,
+    DTYPES,
     assert_close,
     assert_matches,
     averaged,
@@ -33,13 +34,7 @@ from tests.helpers import (
     weights,
     wide,
 )
-from tests.strategies import (
-    DTYPES,
-    Sample,
-    examples,
-    launch_configs,
-    samples,
-)
+from tests.strategies import Sample, examples, launch_configs, samples
 
 pytestmark = pytest.mark.slow
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from perf.static.bytes import counted_bytes
@@ -22,12 +23,15 @@ from sknet_triton.reference import steps
 from tests import launchers
 from tests.helpers import (
     BACKENDS,
+    DEVICE,
+    EXACT,
     Case,
     Recorded,
     assert_close,
     assert_matches,
     assert_same,
     beside_branches,
+    call_one_by_one,
     counted_launches,
     is_plain,
     message_of,
@@ -223,6 +227,57 @@ def strided_statistics(bn: nn.BatchNorm2d) -> None:
         setattr(bn, name, torch.ones(len(bn.weight), 2, device=bn.weight.device)[:, 0])
 
 
+class Mixed(nn.Module):
+    """Adds half of its neighbour to every row of a parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.roll(1, 0) / 2
+
+
+def weight_norm(module: nn.Module) -> None:
+    cast(Any, parametrizations).weight_norm(module, "weight")
+    with torch.no_grad():  # g starts as the norm of v, which changes nothing yet
+        cast(Any, module).parametrizations.weight.original0.mul_(1.5)
+
+
+def old_weight_norm(module: nn.Module) -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        cast(Any, nn.utils).weight_norm(module, "weight")
+    with torch.no_grad():
+        cast(Any, module).weight_g.mul_(1.5)
+
+
+def pruned(module: nn.Module) -> None:
+    cast(Any, prune).l1_unstructured(module, "weight", amount=0.5)
+
+
+def pruned_for_good(module: nn.Module) -> None:
+    pruned(module)
+    cast(Any, prune).remove(module, "weight")
+
+
+def new_parameter(module: Any) -> None:
+    module.weight = nn.Parameter(module.weight.detach() / 3)
+
+
+def mixed(module: nn.Module) -> None:
+    parametrize.register_parametrization(module, "weight", Mixed())
+
+
+def without_gradient(*paths: str) -> Change:
+    return lambda sk: [sk.get_submodule(path).requires_grad_(False) for path in paths]
+
+
+def shared(path: str, name: str) -> Change:
+    """Gives the second branch a part of the first."""
+
+    def change(sk: SKConv) -> None:
+        first, second = (sk.get_submodule(f"branches.{i}{path}") for i in range(2))
+        setattr(second, name, getattr(first, name))
+
+    return change
+
+
 # What is done to an SKConv that is still an `sk_fuse_select`, and to one that then is not.
 VARIANTS: dict[str, Change] = {
     "nothing": lambda sk: None,
@@ -243,9 +298,22 @@ VARIANTS: dict[str, Change] = {
     "no tracking": for_norms(without_tracking),
     "no tracking, eval": lambda sk: (for_norms(without_tracking)(sk), sk.eval()),
     "other eps": other_eps,
-    "a shared norm": lambda sk: put("branches.1", "bn", sk.get_submodule("branches.0.bn"))(sk),
+    "a shared norm": shared("", "bn"),
+    "a shared weight": shared(".conv", "weight"),
     "new buffers": for_norms(lambda bn: bn.reset_running_stats()),
     "statistics of any strides": for_norms(strided_statistics),
+    "all norms without gradient": for_norms(lambda bn: bn.eval().requires_grad_(False)),
+    "convolutions without gradient": without_gradient("branches.0.conv", "branches.1.conv"),
+    "a branch without gradient": without_gradient("branches.1"),
+    "fc1 without gradient": without_gradient("fc1"),
+    "fc2 without gradient": without_gradient("fc2"),
+    "nothing with a gradient": without_gradient(""),
+    "fc2 alone with a gradient": without_gradient("branches", "fc1"),
+    "a bias without gradient": part("branches.0.bn", lambda bn: bn.bias.requires_grad_(False)),
+    "old weight_norm of a convolution": part("branches.1.conv", old_weight_norm),
+    "new parameter of fc2": part("fc2", new_parameter),
+    "new parameter of a norm": part("branches.0.bn", new_parameter),
+    "fc2 pruned for good": part("fc2", pruned_for_good),
 }
 OTHERS: dict[str, Change] = {
     "hook on fc1": part("fc1", hook),
@@ -256,7 +324,23 @@ OTHERS: dict[str, Change] = {
     "other activation": put("branches.0", "act", nn.SiLU()),
     "fc1 of 3 x 3": lambda sk: put("fc1", "conv", nn.Conv2d(4, 5, 3, padding=1, bias=False))(sk),
     "fc1 layer norm": put("fc1", "bn", nn.GroupNorm(1, 5)),
+    # A norm's weight has one axis, whose weight norm is a sign.
+    "parametrization of fc2": part("fc2", mixed),
+    "parametrization of fc1": part("fc1.conv", mixed),
+    "parametrization of fc1's norm": part("fc1.bn", mixed),
+    "parametrization of a norm": part("branches.0.bn", mixed),
+    "weight_norm of fc1": part("fc1.conv", weight_norm),
+    "weight_norm of fc2": part("fc2", weight_norm),
+    "old weight_norm of fc2": part("fc2", old_weight_norm),
+    "fc2 pruned": part("fc2", pruned),
+    "a norm pruned": part("branches.0.bn", pruned),
 }
+# Those that are also compiled, which is slow.
+COMPILED = (
+    *("all norms without gradient", "a branch without gradient", "a shared norm"),
+    *("a shared weight", "parametrization of fc2", "parametrization of a norm"),
+    "weight_norm of fc1",
+)
 # Those that are also made between two steps.
 BETWEEN_STEPS = (
     *("nothing", "momentum", "one other momentum", "momentum None", "a shared norm"),
@@ -266,6 +350,7 @@ BETWEEN_STEPS = (
 
 def build(device: torch.device, dtype: torch.dtype) -> SKConv:
     """Returns a layer whose norms have weights of both signs, biases and statistics that matter."""
+    torch.manual_seed(0)
     sk = SKConv(3, 4, M=2, G=1, d=5, dtype=dtype, device=device)
     for name, tensor in sk.state_dict().items():
         if "bn" in name and tensor.is_floating_point():
@@ -273,21 +358,38 @@ def build(device: torch.device, dtype: torch.dtype) -> SKConv:
     return sk
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *OTHERS])
-def test_skconv_equals_its_modules(name: str, way_backend: Backend, device: torch.device) -> None:
-    sk = build(device, torch.float64)
-    (VARIANTS | OTHERS)[name](sk)
-    sk.double().to(device)
+def assert_equals_its_modules(name: str, backend: Backend, compiled: bool = False) -> None:
+    def changed() -> SKConv:
+        sk = build(DEVICE, torch.float64)
+        (VARIANTS | OTHERS)[name](sk)
+        return sk.double().to(DEVICE)
+
+    sk, twin = changed(), changed()
     assert is_plain(sk) == (name in VARIANTS)
-    twin = one_by_one(sk)
-    x = torch.randn(3, 3, 4, 4, dtype=torch.float64, device=device)
+    call_one_by_one(twin)
+    run = torch.compile(sk, fullgraph=True, backend="aot_eager") if compiled else sk
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64, device=DEVICE)
     # A second step starts from the running statistics of the first.
     for _ in range(2 if name in ("nothing", "momentum None") else 1):
-        with use_backend(way_backend):
-            actual = outcome(sk, sk, x)
+        with use_backend(backend):
+            actual = outcome(run, sk, x)
         with use_backend("reference"):
             expected = outcome(twin, twin, x)
-        assert_same(actual, expected)
+        # Along the direction of a weight that has a norm of its own the gradient is a sum that
+        # cancels.
+        assert_same(actual, expected, 10 * EXACT if "weight_norm" in name else EXACT)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *OTHERS])
+def test_skconv_equals_its_modules(name: str, way_backend: Backend) -> None:
+    assert_equals_its_modules(name, way_backend)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", COMPILED)
+def test_skconv_equals_its_modules_under_compile(name: str) -> None:
+    assert_equals_its_modules(name, "reference", compiled=True)
 
 
 @pytest.mark.parametrize("name", BETWEEN_STEPS)
