@@ -301,8 +301,8 @@ def test_grids_stay_within_their_limits(shape: tuple[int, int, int], channels_la
         first, *others = recorder.grid
         assert 1 <= first <= ONE_AXIS, (launch.kernel, recorder.grid)
         assert all(size <= OTHER_AXES for size in others), (launch.kernel, recorder.grid)
-        blocks, splits = cdiv(C, launch.constants["BLOCK_C"]), launch.scalars["splits"]
-        covered = launch.scalars["tiles"] * splits * launch.constants["BLOCK_S"]
+        tile, splits = launch.constants["TILE"], launch.scalars["splits"]
+        blocks, covered = cdiv(C, tile.block_c), launch.scalars["tiles"] * splits * tile.block_s
         if launch.kernel.__name__ == "_sk_moments_kernel":
             assert first == blocks * splits
             assert covered >= B * S

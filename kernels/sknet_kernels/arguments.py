@@ -9,7 +9,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from sknet_kernels.config import DeviceFacts, LaunchConfig, Problem, StreamingKernel, cdiv
+from sknet_kernels.config import (
+    DeviceFacts,
+    LaunchConfig,
+    Problem,
+    StreamingKernel,
+    Tile,
+    cdiv,
+)
 from sknet_kernels.launch import Launch, Pointer, remembered
 from sknet_kernels.layout import as_bcs, is_channels_last
 from sknet_kernels.small import SmallConfig, SmallKernel, SmallProblem
@@ -123,11 +130,13 @@ def streaming_launch(
         "splits": config.splits,
         "NUM_BRANCHES": problem.num_branches,
         "ACC": accumulator(xs[0].dtype)[1],
-        "ALIGN": min(problem.align, config.access),
-        "LAYOUT": problem.layout,
-        "BLOCK_C": config.block_c,
-        "BLOCK_S": config.block_s,
-        "NUM_STAGES": config.num_stages,
+        "TILE": Tile(
+            config.block_c,
+            config.block_s,
+            min(problem.align, config.access),
+            problem.layout,
+            config.num_stages,
+        ),
         **options,
     }
     return _launch(function, named, values, kernel.rows(problem, config) * config.splits, config)

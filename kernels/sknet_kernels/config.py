@@ -203,6 +203,30 @@ class LaunchConfig:
     access: int = 16
 
 
+@dataclass(frozen=True)
+class Tile:
+    """What a program of a streaming kernel holds of a branch at once, as the kernel takes it.
+
+    Attributes:
+        block_c: channels.
+        block_s: positions.
+        align: elements that are read at once.
+        layout: where they lie, as `Problem.layout` says.
+        num_stages: tiles whose loads are under way together.
+    """
+
+    block_c: int
+    block_s: int
+    align: int
+    layout: str
+    num_stages: int
+
+    @property
+    def position(self) -> "Tile":
+        """One position of the same channels, wherever it lies."""
+        return Tile(self.block_c, 1, 1, "rows", 1)
+
+
 def _splits(
     kernel: StreamingKernel, problem: Problem, device: DeviceFacts, tile: LaunchConfig
 ) -> int:

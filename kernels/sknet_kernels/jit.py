@@ -37,11 +37,11 @@ def program_coordinates(C, splits, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def tiles_of_row(S, ALIGN: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Returns how many tiles cover the S positions of a row; LAYOUT as in `tile_pointers`."""
-    if LAYOUT == "shifted":
-        S += ALIGN - 1
-    return tl.cdiv(S, BLOCK_S)
+def tiles_of_row(S, TILE: tl.constexpr):
+    """Returns how many tiles cover the S positions of a row."""
+    if TILE.layout == "shifted":
+        S += TILE.align - 1
+    return tl.cdiv(S, TILE.block_s)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def within(first, size, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def known_strides(strides, ALIGN: tl.constexpr, LAYOUT: tl.constexpr):
+def known_strides(strides, TILE: tl.constexpr):
     """Returns ``strides`` as int64, in a form that shows the compiler what they are multiples of.
 
     ``strides`` holds (b, c, s) of every full-size tensor, or of one alone for all.
@@ -78,9 +78,9 @@ def known_strides(strides, ALIGN: tl.constexpr, LAYOUT: tl.constexpr):
     known = ()
     for i in tl.static_range(len(strides)):
         stride_b, stride_c, stride_s = strides[i]
-        stride_b = known_multiple(stride_b, ALIGN)
-        stride_c = known_multiple(stride_c, ALIGN if LAYOUT == "rows" else 1)
-        stride_s = known_multiple(stride_s, ALIGN if LAYOUT == "channels_last" else 1)
+        stride_b = known_multiple(stride_b, TILE.align)
+        stride_c = known_multiple(stride_c, TILE.align if TILE.layout == "rows" else 1)
+        stride_s = known_multiple(stride_s, TILE.align if TILE.layout == "channels_last" else 1)
         triple = (
             tl.cast(stride_b, tl.int64),
             tl.cast(stride_c, tl.int64),
@@ -97,67 +97,51 @@ def row_starts(stride_c, first_c, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def tile_masks(
-    corner,
-    strides,
-    C,
-    S,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+def tile_masks(corner, strides, C, S, TILE: tl.constexpr):
     """Tells which elements [BLOCK_C, BLOCK_S] of the tile at ``corner`` there are, and are read.
 
-    Where the two differ, with LAYOUT "shifted", neighbouring rows are read along. The rest is as
-    in `tile_pointers`.
+    Where the two differ, with the layout "shifted", neighbouring rows are read along. The rest is
+    as in `tile_pointers`.
     """
     _, first_c, first_s = corner
-    mask_c = within(first_c, C, ALIGN if LAYOUT == "channels_last" else 1, BLOCK_C)[:, None]
-    if LAYOUT == "shifted":
+    along_c = TILE.align if TILE.layout == "channels_last" else 1
+    mask_c = within(first_c, C, along_c, TILE.block_c)[:, None]
+    if TILE.layout == "shifted":
         _, stride_c, _ = strides[0]
-        lead = (row_starts(stride_c, first_c, BLOCK_C) % ALIGN).to(tl.int32)[:, None]
-        lanes = tl.arange(0, BLOCK_S)[None, :]
-        before = tl.minimum(first_s, ALIGN).to(tl.int32)
-        left = tl.minimum(S - first_s, BLOCK_S).to(tl.int32)
+        lead = (row_starts(stride_c, first_c, TILE.block_c) % TILE.align).to(tl.int32)[:, None]
+        lanes = tl.arange(0, TILE.block_s)[None, :]
+        before = tl.minimum(first_s, TILE.align).to(tl.int32)
+        left = tl.minimum(S - first_s, TILE.block_s).to(tl.int32)
         mask = mask_c & (lanes + before >= lead) & (lanes - lead < left)
-        reads = mask_c & (lanes // ALIGN * ALIGN - lead < left)
+        reads = mask_c & (lanes // TILE.align * TILE.align - lead < left)
     else:
-        mask = mask_c & within(first_s, S, ALIGN if LAYOUT == "rows" else 1, BLOCK_S)[None, :]
+        along_s = TILE.align if TILE.layout == "rows" else 1
+        mask = mask_c & within(first_s, S, along_s, TILE.block_s)[None, :]
         reads = mask
     return mask, reads
 
 
 @triton.jit
-def tile_pointers(
-    ptr,
-    strides,
-    TENSOR: tl.constexpr,
-    corner,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+def tile_pointers(ptr, strides, TENSOR: tl.constexpr, corner, TILE: tl.constexpr):
     """Returns the pointers [BLOCK_C, BLOCK_S] of the tile of ``ptr`` whose first is ``corner``.
 
     ``corner`` is (b, c, s) in int64, TENSOR the place of the tensor in ``strides``, those of
-    `known_strides`. ALIGN elements can be read at once. LAYOUT says where:
-    "channels_last": along C, where every stride but that of c is a multiple of ALIGN;
+    `known_strides`. TILE.align elements can be read at once. TILE.layout says where:
+    "channels_last": along C, where every stride but that of c is a multiple of as many;
     "rows": along S, where every stride but that of s is one;
-    "shifted": along S, in images of C times S elements without gaps that are multiples of ALIGN,
-    as their rows are not. A tile's row then begins up to ALIGN - 1 elements before the tensor's.
+    "shifted": along S, in images of C times S elements without gaps that are such multiples, as
+    their rows are not. A tile's row then begins up to align - 1 elements before the tensor's.
     """
     b, first_c, first_s = corner
     stride_b, stride_c, stride_s = strides[TENSOR if len(strides) > 1 else 0]
-    offs_s = tl.arange(0, BLOCK_S)[None, :] * stride_s
+    offs_s = tl.arange(0, TILE.block_s)[None, :] * stride_s
     # What does not depend on the tile stays together: it is the same in every turn of a loop, and
     # for every tensor where one triple of strides is for all.
-    if LAYOUT == "shifted":
-        starts = known_multiple(row_starts(stride_c, first_c, BLOCK_C), ALIGN)
+    if TILE.layout == "shifted":
+        starts = known_multiple(row_starts(stride_c, first_c, TILE.block_c), TILE.align)
         ptrs = ptr + (b * stride_b + first_s * stride_s) + (starts[:, None] + offs_s)
     else:
-        offs_c = tl.arange(0, BLOCK_C)[:, None] * stride_c
+        offs_c = tl.arange(0, TILE.block_c)[:, None] * stride_c
         start = b * stride_b + first_c * stride_c + first_s * stride_s
         ptrs = ptr + start + (offs_c + offs_s)
     return ptrs
@@ -165,37 +149,17 @@ def tile_pointers(
 
 @triton.jit
 def load_tile(
-    ptr,
-    strides,
-    TENSOR: tl.constexpr,
-    corner,
-    reads,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    ACC: tl.constexpr,
+    ptr, strides, TENSOR: tl.constexpr, corner, reads, TILE: tl.constexpr, ACC: tl.constexpr
 ):
     """Returns the tile of `tile_pointers` in ACC, zero outside of ``reads`` [BLOCK_C, BLOCK_S]."""
-    BLOCK_C: tl.constexpr = reads.shape[0]
-    BLOCK_S: tl.constexpr = reads.shape[1]
-    ptrs = tile_pointers(ptr, strides, TENSOR, corner, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+    ptrs = tile_pointers(ptr, strides, TENSOR, corner, TILE)
     return tl.load(ptrs, mask=reads, other=0.0).to(ACC)
 
 
 @triton.jit
-def store_tile(
-    ptr,
-    strides,
-    TENSOR: tl.constexpr,
-    corner,
-    mask,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    tile,
-):
+def store_tile(ptr, strides, TENSOR: tl.constexpr, corner, mask, TILE: tl.constexpr, tile):
     """Writes ``tile`` [BLOCK_C, BLOCK_S] where ``mask`` is set, in the dtype of ``ptr``."""
-    BLOCK_C: tl.constexpr = mask.shape[0]
-    BLOCK_S: tl.constexpr = mask.shape[1]
-    ptrs = tile_pointers(ptr, strides, TENSOR, corner, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+    ptrs = tile_pointers(ptr, strides, TENSOR, corner, TILE)
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -360,17 +324,10 @@ def zero_tiles(
 
 
 @triton.jit
-def zero_sums(
-    COUNT: tl.constexpr,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+def zero_sums(COUNT: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr):
     """Returns COUNT sums of no tile, as `plus` adds to them."""
-    width: tl.constexpr = 1 if LAYOUT == "channels_last" or ALIGN > BLOCK_S else ALIGN
-    return zero_tiles(COUNT, ACC, BLOCK_C, BLOCK_S // width)
+    one_by_one: tl.constexpr = TILE.layout == "channels_last" or TILE.align > TILE.block_s
+    return zero_tiles(COUNT, ACC, TILE.block_c, TILE.block_s // (1 if one_by_one else TILE.align))
 
 
 @triton.jit

@@ -46,11 +46,7 @@ def _sk_fuse_kernel(
     NUM_BRANCHES: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """partial[k, b, c] = sum over i, and over the positions s of split k, of u_i[b, c, s].
 
@@ -60,22 +56,22 @@ def _sk_fuse_kernel(
     Source: Li et al. 2019, eqs. 1 and 2.
     """
     # One program owns BLOCK_C channels of one image over `tiles` tiles of BLOCK_S positions.
-    pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid_b, pid_c, pid_s = program_coordinates(C, splits, TILE.block_c)
+    offs_c = pid_c * TILE.block_c + tl.arange(0, TILE.block_c)
     mask_c = offs_c < C
     if norm_ptrs is not None:
         # Vectors are [BLOCK_C].
         means, scales, betas = norm_vectors(norm_ptrs, offs_c, mask_c, EPS, ACC)
-    (total,) = zero_sums(1, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
-    strides = known_strides(strides, ALIGN, LAYOUT)
-    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
-    for tile in tl.range(first, last, num_stages=NUM_STAGES):
-        corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
+    (total,) = zero_sums(1, ACC, TILE)
+    strides = known_strides(strides, TILE)
+    first, last = own_tiles(tiles_of_row(S, TILE), tiles, pid_s)
+    for tile in tl.range(first, last, num_stages=TILE.num_stages):
+        corner = (pid_b, pid_c * TILE.block_c, tile * TILE.block_s)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
-        u = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+        mask, reads = tile_masks(corner, strides, C, S, TILE)
+        u = tl.zeros(mask.shape, ACC)
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, TILE, ACC)
             if norm_ptrs is not None:
                 x = relu(normalised(x, means[i], scales[i], betas[i]))
             u += tl.where(mask, x, 0.0)

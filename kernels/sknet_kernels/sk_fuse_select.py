@@ -56,11 +56,7 @@ def _sk_fuse_select_sums_kernel(
     NUM_BRANCHES: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """P1 = sum dout keep;  P2 = sum keep;  P3 = sum dout keep xhat_i;  P4 = sum keep xhat_i.
 
@@ -71,22 +67,22 @@ def _sk_fuse_select_sums_kernel(
     Source: the derivative of Li et al. 2019, eqs. 1 to 6, through batch norm and ReLU.
     """
     # One program owns BLOCK_C channels of one image over `tiles` tiles of BLOCK_S positions.
-    pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid_b, pid_c, pid_s = program_coordinates(C, splits, TILE.block_c)
+    offs_c = pid_c * TILE.block_c + tl.arange(0, TILE.block_c)
     mask_c = offs_c < C
     # Vectors are [BLOCK_C].
     means, scales, betas = norm_vectors(norm_ptrs, offs_c, mask_c, EPS, ACC)
-    sums = zero_sums(NUM_SUMS * NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
-    strides = known_strides(strides, ALIGN, LAYOUT)
-    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
-    for tile in tl.range(first, last, num_stages=NUM_STAGES):
-        corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
+    sums = zero_sums(NUM_SUMS * NUM_BRANCHES, ACC, TILE)
+    strides = known_strides(strides, TILE)
+    first, last = own_tiles(tiles_of_row(S, TILE), tiles, pid_s)
+    for tile in tl.range(first, last, num_stages=TILE.num_stages):
+        corner = (pid_b, pid_c * TILE.block_c, tile * TILE.block_s)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
-        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, reads, ALIGN, LAYOUT, ACC)
+        mask, reads = tile_masks(corner, strides, C, S, TILE)
+        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, reads, TILE, ACC)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, TILE, ACC)
             keep = kept_by_relu(normalised(x, means[i], scales[i], betas[i])) & mask
             kept = tl.where(keep, dout, 0.0)
             centred = tl.where(keep, x - means[i][:, None], 0.0)
@@ -126,11 +122,7 @@ def _sk_fuse_select_dx_kernel(
     NUM_BRANCHES: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """dx_i = scale_i * (keep * (a_i * dout + share) - dbeta_i - xhat_i * dgamma_i).
 
@@ -142,8 +134,8 @@ def _sk_fuse_select_dx_kernel(
     written. Source: the derivative of Li et al. 2019, eqs. 1 to 6, through batch norm and ReLU.
     """
     # One program owns BLOCK_C channels of one image over `tiles` tiles of BLOCK_S positions.
-    pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid_b, pid_c, pid_s = program_coordinates(C, splits, TILE.block_c)
+    offs_c = pid_c * TILE.block_c + tl.arange(0, TILE.block_c)
     mask_c = offs_c < C
     # Vectors are [BLOCK_C].
     means, scales, betas = norm_vectors(norm_ptrs, offs_c, mask_c, EPS, ACC)
@@ -160,21 +152,21 @@ def _sk_fuse_select_dx_kernel(
             dbetas = dbetas + (channel_vector(dbeta_ptr, offs_c, mask_c, ACC, 0.0),)
             dgamma = channel_vector(dgamma_ptr, offs_c, mask_c, ACC, 0.0)
             slopes = slopes + (rstds[i] * dgamma,)
-    strides = known_strides(strides, ALIGN, LAYOUT)
-    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
-    for tile in tl.range(first, last, num_stages=NUM_STAGES):
-        corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
+    strides = known_strides(strides, TILE)
+    first, last = own_tiles(tiles_of_row(S, TILE), tiles, pid_s)
+    for tile in tl.range(first, last, num_stages=TILE.num_stages):
+        corner = (pid_b, pid_c * TILE.block_c, tile * TILE.block_s)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
-        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, reads, ALIGN, LAYOUT, ACC)
+        mask, reads = tile_masks(corner, strides, C, S, TILE)
+        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, reads, TILE, ACC)
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, TILE, ACC)
             keep = kept_by_relu(normalised(x, means[i], scales[i], betas[i]))
             dy = tl.where(keep, attn[i][:, None] * dout + share[:, None], 0.0)
             if drift_ptr is not None:
                 dy = dy - dbetas[i][:, None] - (x - means[i][:, None]) * slopes[i][:, None]
             dx = scales[i][:, None] * dy
-            store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, ALIGN, LAYOUT, dx)
+            store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, TILE, dx)
 
 
 def sk_fuse_select_sums(dout: Tensor, xs: tuple[Tensor, ...], norms: Norms) -> Tensor:

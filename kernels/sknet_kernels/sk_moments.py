@@ -59,11 +59,7 @@ def _sk_moments_kernel(
     splits,
     NUM_BRANCHES: tl.constexpr,
     ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Size n, mean and sum of squared deviations of each part of a channel, for every branch.
 
@@ -76,29 +72,30 @@ def _sk_moments_kernel(
     pid = tl.program_id(0)
     part = pid % splits
     pid_c = (pid // splits).to(tl.int64)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = pid_c * TILE.block_c + tl.arange(0, TILE.block_c)
     mask_c = offs_c < C
-    tiles_per_image = tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S)
+    tiles_per_image = tiles_of_row(S, TILE)
     first, last = own_tiles(B * tiles_per_image, tiles, part)
-    strides = known_strides(strides, ALIGN, LAYOUT)
+    strides = known_strides(strides, TILE)
     # Image and place in it are carried from tile to tile: a division a turn costs as much as a sum.
     pid_b = (first // tiles_per_image).to(tl.int64)
     place = (first % tiles_per_image).to(tl.int64)
-    first_s = tl.minimum(place * BLOCK_S, tl.cast(S, tl.int64) - 1)
-    corner = (pid_b, pid_c * BLOCK_C, first_s)
+    first_s = tl.minimum(place * TILE.block_s, tl.cast(S, tl.int64) - 1)
+    corner = (pid_b, pid_c * TILE.block_c, first_s)
     exists = (mask_c & (first < last))[:, None]
+    POSITION: tl.constexpr = TILE.position
     shifts = ()
     for i in tl.static_range(NUM_BRANCHES):
         # Each is [BLOCK_C, 1].
-        shifts = shifts + (load_tile(x_ptrs[i], strides, i, corner, exists, 1, "rows", ACC),)
-    sums = zero_sums(NUM_SUMS * NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
-    for _ in tl.range(first, last, num_stages=NUM_STAGES):
-        corner = (pid_b, pid_c * BLOCK_C, place * BLOCK_S)
+        shifts = shifts + (load_tile(x_ptrs[i], strides, i, corner, exists, POSITION, ACC),)
+    sums = zero_sums(NUM_SUMS * NUM_BRANCHES, ACC, TILE)
+    for _ in tl.range(first, last, num_stages=TILE.num_stages):
+        corner = (pid_b, pid_c * TILE.block_c, place * TILE.block_s)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
+        mask, reads = tile_masks(corner, strides, C, S, TILE)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, TILE, ACC)
             deviation = tl.where(mask, x - shifts[i], 0.0)
             grown = grown + (
                 plus(sums[NUM_SUMS * i + DEVIATION], deviation),
@@ -108,11 +105,11 @@ def _sk_moments_kernel(
         ends_image = place + 1 == tiles_per_image
         pid_b = tl.where(ends_image, pid_b + 1, pid_b)
         place = tl.where(ends_image, 0, place + 1)
-    lead = tl.zeros([BLOCK_C], tl.int64)
-    if LAYOUT == "shifted":
-        lead = row_starts(strides[0][1], pid_c * BLOCK_C, BLOCK_C) % ALIGN
-    before = _positions_before(tl.minimum(first, last), tiles_per_image, lead, S, BLOCK_S)
-    n = (_positions_before(last, tiles_per_image, lead, S, BLOCK_S) - before).to(ACC)
+    lead = tl.zeros(offs_c.shape, tl.int64)
+    if TILE.layout == "shifted":
+        lead = row_starts(strides[0][1], pid_c * TILE.block_c, TILE.block_c) % TILE.align
+    before = _positions_before(tl.minimum(first, last), tiles_per_image, lead, S, TILE.block_s)
+    n = (_positions_before(last, tiles_per_image, lead, S, TILE.block_s) - before).to(ACC)
     for i in tl.static_range(NUM_BRANCHES):
         mean = tl.sum(sums[NUM_SUMS * i + DEVIATION], axis=1) / tl.maximum(n, 1.0)
         m2 = tl.sum(sums[NUM_SUMS * i + SQUARE], axis=1) - mean * mean * n
@@ -120,7 +117,7 @@ def _sk_moments_kernel(
         ptrs = partial_ptr + row * C + offs_c
         step = tl.cast(C, tl.int64) * NUM_BRANCHES
         tl.store(ptrs + COUNT * step, n, mask=mask_c)
-        tl.store(ptrs + MEAN * step, tl.reshape(shifts[i], [BLOCK_C]) + mean, mask=mask_c)
+        tl.store(ptrs + MEAN * step, tl.reshape(shifts[i], offs_c.shape) + mean, mask=mask_c)
         tl.store(ptrs + M2 * step, tl.maximum(m2, 0.0), mask=mask_c)
 
 

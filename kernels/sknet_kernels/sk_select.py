@@ -51,11 +51,7 @@ def _sk_select_fwd_kernel(
     ACTIVATION: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """out[b, c, s] = sum over i of a_i[b, c] * u_i[b, c, s], with a = ACTIVATION of logits.
 
@@ -65,8 +61,8 @@ def _sk_select_fwd_kernel(
     Passes moved: M read, 1 written. Source: Li et al. 2019, eqs. 5 and 6.
     """
     # One program owns BLOCK_C channels of one image over `tiles` tiles of BLOCK_S positions.
-    pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid_b, pid_c, pid_s = program_coordinates(C, splits, TILE.block_c)
+    offs_c = pid_c * TILE.block_c + tl.arange(0, TILE.block_c)
     mask_c = offs_c < C
     # Vectors are [BLOCK_C].
     attn = image_weights(
@@ -74,19 +70,19 @@ def _sk_select_fwd_kernel(
     )
     if norm_ptrs is not None:
         means, scales, betas = norm_vectors(norm_ptrs, offs_c, mask_c, EPS, ACC)
-    strides = known_strides(strides, ALIGN, LAYOUT)
-    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
-    for tile in tl.range(first, last, num_stages=NUM_STAGES):
-        corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
+    strides = known_strides(strides, TILE)
+    first, last = own_tiles(tiles_of_row(S, TILE), tiles, pid_s)
+    for tile in tl.range(first, last, num_stages=TILE.num_stages):
+        corner = (pid_b, pid_c * TILE.block_c, tile * TILE.block_s)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
-        out = tl.zeros([BLOCK_C, BLOCK_S], ACC)
+        mask, reads = tile_masks(corner, strides, C, S, TILE)
+        out = tl.zeros(mask.shape, ACC)
         for i in tl.static_range(NUM_BRANCHES):
-            u = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
+            u = load_tile(x_ptrs[i], strides, i, corner, reads, TILE, ACC)
             if norm_ptrs is not None:
                 u = relu(normalised(u, means[i], scales[i], betas[i]))
             out += attn[i][:, None] * u
-        store_tile(out_ptr, strides, NUM_BRANCHES, corner, mask, ALIGN, LAYOUT, out)
+        store_tile(out_ptr, strides, NUM_BRANCHES, corner, mask, TILE, out)
 
 
 @triton.jit(do_not_specialize=["B", "C", "S", "tiles", "splits"])
@@ -106,11 +102,7 @@ def _sk_select_bwd_kernel(
     NUM_BRANCHES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """dx_i = a_i * dout;  partial[k]_i = sum over the positions s of split k of dout * x_i.
 
@@ -119,27 +111,27 @@ def _sk_select_bwd_kernel(
     Passes moved: M + 1 read, M written. Source: the derivative of Li et al. 2019, eqs. 5 and 6.
     """
     # One program owns BLOCK_C channels of one image over `tiles` tiles of BLOCK_S positions.
-    pid_b, pid_c, pid_s = program_coordinates(C, splits, BLOCK_C)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid_b, pid_c, pid_s = program_coordinates(C, splits, TILE.block_c)
+    offs_c = pid_c * TILE.block_c + tl.arange(0, TILE.block_c)
     mask_c = offs_c < C
     # Vectors are [BLOCK_C].
     attn = image_weights(
         logits_ptr, logits_strides, pid_b, offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
     )
-    products = zero_sums(NUM_BRANCHES, ACC, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
-    strides = known_strides(strides, ALIGN, LAYOUT)
-    first, last = own_tiles(tiles_of_row(S, ALIGN, LAYOUT, BLOCK_S), tiles, pid_s)
-    for tile in tl.range(first, last, num_stages=NUM_STAGES):
-        corner = (pid_b, pid_c * BLOCK_C, tile * BLOCK_S)
+    products = zero_sums(NUM_BRANCHES, ACC, TILE)
+    strides = known_strides(strides, TILE)
+    first, last = own_tiles(tiles_of_row(S, TILE), tiles, pid_s)
+    for tile in tl.range(first, last, num_stages=TILE.num_stages):
+        corner = (pid_b, pid_c * TILE.block_c, tile * TILE.block_s)
         # Tiles are [BLOCK_C, BLOCK_S].
-        mask, reads = tile_masks(corner, strides, C, S, ALIGN, LAYOUT, BLOCK_C, BLOCK_S)
-        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, reads, ALIGN, LAYOUT, ACC)
+        mask, reads = tile_masks(corner, strides, C, S, TILE)
+        dout = load_tile(dout_ptr, strides, NUM_BRANCHES, corner, reads, TILE, ACC)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
-            x = load_tile(x_ptrs[i], strides, i, corner, reads, ALIGN, LAYOUT, ACC)
+            x = load_tile(x_ptrs[i], strides, i, corner, reads, TILE, ACC)
             grown = grown + (plus(products[i], tl.where(mask, dout * x, 0.0)),)
             dx = attn[i][:, None] * dout
-            store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, ALIGN, LAYOUT, dx)
+            store_tile(dx_ptrs[i], strides, NUM_BRANCHES + 1 + i, corner, mask, TILE, dx)
         products = grown
     for i in tl.static_range(NUM_BRANCHES):
         row = (pid_s * B + pid_b) * NUM_BRANCHES + i

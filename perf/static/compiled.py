@@ -75,7 +75,7 @@ def _rows(share: tuple[str, str, Sequence[int], bool]) -> list[dict[str, Any]]:
 def _row(setting: Setting, launch: Launch, target: str) -> dict[str, Any]:
     compiled, kernel = compile_launch(launch, TARGETS[target]), streaming_kernel(launch)
     B, C, S = setting.shape
-    constants = launch.constants
+    constants, tile = launch.constants, launch.constants.get("TILE")
     row = {
         "target": target,
         "kernel": kernel_name(launch),
@@ -87,12 +87,12 @@ def _row(setting: Setting, launch: Launch, target: str) -> dict[str, Any]:
         "C": C,
         "S": S,
         "splits": launch.scalars.get("splits"),
-        "block_c": constants.get("BLOCK_C"),
-        "block_s": constants.get("BLOCK_S"),
+        "block_c": constants.get("BLOCK_C", tile and tile.block_c),
+        "block_s": tile and tile.block_s,
         "num_warps": launch.num_warps,
-        "num_stages": constants.get("NUM_STAGES"),
-        "access": constants.get("ALIGN"),
-        "reading": constants.get("LAYOUT"),
+        "num_stages": tile and tile.num_stages,
+        "access": tile and tile.align,
+        "reading": tile and tile.layout,
         "fast": setting.is_fast,
         "streaming": kernel is not None,
         "writes": kernel is not None and any(kernel.writes),

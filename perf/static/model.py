@@ -76,7 +76,7 @@ def ceiling(
     asynchronous = any("LDGSTS" in text for text in body)
     turns = launch.scalars["tiles"]
     if asynchronous:
-        overlapping = max(1, min(launch.constants["NUM_STAGES"] - 1, turns))
+        overlapping = max(1, min(launch.constants["TILE"].num_stages - 1, turns))
         cycles = max(cycles, _LOAD_CYCLES // overlapping)
     issued = len(body) * launch.num_warps * a_multiprocessor / _SCHEDULERS
     tile = _tile_bytes(setting, kernel, launch)
@@ -131,7 +131,7 @@ def _tile_bytes(setting: Setting, kernel: StreamingKernel, launch: Launch) -> fl
     B, C, S = setting.shape
     images = 1 if kernel.joins_images else B
     tiles = int(launch.scalars["tiles"]) * int(launch.scalars["splits"]) * images
-    rows = cdiv(C, int(launch.constants["BLOCK_C"]))
+    rows = cdiv(C, launch.constants["TILE"].block_c)
     return B * C * S * setting.dtype.itemsize / max(1, tiles * rows)
 
 
