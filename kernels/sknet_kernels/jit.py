@@ -1,5 +1,8 @@
 """Device functions that more than one kernel uses.
 
+TILE, of the kernels that read branches, is a `sknet_kernels.config.Tile`: in shapes BLOCK_C stands
+for its block_c and BLOCK_S for its block_s.
+
 Tuples stand for lists. A kernel takes its branches as tuples with an entry a branch, such as
 ``x_ptrs``, and ``tl.static_range`` unrolls a loop over them, so that the index i is a constant in
 ``x_ptrs[i]``. What such a loop collects is a tuple that grows, ``rows = rows + (row,)``; it starts
@@ -244,23 +247,25 @@ def kept_by_relu(y):
 @triton.jit
 def branch_weights(
     logits_ptr,
-    stride_m,
-    stride_c,
+    strides,
+    pid_b,
     offs_c,
     mask_c,
     NUM_BRANCHES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Returns the weights of the branches as NUM_BRANCHES vectors [BLOCK_C].
+    """Returns the weights of the branches of image pid_b as NUM_BRANCHES vectors [BLOCK_C].
 
-    ``logits_ptr`` points at one image's logits [M, C]. ACTIVATION is "softmax" over the branches,
+    ``strides`` are those of the logits [B, M, C]. ACTIVATION is "softmax" over the branches,
     "sigmoid" of each logit, or "none", which takes the logits themselves.
     """
+    stride_b, stride_m, stride_c = strides
+    image_ptr = logits_ptr + pid_b * stride_b
     logits = ()
     for i in tl.static_range(NUM_BRANCHES):
         offs = tl.cast(stride_m, tl.int64) * i + offs_c * stride_c
-        logits = logits + (tl.load(logits_ptr + offs, mask=mask_c, other=0.0).to(ACC),)
+        logits = logits + (tl.load(image_ptr + offs, mask=mask_c, other=0.0).to(ACC),)
     if ACTIVATION == "softmax":
         attn = _softmax(logits, NUM_BRANCHES)
     elif ACTIVATION == "sigmoid":
@@ -342,22 +347,3 @@ def plus(total, tile):
     if tile.shape[1] > LANES:
         tile = tl.sum(tl.reshape(tile, [BLOCK_C, LANES, tile.shape[1] // LANES]), axis=2)
     return total + tile
-
-
-@triton.jit
-def image_weights(
-    logits_ptr,
-    strides,
-    pid_b,
-    offs_c,
-    mask_c,
-    NUM_BRANCHES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Returns the `branch_weights` of image pid_b; ``strides`` are those of logits [B, M, C]."""
-    stride_b, stride_m, stride_c = strides
-    image_ptr = logits_ptr + pid_b * stride_b
-    return branch_weights(
-        image_ptr, stride_m, stride_c, offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
-    )

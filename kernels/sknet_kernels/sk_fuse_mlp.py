@@ -344,9 +344,9 @@ def _sk_hidden_bwd_kernel(
             for i in tl.static_range(NUM_BRANCHES):
                 p1, p3 = dout_sums[b * NUM_BRANCHES + i], dout_sums[VECTORS + b * NUM_BRANCHES + i]
                 dattn = dattn + (gammas[i] * p3 + betas[i] * p1,)
-            image_ptr = logits_ptr + (first_b + b) * NUM_BRANCHES * C
+            first_row, there = (first_b + b) * NUM_BRANCHES, mask_c & (first_b + b < B)
             attn = branch_weights(
-                image_ptr, C, 1, offs_c, masks[b * NUM_BRANCHES], NUM_BRANCHES, "softmax", ACC
+                logits_ptr, (C, C, 1), first_row, offs_c, there, NUM_BRANCHES, "softmax", ACC
             )
             dlogits = dlogits + branch_weights_bwd(attn, dattn, NUM_BRANCHES, "softmax")
         for i in tl.static_range(NUM_BRANCHES):
@@ -459,7 +459,7 @@ def _norms_bwd(
         )
         share = tl.dot(dhidden, weight, input_precision="ieee", out_dtype=ACC) / positions
         _store(gradients.share, offs_b[:, None] * C + offs_c[None, :], share, mask)
-        attn = branch_weights(logits_ptr, C, 1, offs, mask, NUM_BRANCHES, "softmax", ACC)
+        attn = branch_weights(logits_ptr, (0, C, 1), 0, offs, mask, NUM_BRANCHES, "softmax", ACC)
         grown = ()
         for i in tl.static_range(NUM_BRANCHES):
             # Tiles are [BLOCK_B, BLOCK_C].

@@ -21,8 +21,8 @@ from sknet_kernels.jit import (
     KEEP,
     KEEP_XHAT,
     NUM_SUMS,
+    branch_weights,
     channel_vector,
-    image_weights,
     inverse_deviations,
     kept_by_relu,
     known_strides,
@@ -140,7 +140,7 @@ def _sk_fuse_select_dx_kernel(
     # Vectors are [BLOCK_C].
     means, scales, betas = norm_vectors(norm_ptrs, offs_c, mask_c, EPS, ACC)
     share = tl.load(share_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0)
-    attn = image_weights(
+    attn = branch_weights(
         logits_ptr, logits_strides, pid_b, offs_c, mask_c, NUM_BRANCHES, "softmax", ACC
     )
     dbetas, slopes = (), ()

@@ -15,8 +15,8 @@ from sknet_kernels.arguments import (
 )
 from sknet_kernels.config import SELECT, SELECT_BWD
 from sknet_kernels.jit import (
+    branch_weights,
     branch_weights_bwd,
-    image_weights,
     known_strides,
     load_tile,
     norm_vectors,
@@ -65,7 +65,7 @@ def _sk_select_fwd_kernel(
     offs_c = pid_c * TILE.block_c + tl.arange(0, TILE.block_c)
     mask_c = offs_c < C
     # Vectors are [BLOCK_C].
-    attn = image_weights(
+    attn = branch_weights(
         logits_ptr, logits_strides, pid_b, offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
     )
     if norm_ptrs is not None:
@@ -115,7 +115,7 @@ def _sk_select_bwd_kernel(
     offs_c = pid_c * TILE.block_c + tl.arange(0, TILE.block_c)
     mask_c = offs_c < C
     # Vectors are [BLOCK_C].
-    attn = image_weights(
+    attn = branch_weights(
         logits_ptr, logits_strides, pid_b, offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
     )
     products = zero_sums(NUM_BRANCHES, ACC, TILE)
@@ -162,7 +162,7 @@ def _sk_select_bwd_combine_kernel(
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     # Vectors are [BLOCK_C].
-    attn = image_weights(
+    attn = branch_weights(
         logits_ptr, logits_strides, pid_b, offs_c, mask_c, NUM_BRANCHES, ACTIVATION, ACC
     )
     dattn = ()
