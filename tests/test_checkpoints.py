@@ -347,14 +347,6 @@ def test_prefixes_are_taken_off(prefix: str, name: str) -> None:
     assert_bitwise(convert_state_dict(wrapped), convert_state_dict(state))
 
 
-def test_parts_that_were_compiled_are_found() -> None:
-    model = small()
-    state = dict(model.state_dict())
-    model.stages[1] = cast(nn.Module, torch.compile(model.stages[1]))
-    assert "stages.1._orig_mod.0.reduce.conv.weight" in model.state_dict()
-    assert_bitwise(convert_state_dict(model.state_dict()), state)
-
-
 @pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 def test_wrappers_are_taken_off_anywhere(wrapper: str) -> None:
     state = peer("timm").state_dict()
@@ -368,6 +360,12 @@ def averaged(model: nn.Module) -> nn.Module:
     return torch.optim.swa_utils.AveragedModel(model)
 
 
+def with_a_compiled_part(model: nn.Module) -> nn.Module:
+    model.add_module("layer1", cast(nn.Module, torch.compile(model.get_submodule("layer1"))))
+    assert "layer1._orig_mod.0.conv2.conv.0.0.weight" in model.state_dict()
+    return model
+
+
 class Training(nn.Module):
     """A network and its average in a module of a training framework."""
 
@@ -379,8 +377,14 @@ class Training(nn.Module):
 
 @pytest.mark.parametrize(
     "wrap",
-    [averaged, lambda model: nn.Sequential(averaged(model)), Training, nn.DataParallel],
-    ids=["average", "inside another", "with its own counter", "parallel"],
+    [
+        averaged,
+        lambda model: nn.Sequential(averaged(model)),
+        Training,
+        nn.DataParallel,
+        with_a_compiled_part,
+    ],
+    ids=["average", "inside another", "with its own counter", "parallel", "compiled"],
 )
 def test_counters_beside_the_network_are_left_out(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = peer("ports").float()

@@ -84,13 +84,17 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What a loaded kernel does
 
 
-def child_functions(repository: str, checkout: str, *names: str) -> None:
+def child_alone(repository: str, checkout: str, *names: str) -> None:
+    import copy
     import importlib
     import sys
+    from collections.abc import Callable
     from functools import partial
     from pathlib import Path
+    from typing import Any
 
     import torch
+    from torch import Tensor, nn
 
     # By name: to a type checker "kernels" is this checkout's folder.
     hf = importlib.import_module("kernels")
@@ -103,26 +107,59 @@ def child_functions(repository: str, checkout: str, *names: str) -> None:
     fc1, norm, fc2 = draw(d, C), kernel.BatchNormArgs(draw(d), draw(d)), draw(M * C, d)
     inputs = [*branches, logits, fc1, fc2, *(t for n in (*norms, norm) for t in (n.weight, n.bias))]
 
-    def results(compiled: bool) -> list[torch.Tensor]:
+    @hf.use_kernel_forward_from_hub("Fuse")
+    class Fuse(nn.Module):
+        def forward(self, branches: list[Tensor]) -> Tensor:
+            return torch.stack(branches).sum(0).mean((2, 3))
+
+    @hf.use_kernel_forward_from_hub("Select")
+    class Select(nn.Module):
+        def forward(self, branches: list[Tensor], logits: Tensor) -> Tensor:
+            return torch.einsum("mbchw,bmc->bchw", torch.stack(branches), logits.softmax(1))
+
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fuse, self.select = Fuse(), Select()
+
+        def forward(self, branches: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+            return self.fuse(branches), self.select(branches, logits)
+
+    plain = Stages()
+    layered = copy.deepcopy(plain)
+    mapping = {
+        name: {"cpu": hf.LocalLayerRepository(Path(repository), layer_name=f"SK{name}")}
+        for name in ("Fuse", "Select")
+    }
+    with hf.use_kernel_mapping(mapping):
+        mode = hf.Mode.TRAINING | hf.Mode.TORCH_COMPILE
+        hf.kernelize(layered, mode=mode, device="cpu", use_fallback=False)
+    of_layers = hf.get_loaded_kernels()[-1].module
+    layers = of_layers.layers
+    assert layered.fuse.forward.__func__ is layers.SKFuse.forward  # type: ignore[attr-defined]  # bound
+    assert layered.select.forward.__func__ is layers.SKSelect.forward  # type: ignore[attr-defined]  # bound
+
+    def functions(branches: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+        return kernel.sk_fuse(branches), kernel.sk_select(branches, logits)
+
+    def results(stages: Callable[..., Any], compiled: bool) -> list[Tensor]:
         fuse_select = kernel.sk_fuse_select
         if compiled:
-            fuse_select = torch.compile(fuse_select, fullgraph=True, backend="aot_eager")
-        outs = [
-            kernel.sk_fuse(branches),
-            kernel.sk_select(branches, logits),
-            fuse_select(branches, norms, fc1, norm, fc2).out,
-        ]
+            graph = partial(torch.compile, fullgraph=True, backend="aot_eager")
+            stages, fuse_select = graph(stages), graph(fuse_select)
+        outs = [*stages(branches, logits), fuse_select(branches, norms, fc1, norm, fc2).out]
         return [*outs, *torch.autograd.grad([out.square().sum() for out in outs], inputs)]
 
-    expected = results(compiled=False)
-    torch.testing.assert_close(expected[0], torch.stack(branches).sum(0).mean((2, 3)))
+    expected = results(plain, compiled=False)
     for backend in ("reference", "triton"):
-        with kernel.use_backend(backend):
+        for stages in (functions, layered):
             for compiled in (False, True):
+                with kernel.use_backend(backend), of_layers.use_backend(backend):
+                    actual = results(stages, compiled)
                 # float64 on both sides: 40 additions in another order are 1e-14 of magnitudes
                 # around 1, which the batch norms' gradients raise to some tens.
-                actual = results(compiled)
                 torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+                torch._dynamo.reset()
 
     operators = {n for n in torch._C._dispatch_get_all_op_names() if "::sk_" in n}
     assert operators == {f"{loaded.metadata.id}::{name}" for name in names}, operators
@@ -134,83 +171,12 @@ def child_functions(repository: str, checkout: str, *names: str) -> None:
 
 @pytest.mark.slow
 @needs_kernels
-def test_a_loaded_kernel_computes_the_same_on_every_way_without_this_package(
+def test_a_loaded_kernel_and_its_layers_equal_plain_pytorch_without_this_package(
     repository: Path, tmp_path: Path
 ) -> None:
     names = [n.split("::") for n in torch._C._dispatch_get_all_op_names()]
     ours = [name for namespace, name in names if namespace == "sknet_triton"]
-    in_a_child(child_functions, str(repository), str(ROOT), *ours, tmp_path=tmp_path)
-
-
-def child_layers(repository: str) -> None:
-    import copy
-    import importlib
-    from collections.abc import Callable
-    from pathlib import Path
-
-    import torch
-    from torch import Tensor, nn
-
-    # By name: to a type checker "kernels" is this checkout's folder.
-    hf = importlib.import_module("kernels")
-
-    @hf.use_kernel_forward_from_hub("Fuse")
-    class Fuse(nn.Module):
-        def forward(self, branches: tuple[Tensor, ...]) -> Tensor:
-            return torch.stack(branches).sum(0).mean((2, 3))
-
-    @hf.use_kernel_forward_from_hub("Select")
-    class Select(nn.Module):
-        def forward(self, branches: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-            return torch.einsum("mbchw,bmc->bchw", torch.stack(branches), logits.softmax(1))
-
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fuse, self.select = Fuse(), Select()
-            self.fc = nn.Linear(6, 18, dtype=torch.float64)
-
-        def forward(self, *branches: Tensor) -> Tensor:
-            logits = self.fc(self.fuse(branches)).view(-1, 3, 6)
-            out: Tensor = self.select(branches, logits)
-            return out
-
-    plain = Attention()
-    model = copy.deepcopy(plain)
-    mapping = {
-        name: {"cpu": hf.LocalLayerRepository(Path(repository), layer_name=f"SK{name}")}
-        for name in ("Fuse", "Select")
-    }
-    with hf.use_kernel_mapping(mapping):
-        mode = hf.Mode.TRAINING | hf.Mode.TORCH_COMPILE
-        hf.kernelize(model, mode=mode, device="cpu", use_fallback=False)
-    (loaded,) = hf.get_loaded_kernels()
-    layers = loaded.module.layers
-    assert model.fuse.forward.__func__ is layers.SKFuse.forward  # type: ignore[attr-defined]  # bound
-    assert model.select.forward.__func__ is layers.SKSelect.forward  # type: ignore[attr-defined]  # bound
-
-    branches = [torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-
-    def results(run: Callable[..., Tensor], module: nn.Module) -> list[Tensor]:
-        out = run(*branches)
-        inputs = [*branches, *module.parameters()]
-        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
-
-    expected = results(plain, plain)
-    for backend in ("reference", "triton"):
-        with loaded.module.use_backend(backend):
-            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-            for run in (model, compiled):
-                # float64; sums of 20 positions and 2 images in another order.
-                actual = results(run, model)
-                torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-            torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@needs_kernels
-def test_kernelize_replaces_the_forward_of_a_users_layers(repository: Path, tmp_path: Path) -> None:
-    in_a_child(child_layers, str(repository), tmp_path=tmp_path)
+    in_a_child(child_alone, str(repository), str(ROOT), *ours, tmp_path=tmp_path)
 
 
 def child_beside(*repositories: str) -> None:
