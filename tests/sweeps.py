@@ -29,16 +29,10 @@ CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
 
 @dataclass
 class MadeUp:
-    """Stands in for measuring: every provider takes a millisecond, and the cases are kept.
+    """Stands in for measuring: every provider takes a millisecond, and the cases are kept."""
 
-    Attributes:
-        seconds: that a case takes in truth.
-        most: cases, after which the next never ends.
-        asked: the cases.
-    """
-
-    seconds: float = 0.0
-    most: int | None = None
+    seconds: float = 0.0  # that a case takes in truth
+    most: int | None = None  # cases, after which the next never ends
     asked: list[Case] = field(default_factory=list)
 
     def __call__(

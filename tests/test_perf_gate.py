@@ -559,11 +559,23 @@ def test_maps_go_in_and_out_as_they_are_called() -> None:
     assert torch.equal(families.OnList(baseline.Function(lambda maps: maps.pop()))(x, -x), -x)
 
 
-@pytest.mark.parametrize(("mode", "passes"), [("infer", 7), ("train", 15), ("bwd", 8)])
-def test_fusion_of_given_maps_has_the_passes_of_the_mathematics(mode: str, passes: int) -> None:
-    case = family("mirnet_skff", mode)
-    assert workloads.bytes_needed(case) == passes * 4 * 64 * 28 * 28 * 4
-    assert workloads.bytes_needed(family("timm_selective_kernel", mode)) is None
+@pytest.mark.parametrize(
+    ("workload", "passes"),
+    [
+        ("sk_fuse", (3, 3, 0)),
+        ("sk_select", (4, 11, 7)),
+        ("sk_fuse_select", (7, 21, 11)),
+        ("mirnet_skff", (7, 15, 8)),
+        ("timm_selective_kernel", None),
+    ],
+)
+def test_what_is_needed_is_the_passes_of_the_mathematics(
+    workload: str, passes: tuple[int, int, int] | None
+) -> None:
+    for i, mode in enumerate(("infer", "train", "bwd")):
+        case = small(workload, mode, M=3, dtype="bf16")
+        one_pass = case.B * case.C * case.H * case.W * 2
+        assert workloads.bytes_needed(case) == (passes and passes[i] * one_pass)
 
 
 def test_the_backward_pass_of_a_family_is_measured_alone() -> None:

@@ -17,7 +17,7 @@ import torch
 from perf.__main__ import BROKEN_PIPE, SOFTWARE_ERROR, main
 from perf.rows import schema
 from perf.rows.schema import Case
-from perf.sweep import sweep, workloads
+from perf.sweep import sweep
 from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS
 from perf.sweep.workloads import make_case, stage_shape
@@ -169,19 +169,6 @@ def test_stage_shapes_are_those_of_the_network() -> None:
     assert make_case("sk_conv", "infer", resolution=64, stage=2).H == 8
 
 
-@pytest.mark.parametrize(
-    ("workload", "infer", "train", "bwd"),
-    [("sk_fuse", 3, 3, 0), ("sk_select", 4, 11, 7), ("sk_fuse_select", 7, 21, 11)],
-)
-def test_ops_need_the_passes_of_the_mathematics(
-    workload: str, infer: int, train: int, bwd: int
-) -> None:
-    one_pass = 2 * 128 * 8 * 8 * 2
-    for mode, passes in (("infer", infer), ("train", train), ("bwd", bwd)):
-        case = make_case(workload, mode, M=3, dtype="bf16", batch=2, resolution=32)  # type: ignore[arg-type]
-        assert workloads.bytes_needed(case) == passes * one_pass
-
-
 @pytest.mark.slow
 def test_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
@@ -207,9 +194,6 @@ def test_help_and_env_work(capsys: Printed) -> None:
 
 REPORTS = ROOT / "perf" / "reports"
 REPORT = REPORTS / "perf-op-train-compiled-cpu-torch2.13.0.csv"
-TRAFFIC = REPORTS / "traffic-cpu-torch2.13.0.csv"
-
-
 Refused = Callable[..., str]
 
 

@@ -48,6 +48,9 @@ def row_of(result: Result, **changes: object) -> Values:
     return {**values_of(CASE, result, ENV, provider=PROVIDER), **changes}
 
 
+FIRST, SECOND = rows_of(1), rows_of(2)[1:]
+
+
 def keys_in(path: Path) -> list[tuple[object, ...]]:
     frame = schema.read(path)
     return sorted(frame[list(schema.KEY_COLUMNS)].itertuples(index=False, name=None))
@@ -56,6 +59,14 @@ def keys_in(path: Path) -> list[tuple[object, ...]]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "a.csv"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    """A new report with the first row."""
+    with open_store(path, resume=False) as opened:
+        opened.append(FIRST)
+        yield opened
 
 
 # Values
@@ -167,24 +178,22 @@ def write_little(descriptor: int, data: bytes, offset: int, write: Fail = os.pwr
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_failing_write_is_undone_and_said(
-    call: str, code: int, path: Path, monkeypatch: Patch
+    call: str, code: int, store: Store, monkeypatch: Patch
 ) -> None:
-    with open_store(path, resume=False) as store:
-        store.append(rows_of(1))
-        before = path.read_bytes()
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, raising(code))
-            with pytest.raises(StopError, match=os.strerror(code)):
-                store.append(rows_of(2)[1:])
-        assert path.read_bytes() == before
-        assert len(store.keys) == 1
-        store.append(rows_of(2)[1:])
-    assert len(schema.read(path)) == 2
+    before = store.path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, raising(code))
+        with pytest.raises(StopError, match=os.strerror(code)):
+            store.append(SECOND)
+    assert store.path.read_bytes() == before
+    assert len(store.keys) == 1
+    store.append(SECOND)
+    assert len(schema.read(store.path)) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
 def test_interrupt_in_the_middle_of_a_write_waits_for_its_end(
-    number: signal.Signals, path: Path, monkeypatch: Patch
+    number: signal.Signals, store: Store, monkeypatch: Patch
 ) -> None:
     def interrupted(descriptor: int, data: bytes, offset: int) -> int:
         os.kill(os.getpid(), number)
@@ -195,33 +204,31 @@ def test_interrupt_in_the_middle_of_a_write_waits_for_its_end(
     threading.Thread(target=ended.wait).start()
     before = signal.signal(number, signal.default_int_handler)
     try:
-        with open_store(path, resume=False) as store:
-            with monkeypatch.context() as patch:
-                patch.setattr(os, "pwrite", interrupted)
-                with pytest.raises(KeyboardInterrupt):
-                    store.append(rows_of(1))
-            assert len(store.keys) == 1
-            store.append(rows_of(2)[1:])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.append(SECOND)
     finally:
         signal.signal(number, before)
         ended.set()
-    assert len(schema.read(path)) == 2
+    assert len(store.keys) == len(schema.read(store.path)) == 2
+    store.append(rows_of(3)[2:])
+    assert len(schema.read(store.path)) == 3
 
 
 def test_write_that_cannot_even_be_undone_is_cut_off_on_resume(
-    path: Path, monkeypatch: Patch
+    store: Store, monkeypatch: Patch
 ) -> None:
-    with open_store(path, resume=False) as store:
-        store.append(rows_of(1))
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "ftruncate", raising(errno.EIO))
-            with full_after(path.stat().st_size + 10), pytest.raises(StopError):
-                store.append(rows_of(2)[1:])
-            with pytest.raises(StopError):
-                store.append(rows_of(2)[1:])
-    with open_store(path, resume=True) as store:
-        store.append(rows_of(2)[1:])
-    assert len(schema.read(path)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", raising(errno.EIO))
+        with full_after(store.path.stat().st_size + 10), pytest.raises(StopError):
+            store.append(SECOND)
+        with pytest.raises(StopError):
+            store.append(SECOND)
+    store.close()
+    with open_store(store.path, resume=True) as resumed:
+        resumed.append(SECOND)
+    assert len(schema.read(store.path)) == 2
 
 
 def test_parts_stay_where_their_rows_do_not_fit(path: Path) -> None:
@@ -252,21 +259,20 @@ def test_output_that_cannot_be_shown_is_no_verdict(path: Path) -> None:
 
 
 def test_second_run_on_one_report_is_refused_by_name(
-    tmp_path: Path, monkeypatch: Patch, capsys: Printed
+    store: Store, tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     made_up = make_up(monkeypatch)
-    path, link = tmp_path / "a.csv", tmp_path / "link.csv"
+    link = tmp_path / "link.csv"
     (tmp_path / "b").mkdir()
-    link.symlink_to(path)
-    with open_store(path, resume=False) as store:
-        store.append(rows_of(1))
-        for spelling in (path, tmp_path / "b" / ".." / "a.csv", link):
-            said = refusal(capsys, *SWEEP, "--out", str(spelling), "--resume")
-            assert f"{spelling}: another run is writing it" in said
-        assert made_up.asked == []
-        store.append(rows_of(2)[1:])
-    assert len(schema.read(path)) == 2
-    assert main([*SWEEP, "--out", str(path), "--resume"]) == 0
+    link.symlink_to(store.path)
+    for spelling in (store.path, tmp_path / "b" / ".." / "a.csv", link):
+        said = refusal(capsys, *SWEEP, "--out", str(spelling), "--resume")
+        assert f"{spelling}: another run is writing it" in said
+    assert made_up.asked == []
+    store.append(SECOND)
+    store.close()
+    assert len(schema.read(store.path)) == 2
+    assert main([*SWEEP, "--out", str(store.path), "--resume"]) == 0
 
 
 def replace_it(path: Path) -> None:
@@ -282,15 +288,14 @@ def add_to_it(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [Path.unlink, replace_it, add_to_it])
 def test_report_that_is_removed_replaced_or_changed_meanwhile_ends_the_run(
-    change: Callable[[Path], None], path: Path
+    change: Callable[[Path], None], store: Store
 ) -> None:
-    with open_store(path, resume=False) as store:
-        store.append(rows_of(1))
-        change(path)
-        found = path.read_bytes() if path.exists() else None
-        with pytest.raises(StopError, match="during the run"):
-            store.append(rows_of(2)[1:])
-        assert (path.read_bytes() if path.exists() else None) == found
+    path = store.path
+    change(path)
+    found = path.read_bytes() if path.exists() else None
+    with pytest.raises(StopError, match="during the run"):
+        store.append(SECOND)
+    assert (path.read_bytes() if path.exists() else None) == found
 
 
 def test_report_that_somebody_else_put_there_before_the_first_row_stays(path: Path) -> None:
@@ -298,8 +303,8 @@ def test_report_that_somebody_else_put_there_before_the_first_row_stays(path: Pa
     theirs.write_text("theirs\n")
     opened = open_store(path, resume=False)
     theirs.replace(path)
-    with pytest.raises(StopError), opened as store:
-        store.append(rows_of(1))
+    with pytest.raises(StopError), opened:
+        opened.append(FIRST)
     assert path.read_text() == "theirs\n"
 
 
@@ -317,15 +322,12 @@ def test_damaged_part_leaves_no_report(path: Path, capsys: Printed) -> None:
     assert list(path.parent.iterdir()) == [part]
 
 
-def test_part_that_another_run_still_writes_is_not_collected(path: Path) -> None:
-    with (
-        open_store(path, resume=False) as store,
-        open_store(part_of(path, Rank(1, 1, 2)), resume=False) as part,
-    ):
-        part.append(rows_of(1))
+def test_part_that_another_run_still_writes_is_not_collected(store: Store) -> None:
+    with open_store(part_of(store.path, Rank(1, 1, 2)), resume=False) as part:
+        part.append(FIRST)
         with pytest.raises(UsageError, match="another run is writing it"):
-            collect(store, parts_of(path))
-    assert parts_of(path) == [part.path]
+            collect(store, parts_of(store.path))
+    assert parts_of(store.path) == [part.path]
 
 
 # Paths
