@@ -26,6 +26,7 @@ from perf.report import tables
 from perf.rows import UsageError, schema
 from perf.rows import env as environment
 from perf.rows.store import Store, collect, open_store
+from perf.rows.typed_csv import contents
 from perf.sweep.contest import Conditions, DeviceLostError, judge_case
 from perf.sweep.presets import PRESETS, Grid, Job, jobs
 from perf.sweep.providers import PROVIDERS
@@ -212,7 +213,7 @@ def _opened(path: Path, team: Team, *, resume: bool) -> Iterator[tuple[Store | N
             return
         with team.all_or_none():
             own = stack.enter_context(open_store(part_of(path, team.rank), resume=False))
-            own.keys |= set(map(schema.SCHEMA.key_of, schema.read(path).to_dict("records")))
+            own.keys |= schema.SCHEMA.rows(contents(path), path).keys()
         yield report, own
 
 

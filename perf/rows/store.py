@@ -13,7 +13,7 @@ from types import FrameType
 
 from perf.rows import StopError, UsageError
 from perf.rows.schema import SCHEMA
-from perf.rows.typed_csv import Key, Schema, Values, decode
+from perf.rows.typed_csv import Key, Schema, Values
 
 
 class Store:
@@ -56,15 +56,15 @@ class Store:
         self._file.seek(0)
         data = self._file.readall()
         whole = data[: data.rfind(b"\n") + 1]
-        lines = self.columns.lines_by_key(decode(whole, self.path), self.path) if whole else {}
+        rows = self.columns.rows(whole, self.path, exact=True) if whole else {}
         self._size = len(whole)
         if len(data) > len(whole):
             os.ftruncate(self._file.fileno(), self._size)
         self._new = not whole
         if self._new:
             self._write(self.columns.header())
-        self.keys |= lines.keys()
-        return lines
+        self.keys |= rows.keys()
+        return {key: line for key, (line, _) in rows.items()}
 
     def _write(self, text: str, keys: Iterable[Key] = ()) -> None:
         descriptor, data = self._file.fileno(), text.encode()

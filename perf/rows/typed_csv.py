@@ -6,7 +6,7 @@ What is written can be read back. What is read is checked, and refused by file a
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
@@ -121,7 +121,7 @@ class Schema:
         """Returns one line of a file; ValueError where a value could not be read back."""
         return _line([column.format(values.get(column.name)) for column in self.columns])
 
-    def key_of(self, values: Mapping[Any, Any]) -> Key:
+    def key_of(self, values: Values) -> Key:
         """Returns what tells a row apart: its values in the columns of the key, as text."""
         return tuple(str(values.get(name)) for name in self.key)
 
@@ -131,7 +131,7 @@ class Schema:
         Raises:
             UsageError: it cannot be read, is damaged, cut off or of another kind.
         """
-        rows = self.rows(decode(contents(path), path), path)
+        rows = [row for _, row in self.rows(contents(path), path).values()]
         return pd.DataFrame(
             {
                 column.name: pd.Series([row.get(column.name) for row in rows], dtype=column.dtype)
@@ -139,47 +139,40 @@ class Schema:
             }
         )
 
-    def rows(self, text: str, path: Path) -> list[Values]:
-        """Returns the values of every line of the text of ``path`` after its header.
+    def rows(
+        self, data: bytes, path: Path, *, exact: bool = False
+    ) -> dict[Key, tuple[str, Values]]:
+        """Returns the lines of ``path``, whose bytes are ``data``, and their values by key.
+
+        With ``exact`` its columns are to be those of this version, so that it can be gone on with.
 
         Raises:
             SchemaError: a line is damaged, cut off or has a key twice, or the columns are others.
         """
-        *lines, torn = text.split("\n")
+        *lines, torn = _decoded(data, path).split("\n")
         if not lines:
-            raise SchemaError(path, 1, "the line is cut off" if text else "the file is empty")
+            raise SchemaError(path, 1, "the line is cut off" if torn else "the file is empty")
         columns = self._columns(lines[0], path)
+        if exact and f"{lines[0]}\n" != self.header():
+            problem = "not exactly the columns of this version; choose another --out"
+            raise SchemaError(path, 1, problem)
         if torn:
             raise SchemaError(path, len(lines) + 1, "the line is cut off")
-        rows: list[Values] = []
-        first: dict[Key, int] = {}
+        found: dict[Key, tuple[str, Values]] = {}
         for number, line in enumerate(lines[1:], start=2):
             try:
                 cells = _cells(line)
                 if len(cells) != len(columns):
                     raise ValueError(f"expected {len(columns)} fields, got {len(cells)}")
-                row = {
-                    column.name: column.parse(cell)
-                    for column, cell in zip(columns, cells, strict=True)
-                }
+                pairs = zip(columns, cells, strict=True)
+                row = {column.name: column.parse(cell) for column, cell in pairs}
                 key = self.key_of(row)
-                if first.setdefault(key, number) != number:
-                    raise ValueError(f"the same key as in line {first[key]}")
+                if key in found:
+                    raise ValueError(f"the same key as in line {list(found).index(key) + 2}")
             except (ValueError, csv.Error) as error:
                 raise SchemaError(path, number, str(error)) from error
-            rows.append(row)
-        return rows
-
-    def lines_by_key(self, text: str, path: Path) -> dict[Key, str]:
-        """Returns the lines of a file that can be gone on with by key; its columns are exact."""
-        rows = self.rows(text, path)
-        header, *lines = text.split("\n")[:-1]
-        if f"{header}\n" != self.header():
-            raise SchemaError(
-                path, 1, "not exactly the columns of this version; choose another --out"
-            )
-        keys = map(self.key_of, rows)
-        return {key: f"{line}\n" for key, line in zip(keys, lines, strict=True)}
+            found[key] = f"{line}\n", row
+        return found
 
     def _columns(self, header: str, path: Path) -> list[Column]:
         """Returns the columns that a file has; those that are younger than it may be missing."""
@@ -208,8 +201,7 @@ def contents(path: Path) -> bytes:
         raise UsageError(f"{path}: {error.strerror}") from error
 
 
-def decode(data: bytes, path: Path) -> str:
-    """Returns the text of ``data`` from ``path``; SchemaError where it is not UTF-8."""
+def _decoded(data: bytes, path: Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:

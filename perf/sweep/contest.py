@@ -62,10 +62,7 @@ def measure_case(
     """Carries ``case`` out by every provider; what goes wrong is a result like any other.
 
     Where the budget is spent while providers are built and checked, those that are ready are still
-    timed, and the others have no result.
-
-    Raises:
-        DeviceLostError: the device does not answer any more; the case has no results.
+    timed, and the others have no result. A device that is lost is a DeviceLostError.
     """
     contest = Contest(case, conditions)
     return contest.judge(providers) | contest.time()

@@ -138,9 +138,8 @@ def launches(run: Run, device: torch.device) -> int | None:
 def flops(module: nn.Module, inputs: tuple[Tensor, ...], mode: Mode) -> int:
     """Returns the FLOPs of the convolutions and matrix products, a multiply-add being two.
 
-    The backward pass counts as two forward passes, one product for the gradient of each factor.
-    It is not run for the count: FlopCounterMode takes the weights' gradient of a convolution in G
-    groups for one in a single group, and is off by a factor of up to G.
+    The backward pass counts as two forward passes and is not run: FlopCounterMode takes the
+    weights' gradient of a convolution in G groups for one in a single group.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs)

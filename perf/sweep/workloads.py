@@ -190,8 +190,7 @@ def make_case(
 ) -> Case:
     """Returns the case with the shape that ``workload`` has at ``resolution``.
 
-    Only passes, ops and layers have a stage. A family has its own M, the digits their own
-    resolution.
+    Only passes, ops and layers have a stage; a family has its own M, the digits their own size.
     """
     level = LEVEL_OF[workload]
     if level in ("pass", "op", "layer"):
@@ -209,12 +208,9 @@ def make_case(
 
 
 def stage_shape(stage: int, resolution: int) -> tuple[int, int]:
-    """Returns channels and side of the maps of an SKNet stage: 128 and 56 in stage 1 at 224.
-
-    Every strided layer rounds up, so that the whole way down does.
-    """
-    reduction = 2 ** (stage + 1)
-    return 64 * 2**stage, -(-resolution // reduction)
+    """Returns channels and side of an SKNet stage's maps: 128 and 56 in stage 1 at 224."""
+    # Every strided layer rounds up, so that the whole way down does.
+    return 64 * 2**stage, -(-resolution // 2 ** (stage + 1))
 
 
 def unsupported(case: Case, device: torch.device) -> str | None:
@@ -260,10 +256,7 @@ def parameters(case: Case, source: Source, seed: int) -> nn.Module:
 
 
 def inputs(case: Case, seed: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Returns the inputs of ``case``, in its dtype and layout, drawn on ``device``.
-
-    A network gets the images of its `judged` case as often as its batch is larger.
-    """
+    """Returns the inputs of ``case``; those of a network repeat those of its `judged` case."""
     generator = torch.Generator(device).manual_seed(seed + 1)
     drawn = WORKLOADS[case.workload].inputs(judged(case), generator)
     return tuple(laid_out(repeated(x.to(DTYPE_OF[case.dtype]), case.B), case) for x in drawn)
@@ -273,9 +266,8 @@ def judged(case: Case) -> Case:
     """Returns the case that float64 carries out: a network on a part of the batch.
 
     A batch that repeats some images has their outputs, their batch statistics and a multiple of
-    their gradients, so that what is timed at the full batch is what is judged. The part is the
-    largest divisor of the batch up to `JUDGED_IMAGES`; a batch without one is judged whole, and so
-    are ops, layers and families.
+    their gradients. The part is the largest divisor of the batch up to `JUDGED_IMAGES`; a batch
+    without one is judged whole, and so are ops, layers and families.
     """
     if case.level != "model":
         return case
