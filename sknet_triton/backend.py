@@ -21,7 +21,6 @@ _NAMES: tuple[str, ...] = get_args(Backend)
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
-
 _process: Backend | None = None
 # As read once: every read of the environment takes as long as a small operator.
 _environment: Backend | None = None
@@ -158,9 +157,6 @@ def refuse_forward_mode(name: str) -> None:
     """Refuses an operator where PyTorch, having no rule for it, would give tangents of zero.
 
     `sknet_triton.functional` does not come here in forward mode; who calls an operator does.
-
-    Raises:
-        NotImplementedError: a level of forward-mode differentiation is entered.
     """
     if forward_ad._current_level >= 0:
         raise NotImplementedError(

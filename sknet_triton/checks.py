@@ -1,6 +1,6 @@
 """What the functions take of a norm, and ask of all arguments.
 
-Errors name the argument, the rule and the value.
+A ValueError or, for what is no floating-point tensor, a TypeError names argument, rule and value.
 """
 
 import math
@@ -47,11 +47,7 @@ def check_fuse_select(
     fc1_norm: BatchNormArgs,
     fc2_weight: Tensor,
 ) -> None:
-    """Checks what `functional.sk_fuse_select` takes beside the branches.
-
-    Raises:
-        ValueError: a shape does not fit, the norms disagree, or running statistics are missing.
-    """
+    """Checks what `functional.sk_fuse_select` takes beside the branches."""
     C, M = xs[0].shape[1], len(xs)
     if len(norms) != M:
         raise ValueError(f"norms: expected one a branch, {M}, got {len(norms)}")
@@ -85,11 +81,7 @@ def check_fuse_select(
 
 
 def check_counts(x: Tensor, batch_stats: bool, fc1_batch_stats: bool) -> None:
-    """Checks that a batch like ``x`` [B, C, *spatial] has the statistics that are asked of it.
-
-    Raises:
-        ValueError: there is one value a channel.
-    """
+    """Checks that a batch like ``x`` [B, C, *spatial] has the statistics that are asked of it."""
     if batch_stats and x.shape[0] * math.prod(x.shape[2:]) < 2:
         raise ValueError(
             "branches: batch statistics need more than one value a channel, "
@@ -102,12 +94,7 @@ def check_counts(x: Tensor, batch_stats: bool, fc1_batch_stats: bool) -> None:
 
 
 def checked_branches(branches: Sequence[Tensor] | Tensor, branch_dim: int | None) -> list[Tensor]:
-    """Returns the branches as a list.
-
-    Raises:
-        TypeError: one is no floating-point tensor, or ``branch_dim`` is missing or superfluous.
-        ValueError: they are none, differ, or have no spatial axis, no position or too many axes.
-    """
+    """Returns the branches as a list, where they are some, alike and have 1 to 3 spatial axes."""
     xs = _as_list(branches, branch_dim)
     if not xs:
         raise ValueError("branches: expected at least one tensor, got none")
@@ -171,12 +158,7 @@ def _check_branch(x: Tensor, i: int, first: Tensor) -> None:
 
 
 def check_logits(logits: Tensor, xs: list[Tensor]) -> None:
-    """Checks logits [B, M, C].
-
-    Raises:
-        TypeError: ``logits`` is not a floating-point tensor.
-        ValueError: it has another shape or device than the branches ask for.
-    """
+    """Checks logits [B, M, C]."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
     if not logits.is_floating_point():
@@ -193,12 +175,7 @@ def check_logits(logits: Tensor, xs: list[Tensor]) -> None:
 
 
 def check_limits(xs: Sequence[Tensor]) -> None:
-    """Checks what the Triton kernels ask of the branches beyond what `checked_branches` does.
-
-    Raises:
-        TypeError: they have no kernels for the dtype.
-        ValueError: the branches outnumber what they take.
-    """
+    """Checks what the Triton kernels ask of the branches beyond what `checked_branches` does."""
     if len(xs) > MAX_BRANCHES:
         raise ValueError(
             f"branches: the triton backend takes at most {MAX_BRANCHES}, got {len(xs)}; "

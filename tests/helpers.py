@@ -125,10 +125,7 @@ def small_network(units: int = 1, **options: Any) -> SKNet:
 
 
 def images(
-    B: int = 4,
-    size: tuple[int, int] = (5, 4),
-    seed: int = 1,
-    device: torch.device = DEVICE,
+    B: int = 4, size: tuple[int, int] = (5, 4), seed: int = 1, device: torch.device = DEVICE
 ) -> Tensor:
     """Returns what `small_conv` takes."""
     generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
-from sknet_triton import SKUnit, use_backend
+from sknet_triton import SKNet, SKUnit, use_backend
 from sknet_triton.backend import Backend
 from tests.helpers import (
     BACKENDS,
@@ -58,7 +58,8 @@ def step(
     module: nn.Module, kind: str | None = None, backend: Backend = "reference", **options: Any
 ) -> Seen:
     """Returns the outcome of one step, with everything recomputed where a kind says so."""
-    x = images(3).to(next(module.parameters()).dtype)
+    size = (16, 12) if isinstance(module, SKNet) else (5, 4)
+    x = images(3, size).to(next(module.parameters()).dtype)
     with use_backend(backend):
         return outcome(KINDS[kind](module) if kind else module, module, x, **options)
 

@@ -372,50 +372,43 @@ def state(module: nn.Module) -> Seen:
     return grads | {name: t.detach() for name, t in module.state_dict().items()}
 
 
-def called_before(step: Callable[[nn.Module, Tensor], Any], module: nn.Module, x: Tensor) -> None:
-    """Calls as a capture will, on a side stream: inside of it nothing may be compiled."""
+def captured(
+    call: Callable[[nn.Module, Tensor], Any], fresh: nn.Module, module: nn.Module, x: Tensor
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Captures a call, after the same of a fresh module: inside of it nothing may be compiled."""
     stream = cast(Any, torch.cuda).Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(module, x)
+            call(fresh, x)
     torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(module, x)
+    return graph, out
 
 
 @pytest.mark.gpu
 @every_path
 @on_both
-def test_inference_in_a_cuda_graph(name: str, chosen: Backend) -> None:
-    path = PATHS[name]
-    module, x = path.module(DEVICE).eval(), path.x(DEVICE)
-    with use_backend(chosen), torch.no_grad():
-        called_before(lambda m, x: m(x), module, x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = module(x)
-        for seed in (5, 6):
-            x.copy_(path.x(DEVICE, seed=seed))
-            graph.replay()
-            assert_same({"out": out}, {"out": module(x)})
-
-
-@pytest.mark.gpu
-@every_path
-@on_both
-def test_a_training_step_in_a_cuda_graph(name: str, chosen: Backend) -> None:
+def test_inference_and_a_training_step_in_cuda_graphs(name: str, chosen: Backend) -> None:
     path = PATHS[name]
     module, twin, x = path.module(DEVICE), path.module(DEVICE), path.x(DEVICE)
     with use_backend(chosen):
-        called_before(train_step, path.module(DEVICE), x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            train_step(module, x)
+        graph, _ = captured(train_step, path.module(DEVICE), module, x)
         for seed in (5, 6, 7):
             x.copy_(path.x(DEVICE, seed=seed))
             graph.replay()
             twin.zero_grad()
             train_step(twin, x)
             assert_same(state(module), state(twin))
+        with torch.no_grad():
+            module.eval()
+            graph, out = captured(lambda m, x: m(x), module, module, x)
+            for seed in (5, 6):
+                x.copy_(path.x(DEVICE, seed=seed))
+                graph.replay()
+                assert_same({"out": out}, {"out": module(x)})
 
 
 @pytest.mark.gpu

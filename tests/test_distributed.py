@@ -29,15 +29,7 @@ from perf.peers import rebuilt
 from sknet_triton import SKConv, SKUnit, use_backend
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.backend import Backend
-from tests.helpers import (
-    BACKENDS,
-    DEVICE,
-    Seen,
-    assert_same,
-    images,
-    is_plain,
-    small_network,
-)
+from tests.helpers import BACKENDS, DEVICE, Seen, assert_same, images, is_plain, small_network
 from tests.plain_sknet import largest_error, scramble
 from tests.processes import WORLD, in_two_processes, needs_gloo
 
@@ -466,9 +458,7 @@ def test_mixed_precision_gives_the_dtypes_of_the_modules(
         assert largest_error(actual["out"], exact(seen["rank"])) < ROUNDINGS * HALF_EPS
 
 
-def test_a_sharded_model_is_left_by_accelerate_with_the_reason(
-    ranks: list[dict[str, Any]],
-) -> None:
+def test_a_sharded_model_is_left_by_accelerate_with_the_reason(ranks: list[dict[str, Any]]) -> None:
     for seen in ranks:
         assert len(seen["late"]) == 1
         assert "accelerate the model before" in seen["late"][0]

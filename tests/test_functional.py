@@ -71,10 +71,7 @@ BAD_TYPES: tuple[tuple[Any, str], ...] = (
     ([GOOD.long()] * 2, "branches[0]: expected a floating dtype, got torch.int64"),
     ([GOOD.to(torch.complex64)] * 2, "branches[0]: expected a floating dtype, got torch.complex64"),
     ([GOOD, GOOD.numpy()], "branches[1]: expected a tensor, got ndarray"),
-    (
-        (x for x in (GOOD, GOOD)),
-        "branches: expected a list or tuple of tensors, got generator",
-    ),
+    ((x for x in (GOOD, GOOD)), "branches: expected a list or tuple of tensors, got generator"),
     (
         maps(2, 2, 4, 3, 3),
         "branches: expected a sequence of tensors, or one tensor together with branch_dim, "
@@ -90,10 +87,7 @@ BAD_TYPES: tuple[tuple[Any, str], ...] = (
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     ("error", "branches", "message"),
-    [
-        *((ValueError, *row) for row in BAD_VALUES),
-        *((TypeError, *row) for row in BAD_TYPES),
-    ],
+    [*((ValueError, *row) for row in BAD_VALUES), *((TypeError, *row) for row in BAD_TYPES)],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_bad_branches_are_named_with_their_rule_and_value(
@@ -115,10 +109,7 @@ BAD_LOGITS: tuple[tuple[Any, str], ...] = (
         torch.zeros(2, 3, 4, device="meta"),
         "logits: expected the device of the branches, cpu, got meta",
     ),
-    (
-        torch.zeros(2, 3, 4, dtype=torch.int32),
-        "logits: expected a floating dtype, got torch.int32",
-    ),
+    (torch.zeros(2, 3, 4, dtype=torch.int32), "logits: expected a floating dtype, got torch.int32"),
     ([0.0], "logits: expected a tensor, got list"),
 )
 

@@ -16,7 +16,6 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from sknet_triton import SKConv, SKUnit, fused, use_backend
 from sknet_triton.backend import Backend
@@ -200,22 +199,6 @@ def test_norms_may_stay_in_float32_in_a_low_dtype_module(way: str, dtype: torch.
         assert (seen[name] - expected[name]).abs().max() < torch.finfo(dtype).eps, name
 
 
-# Training and eval
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", TOGETHER)
-def test_training_and_eval_switch_back_and_forth(way: str) -> None:
-    module = build()
-    twin = copy.deepcopy(module)
-    with WAYS[way].of(module) as run:
-        for training in (True, False, True):
-            module.train(training)
-            twin.train(training)
-            expected = outcome(twin, twin, images())
-            assert_same(outcome(run, module, images()), expected)
-
-
 # Hooks
 
 HOOKED = ("", "branches.0", "branches.1.conv", "branches.0.act", "fc1", "fc1.conv", "fc1.act")
@@ -358,31 +341,6 @@ def test_functional_call_takes_the_tensors_it_is_given(way: str) -> None:
     seen |= {name: t for name, t in tensors.items() if name not in leaves}
     assert_same(seen, expected)
     assert_same(dict(module.state_dict()), own, bound=0)
-
-
-# Averages
-
-MULTI_AVERAGES = {"ema": cast(Any, get_ema_multi_avg_fn)(0.75), "swa": None}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("average", MULTI_AVERAGES)
-def test_an_average_of_models_gets_its_own_statistics(average: str) -> None:
-    def averaged(way: Way) -> Seen:
-        module = build()
-        model = AveragedModel(module, multi_avg_fn=MULTI_AVERAGES[average])
-        with way.of(module):
-            model.update_parameters(module)
-            with torch.no_grad():
-                for p in module.parameters():
-                    p.add_(1.0)
-            model.update_parameters(module)
-            update_bn([images(3, seed=seed) for seed in (5, 6, 7)], model)
-            return dict(model.module.state_dict()) | {"out": model.eval()(images()).detach()}
-
-    seen = averaged(WAYS["triton"])
-    assert seen["branches.1.bn.num_batches_tracked"] == 3
-    assert_same(seen, averaged(MODULES))
 
 
 # One module in two places

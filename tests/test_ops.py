@@ -187,10 +187,7 @@ FUSE_SELECT_CASES = [
     ids=lambda value: str(value) if isinstance(value, FuseSelectCase) else KERNEL_IDS[value],
 )
 def test_every_step_of_fuse_select(
-    fuse_select: FuseSelectCase,
-    kernels: bool,
-    place: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
+    fuse_select: FuseSelectCase, kernels: bool, place: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without kernels the operators run in programs that were made where there were some.
     monkeypatch.setattr(fused, "way_of", lambda x: "kernels")

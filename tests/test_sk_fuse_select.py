@@ -701,10 +701,7 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
         {"norms": [FROZEN, FROZEN]},
         "norms: running_mean and running_var are needed where batch_stats is False, got None",
     ),
-    (
-        {"fc1_weight": torch.zeros(5, 4)},
-        "fc1_weight: expected shape [d, C] with C = 3, got (5, 4)",
-    ),
+    ({"fc1_weight": torch.zeros(5, 4)}, "fc1_weight: expected shape [d, C] with C = 3, got (5, 4)"),
     (
         {"fc2_weight": torch.zeros(3, 5)},
         "fc2_weight: expected shape [M * C, d] = (6, 5), got (3, 5)",

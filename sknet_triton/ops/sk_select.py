@@ -8,12 +8,7 @@ from torch import Tensor
 
 from sknet_kernels.layout import empty_like_branch, evenly
 from sknet_triton import reference
-from sknet_triton.backend import (
-    NAMESPACE,
-    has_kernels,
-    needs_plain_backward,
-    refuse_forward_mode,
-)
+from sknet_triton.backend import NAMESPACE, has_kernels, needs_plain_backward, refuse_forward_mode
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sk_select", mutates_args=())
