@@ -1,6 +1,7 @@
 """The launchers on tensors [B, C, *spatial], as operators call them, for the tests."""
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -16,14 +17,14 @@ from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_partials
 from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
 from sknet_kernels.sk_moments import sk_moments
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
-from tests.helpers import DEVICE
+from tests.helpers import ROOT
 
 _T = TypeVar("_T")
 
 
 def tiled(config: LaunchConfig | None) -> AbstractContextManager[object]:
     """Lets every kernel that reads branches take ``config``, unless it is None."""
-    return chosen(dict.fromkeys(STREAMING_KERNELS, config), DEVICE) if config else nullcontext()
+    return chosen(dict.fromkeys(STREAMING_KERNELS, config)) if config else nullcontext()
 
 
 def _tiled(launcher: Callable[..., _T]) -> Callable[..., _T]:
@@ -110,3 +111,10 @@ def random_norms(M: int, C: int, like: Tensor) -> Norms:
     gamma[:, 0] = 0.0
     var = torch.rand(M, C, dtype=wide, device=like.device) + 0.5
     return Norms(tuple(mean), tuple(var), tuple(gamma), tuple(beta), 1e-3)
+
+
+def kernel_names() -> set[str]:
+    """Returns the names of all kernels, which are the functions that launches are made of."""
+    sources = (ROOT / "kernels" / "sknet_kernels").glob("*.py")
+    defined = (re.findall(r"(?m)^def (_\w+_kernel)\(", source.read_text()) for source in sources)
+    return {name for names in defined for name in names}

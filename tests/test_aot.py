@@ -1,30 +1,24 @@
 """Every kernel compiles for every architecture, without spills and with wide accesses."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-pytestmark = pytest.mark.slow
+from tests.helpers import ROOT, source_environment
+from tests.launchers import kernel_names
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     """What is at risk of the table of ``python -m perf kernels``; children do not interpret."""
     path = tmp_path_factory.mktemp("aot") / "kernels.csv"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "perf", "kernels", "--at-risk", "--out", str(path)],
-        cwd=ROOT,
-        env=environment,
-        check=False,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "perf", "kernels", "--at-risk", "--out", str(path)]
+    environment = source_environment(TRITON_INTERPRET="0")
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     found = pd.read_csv(path)
     assert done.returncode == int((found.spill_bytes + found.stack_bytes).any())
     return found
@@ -33,14 +27,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 def test_every_kernel_was_compiled_for_every_target(table: pd.DataFrame) -> None:
     assert set(table.target) == {"sm_80", "sm_90", "sm_100", "gfx942"}
     compiled = table.groupby("kernel").target.nunique()
-    sources = (ROOT / "kernels" / "sknet_kernels").glob("*.py")
-    kernels = {
-        line.split("(")[0].removeprefix("def _").removesuffix("_kernel")
-        for source in sources
-        for line in source.read_text().splitlines()
-        if line.startswith("def _") and "_kernel(" in line
-    }
-    assert set(compiled.index) == kernels
+    assert {f"_{name}_kernel" for name in compiled.index} == kernel_names()
     assert (compiled == 4).all()
 
 
@@ -77,20 +64,14 @@ def test_rows_of_odd_length_are_read_by_8_bytes_and_more(table: pd.DataFrame) ->
 LEAST, LEAST_FULL = 3.0, 4.3
 
 
-def fuse_select_rows(table: pd.DataFrame, M: int, dtype: str) -> pd.DataFrame:
-    """The five kernels of `sk_fuse_select` that read branches, at the network's stages."""
-    branches = table.tb_s.notna() & table.norm & (table.kernel != "sk_select_bwd")
-    rows = table[branches & (table.S > 1)]
-    return rows[(rows.M == M) & (rows.dtype == dtype)].drop_duplicates(
-        ["kernel", "layout", "B", "C", "S"]
-    )
-
-
 @pytest.mark.parametrize(("M", "dtype"), [(2, "bfloat16"), (3, "bfloat16"), (2, "float32")])
 def test_every_kernel_can_ask_for_what_a_copy_moves(
     table: pd.DataFrame, M: int, dtype: str
 ) -> None:
-    rows = fuse_select_rows(table, M, dtype)
+    # The five kernels of `sk_fuse_select` that read branches, at the network's stages.
+    branches = table.tb_s.notna() & table.norm & (table.kernel != "sk_select_bwd") & (table.S > 1)
+    rows = table[branches & (table.M == M) & (table.dtype == dtype)]
+    rows = rows.drop_duplicates(["kernel", "layout", "B", "C", "S"])
     assert len(rows) == 5 * 2 * 4 * rows.B.nunique()
     assert rows.B.max() == 128
     full = rows[(rows.B == 128) & (rows.C <= 256)]

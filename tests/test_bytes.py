@@ -1,6 +1,7 @@
 """The passes that kernels/README.md promises, counted in the interpreter, and those of plans."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,47 +14,33 @@ from tests.launchers import fuse, select, select_bwd
 
 pytestmark = pytest.mark.interpreter
 
-LAYOUTS = ("contiguous", "channels_last")
 # One split, as large batches have: what is counted beside the branches is their sums, once.
 WHOLE = LaunchConfig(block_c=8, block_s=64)
 
 
-def one_pass(case: Case) -> int:
-    return int(torch.Size(case.shape).numel()) * torch.finfo(case.dtype).bits // 8
-
-
-def cases() -> list[Case]:
+CASES = [
+    Case(shape, M=M, layout=layout, dtype=torch.bfloat16)
     # 24 channels leave lanes of a tile over, which may not touch memory.
-    return [Case((2, 24, 28, 28), layout=layout, dtype=torch.bfloat16) for layout in LAYOUTS] + [
-        Case((2, 16, 14, 14), M=M, layout=layout, dtype=torch.bfloat16)
-        for M in (2, 3)
-        for layout in LAYOUTS
-    ]
+    for shape, M in (((2, 24, 28, 28), 2), ((2, 16, 14, 14), 2), ((2, 16, 14, 14), 3))
+    for layout in ("contiguous", "channels_last")
+]
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_fuse_reads_every_branch_once(case: Case, device: torch.device) -> None:
-    xs = case.branches(device)
-    with counted_bytes() as count:
-        fuse(xs, config=WHOLE)
-    assert count.passes(one_pass(case)) == pytest.approx(case.M, rel=0.02)
-
-
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_select_reads_every_branch_and_writes_one(case: Case, device: torch.device) -> None:
-    xs, logits = case.branches(device), case.logits(device)
-    with counted_bytes() as count:
-        select(xs, logits)
-    assert count.written == one_pass(case)
-    assert count.passes(one_pass(case)) == pytest.approx(case.M + 1, rel=0.02)
-
-
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_select_backward_reads_everything_once(case: Case, device: torch.device) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_passes_of_the_stages_by_themselves(case: Case, device: torch.device) -> None:
     xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=9)
-    with counted_bytes() as count:
-        select_bwd(dout, xs, logits, config=WHOLE)
-    assert count.passes(one_pass(case)) == pytest.approx(2 * case.M + 1, rel=0.02)
+    calls: list[tuple[Callable[[], object], int]] = [
+        (lambda: fuse(xs, config=WHOLE), case.M),
+        (lambda: select(xs, logits), case.M + 1),
+        (lambda: select_bwd(dout, xs, logits, config=WHOLE), 2 * case.M + 1),
+    ]
+    written = []
+    for call, passes in calls:
+        with counted_bytes() as count:
+            call()
+        assert count.passes(dout.nbytes) == pytest.approx(passes, rel=0.02)
+        written.append(count.written)
+    assert written[1] == dout.nbytes
 
 
 PLANS = ("plain-eager", "plain-compile", "ours-pytorch-compile", "ours-triton-eager")

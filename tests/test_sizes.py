@@ -1,6 +1,7 @@
 """Sizes at the edges: more than 2^31 elements, grids of a million rows, one of everything, none."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,8 +31,8 @@ from sknet_kernels.sk_select import (
 from sknet_triton import Backend, SKConv, functional, reference, use_backend
 from sknet_triton.reference import steps
 from tests.address_arithmetic import narrow_offsets
-from tests.helpers import BACKENDS, DEVICE, ROOT, source_environment
-from tests.launchers import select, select_bwd, tiled
+from tests.helpers import BACKENDS, DEVICE, ROOT, averaged, source_environment, weighed, weights
+from tests.launchers import kernel_names, select, select_bwd, tiled
 
 both = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -83,23 +84,18 @@ FAR = (
 )
 
 
-class Tensors:
-    """Places tensors one after the other in the storage."""
-
-    def __init__(self, storage: Tensor) -> None:
-        self._storage, self._placed = storage, 0
-
-    def far(self, values: Tensor, strides: Sequence[int]) -> Tensor:
-        """Returns ``values`` by these strides."""
-        start = START + self._placed * ROOM
-        self._placed += 1
-        view = self._storage.as_strided(values.shape, strides, start)
-        return view.copy_(values)
+Place = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 @pytest.fixture
-def tensors(storage: Tensor) -> Tensors:
-    return Tensors(storage)
+def place(storage: Tensor) -> Place:
+    """Places tensors by strides, one after the other in the storage."""
+    starts = itertools.count(START, ROOM)
+
+    def placed(values: Tensor, strides: Sequence[int]) -> Tensor:
+        return storage.as_strided(values.shape, strides, next(starts)).copy_(values)
+
+    return placed
 
 
 WHOLE = LaunchConfig(block_c=2, block_s=2, splits=1, num_warps=1)
@@ -111,17 +107,15 @@ both_tilings = pytest.mark.parametrize("config", [WHOLE, SPLIT], ids=["whole", "
 
 @both_tilings
 @pytest.mark.parametrize("far", FAR, ids=str)
-def test_fuse_and_select_beyond_2_to_the_31(
-    far: Far, config: LaunchConfig, tensors: Tensors
-) -> None:
+def test_fuse_and_select_beyond_2_to_the_31(far: Far, config: LaunchConfig, place: Place) -> None:
     (B, C, _), values = far.shape, [randn(i, *far.shape) for i in range(2)]
     dout, logits = randn(8, *far.shape), randn(9, B, 2, C)
-    xs = tuple(tensors.far(x, far.strides) for x in values)
-    out, *dxs = (tensors.far(torch.zeros_like(dout), far.strides) for _ in range(3))
+    xs = tuple(place(x, far.strides) for x in values)
+    out, *dxs = (place(torch.zeros_like(dout), far.strides) for _ in range(3))
     with tiled(config):
         pooled = sk_fuse_fwd(xs)
         sk_select_fwd(out, xs, logits)
-        dlogits = sk_select_bwd(tuple(dxs), tensors.far(dout, far.strides), xs, logits)
+        dlogits = sk_select_bwd(tuple(dxs), place(dout, far.strides), xs, logits)
     exact_dxs, exact_dlogits = reference.sk_select_bwd(dout, values, logits)
     exact = (reference.sk_fuse(values), reference.sk_select(values, logits), exact_dlogits)
     all_close((pooled, out, dlogits, *dxs), (*exact, *exact_dxs))
@@ -141,10 +135,10 @@ def test_logits_beyond_2_to_the_31(
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
     config: LaunchConfig,
-    tensors: Tensors,
+    place: Place,
 ) -> None:
     (B, M, C), logits = shape, randn(9, *shape)
-    far_logits = tensors.far(logits, strides)
+    far_logits = place(logits, strides)
     xs, dout = [randn(i, B, C, 4) for i in range(M)], randn(8, B, C, 4)
     out = select(xs, far_logits, config=config)
     _, dlogits = select_bwd(dout, xs, far_logits, config=config)
@@ -153,11 +147,11 @@ def test_logits_beyond_2_to_the_31(
 
 
 @pytest.mark.parametrize("far", FAR, ids=str)
-def test_fuse_select_beyond_2_to_the_31(far: Far, tensors: Tensors) -> None:
+def test_fuse_select_beyond_2_to_the_31(far: Far, place: Place) -> None:
     (B, C, _), values = far.shape, [randn(i, *far.shape) for i in range(2)]
-    xs, dout = tuple(tensors.far(x, far.strides) for x in values), randn(8, *far.shape)
-    dxs = tuple(tensors.far(torch.zeros_like(dout), far.strides) for _ in range(2))
-    far_dout = tensors.far(dout, far.strides)
+    xs, dout = tuple(place(x, far.strides) for x in values), randn(8, *far.shape)
+    dxs = tuple(place(torch.zeros_like(dout), far.strides) for _ in range(2))
+    far_dout = place(dout, far.strides)
     mean, gamma = randn(10, 2, C).float(), randn(11, 2, C).float()
     # Most of what is normalised passes the ReLU.
     var, beta = torch.ones_like(mean), torch.full_like(mean, 3.0)
@@ -197,26 +191,15 @@ def all_close(actual: Iterable[Tensor], exact: Iterable[Tensor]) -> None:
 @pytest.mark.slow
 def test_no_compiled_offset_is_32_bits_wide() -> None:
     """The interpreter's widths are not the compiler's: it counts positions in 32 bits."""
-    environment = source_environment(TRITON_INTERPRET="0")
-    command = [sys.executable, "-m", "tests.address_arithmetic"]
-    done = subprocess.run(
-        command,
+    printed = subprocess.run(
+        [sys.executable, "-m", "tests.address_arithmetic"],
         cwd=ROOT,
-        env=environment,
+        env=source_environment(TRITON_INTERPRET="0"),
         check=True,
         capture_output=True,
         text=True,
-    )
-    lines = set(done.stdout.splitlines())
-    assert not {line for line in lines if ": " in line}
-    sources = (ROOT / "kernels" / "sknet_kernels").glob("*.py")
-    kernels = {
-        line.split("(")[0].removeprefix("def ")
-        for source in sources
-        for line in source.read_text().splitlines()
-        if line.startswith("def _") and "_kernel(" in line
-    }
-    assert lines == kernels
+    ).stdout
+    assert set(printed.splitlines()) == kernel_names()  # and no line with a find
 
 
 NARROW = """
@@ -331,41 +314,22 @@ def test_more_rows_than_a_grid_has_in_y_and_z(shape: tuple[int, int, int]) -> No
 # --- one position, no image, no channel ---------------------------------------------------------
 
 EMPTY = ((0, 3, 4, 4), (2, 0, 4, 4), (0, 0, 4, 4), (0, 3, 1), (0, 3, 2, 2, 2))
+ONE_POSITION = ((1, 1, 1), (3, 5, 1), (2, 3, 1, 1), (2, 3, 1, 1, 1))
 
 
 @both
-@pytest.mark.parametrize("shape", EMPTY, ids=str)
-def test_nothing_in_gives_nothing_out_and_gradients_of_nothing(
-    shape: tuple[int, ...], backend: Backend
-) -> None:
-    xs = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
-    logits = torch.randn(shape[0], 2, shape[1], device=DEVICE, requires_grad=True)
-    with use_backend(backend):
-        pooled, out = functional.sk_fuse(xs), functional.sk_select(xs, logits)
-        assert (pooled.shape, out.shape) == (shape[:2], shape)
-        grads = torch.autograd.grad(pooled.sum() + out.sum(), [*xs, logits])
-    assert [g.shape for g in grads] == [shape, shape, logits.shape]
-
-
-@both
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 1), (2, 3, 1, 1), (2, 3, 1, 1, 1)], ids=str)
-def test_one_position(shape: tuple[int, ...], backend: Backend) -> None:
+@pytest.mark.parametrize("shape", EMPTY + ONE_POSITION, ids=str)
+def test_stages_of_nothing_and_of_one_position(shape: tuple[int, ...], backend: Backend) -> None:
     leaves = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
-    logits = torch.randn(shape[0], 2, shape[1], device=DEVICE, requires_grad=True)
+    leaves.append(torch.randn(shape[0], 2, shape[1], device=DEVICE, requires_grad=True))
+    *xs, logits = (x.detach().double().requires_grad_() for x in leaves)
     with use_backend(backend):
-        pooled, out = functional.sk_fuse(leaves), functional.sk_select(leaves, logits)
-        grads = torch.autograd.grad(out.sum() + pooled.sum(), [*leaves, logits])
-    attn = torch.softmax(logits.double(), 1)
-    wide = [x.double().view(shape[:2]) for x in leaves]
-    expected = attn[:, 0] * wide[0] + attn[:, 1] * wide[1]
-    slope = attn[:, 0] * attn[:, 1] * (wide[0] - wide[1])
-    torch.testing.assert_close(pooled.double(), wide[0] + wide[1], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(out.double().view(shape[:2]), expected, rtol=1e-5, atol=1e-6)
-    for i, grad in enumerate(grads[:2]):
-        exact = attn[:, i] + 1
-        torch.testing.assert_close(grad.double().view(shape[:2]), exact, rtol=1e-5, atol=1e-6)
-    exact = torch.stack([slope, -slope], 1)
-    torch.testing.assert_close(grads[2].double(), exact, rtol=1e-4, atol=1e-6)
+        pooled, out = functional.sk_fuse(leaves[:2]), functional.sk_select(leaves[:2], leaves[2])
+        grads = torch.autograd.grad(out.sum() + pooled.sum(), leaves)
+    exact = averaged(xs), weighed(xs, weights(logits))
+    exact_grads = torch.autograd.grad(exact[0].sum() + exact[1].sum(), [*xs, logits])
+    for actual, expected in zip((pooled, out, *grads), (*exact, *exact_grads), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @both
@@ -421,15 +385,10 @@ def test_skconv_in_eval_mode_with_little_or_nothing(
     assert results[0][0].shape == (B, 8, H, W)
 
 
-def empty_batch() -> tuple[SKConv, Tensor]:
-    torch.manual_seed(0)
-    x = torch.randn(0, 4, 5, 5, device=DEVICE, requires_grad=True)
-    return SKConv(4, 8, G=2, d=4, device=DEVICE).train(), x
-
-
 @both
 def test_an_empty_batch_in_training_is_what_it_is_to_batch_norm(backend: Backend) -> None:
-    sk, x = empty_batch()
+    sk = SKConv(4, 8, G=2, d=4, device=DEVICE).train()
+    x = torch.randn(0, 4, 5, 5, device=DEVICE, requires_grad=True)
     bn, y = nn.BatchNorm2d(8, device=DEVICE).train(), torch.empty(0, 8, 5, 5, device=DEVICE)
     bn(y)
     with use_backend(backend):

@@ -25,16 +25,17 @@ def test_forward_matches_float64(case: Case, device: torch.device) -> None:
     check(out, xs)
 
 
-@pytest.mark.parametrize("splits", [2, 3, 7])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_split_over_programs_is_right_and_repeatable(
-    splits: int, layout: str, device: torch.device
+    layout: str, splits: int, reduction: str, device: torch.device
 ) -> None:
     xs = Case((2, 5, 7, 8), M=3, layout=layout, dtype=torch.bfloat16).branches(device)
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
-    out = fuse(xs, config=config)
-    check(out, xs)
-    assert torch.equal(out, fuse(xs, config=config))
+    out = fuse(xs, reduction, config=config)
+    check(out, xs, positions=56 if reduction == "sum" else 1)
+    assert torch.equal(out, fuse(xs, reduction, config=config))
 
 
 def test_a_split_without_positions_adds_nothing(device: torch.device) -> None:
@@ -62,15 +63,6 @@ def test_branches_of_different_layouts(device: torch.device) -> None:
     xs = Case((2, 4, 3, 5), M=3).branches(device)
     xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
     check(fuse(xs), xs)
-
-
-@pytest.mark.parametrize("splits", [1, 3])
-def test_the_sum_over_space_instead_of_the_mean(splits: int, device: torch.device) -> None:
-    case = Case((2, 5, 7, 4), M=3, layout="channels_last", dtype=torch.bfloat16)
-    xs = case.branches(device)
-    config = LaunchConfig(block_c=4, block_s=4, splits=splits, num_warps=1)
-    out = fuse(xs, config=config, reduction="sum")
-    check(out, xs, positions=28)
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -3,9 +3,10 @@
 Rounding errors are bounded by the sums of the magnitudes that a result is made of.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from sknet_kernels.sk_fuse_mlp import (
     sk_logits,
 )
 from sknet_kernels.small import CHANNELS_BWD, HIDDEN, HIDDEN_BWD, LOGITS, SmallConfig
-from tests.helpers import store_rounding
+from tests.helpers import assert_matches
 
 EPS = 1e-5
 S = 6
@@ -79,83 +80,44 @@ TILES = {
 EMPTY = MLPCase(0, 24, 5, 2, splits=2)
 
 
-@dataclass(frozen=True)
 class Given:
     """Random tensors of a case: parameters in their dtype, the rest in the accumulation dtype."""
 
-    case: MLPCase
-    device: torch.device
+    def __init__(self, case: MLPCase, device: torch.device) -> None:
+        B, C, d, M = case.B, case.C, case.d, case.M
+        self.case = case
 
-    def small(self, *shape: int) -> Tensor:
-        return torch.randn(shape, dtype=self.case.acc, device=self.device)
+        def small(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=case.acc, device=device)
 
-    def parameter(self, *shape: int, present: bool = True) -> Tensor | None:
-        if not present:
-            return None
-        return torch.randn(shape, dtype=torch.float64, device=self.device).to(self.case.dtype)
+        def parameter(size: int, present: bool) -> Tensor | None:
+            drawn = torch.randn(size, dtype=torch.float64, device=device)
+            return drawn.to(case.dtype) if present else None
 
-    def weight(self, rows: int, columns: int) -> Tensor:
-        return (self.small(rows, columns) / math.sqrt(columns)).to(self.case.dtype)
+        def weight(rows: int, columns: int) -> Tensor:
+            return (small(rows, columns) / math.sqrt(columns)).to(case.dtype)
 
-    @cached_property
-    def fc1_weight(self) -> Tensor:
-        return self.weight(self.case.d, self.case.C)
+        def norms(count: int, size: int, affine: bool, constant: bool) -> Norms:
+            return Norms(
+                mean=tuple(small(size) if constant else None for _ in range(count)),
+                var=tuple(small(size).square() + 0.5 if constant else None for _ in range(count)),
+                weight=tuple(parameter(size, affine) for _ in range(count)),
+                bias=tuple(parameter(size, affine) for _ in range(count)),
+                eps=EPS,
+            )
 
-    @cached_property
-    def fc1_bias(self) -> Tensor | None:
-        return self.parameter(self.case.d, present=self.case.biases)
-
-    @cached_property
-    def fc2_weight(self) -> Tensor:
-        return self.weight(self.case.M * self.case.C, self.case.d)
-
-    @cached_property
-    def fc2_bias(self) -> Tensor | None:
-        return self.parameter(self.case.M * self.case.C, present=self.case.biases)
-
-    @cached_property
-    def norms(self) -> Norms:
-        C, M, affine = self.case.C, self.case.M, self.case.affine
-        return Norms(
-            mean=tuple(self.small(C) for _ in range(M)),
-            var=tuple(self.small(C).square() + 0.5 for _ in range(M)),
-            weight=tuple(self.parameter(C, present=affine) for _ in range(M)),
-            bias=tuple(self.parameter(C, present=affine) for _ in range(M)),
-            eps=EPS,
-        )
-
-    @cached_property
-    def fc1_norm(self) -> Norms:
-        """fc1's norm as the forward takes it."""
-        d, constant, affine = self.case.d, not self.case.fc1_batch_stats, self.case.fc1_affine
-        return Norms(
-            mean=(self.small(d) if constant else None,),
-            var=(self.small(d).square() + 0.5 if constant else None,),
-            weight=(self.parameter(d, present=affine),),
-            bias=(self.parameter(d, present=affine),),
-            eps=EPS,
-        )
-
-    @cached_property
-    def partials(self) -> Tensor:
-        return S * self.small(self.case.splits, self.case.B, self.case.C)
-
-    @cached_property
-    def pooled(self) -> Tensor:
-        return self.small(self.case.B, self.case.C)
-
-    @cached_property
-    def hidden(self) -> Tensor:
-        exact = F.linear(self.pooled.double(), self.fc1_weight.double(), wide(self.fc1_bias))
-        return exact.to(self.case.acc)
-
-    @cached_property
-    def logits(self) -> Tensor:
-        return self.small(self.case.B, self.case.M, self.case.C)
-
-    @cached_property
-    def partial_sums(self) -> Tensor:
-        return self.small(self.case.splits, 4, *self.logits.shape)
+        self.fc1_weight, self.fc2_weight = weight(d, C), weight(M * C, d)
+        self.fc1_bias = parameter(d, case.biases)
+        self.fc2_bias = parameter(M * C, case.biases)
+        self.norms = norms(M, C, case.affine, constant=True)
+        # As the forward takes it.
+        self.fc1_norm = norms(1, d, case.fc1_affine, constant=not case.fc1_batch_stats)
+        self.partials = S * small(case.splits, B, C)
+        self.pooled, self.logits = small(B, C), small(B, M, C)
+        self.partial_sums = small(case.splits, 4, B, M, C)
+        bias = None if self.fc1_bias is None else self.fc1_bias.double()
+        exact = F.linear(self.pooled.double(), self.fc1_weight.double(), bias)
+        self.hidden = exact.to(case.acc)
 
 
 def wide(x: Tensor | None) -> Tensor | None:
@@ -169,18 +131,7 @@ def or_else(x: Tensor | None, size: int, value: float) -> Tensor:
 
 def assert_close(name: str, got: Tensor, exact: Tensor, magnitude: Tensor) -> None:
     """Asserts that a sum is right up to its cast and 32 roundings of its terms' magnitudes."""
-    assert got.shape == exact.shape, f"{name}: {tuple(got.shape)} {tuple(exact.shape)}"
-    accumulated = torch.float64 if got.dtype == torch.float64 else torch.float32
-    bound = (
-        store_rounding(got) * torch.finfo(got.dtype).eps * exact.abs()
-        + 32 * torch.finfo(accumulated).eps * magnitude
-        + torch.finfo(got.dtype).smallest_normal
-    )
-    bad = ~((got.double() - exact).abs() <= bound)
-    assert not bad.any(), (
-        f"{name}: {int(bad.sum())} of {bad.numel()} elements off, "
-        f"got {got[bad][0].item()}, expected {exact[bad][0].item()} within {bound[bad][0].item()}"
-    )
+    assert_matches(got, exact, magnitude, 32, name)
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -273,7 +224,7 @@ def test_channels_bwd(given: Given) -> None:
 def test_many_tiles(device: torch.device) -> None:
     given = Given(MLPCase(17, 36, 20, 2, splits=3), device)
     for test in (test_hidden, test_logits, test_hidden_bwd, test_channels_bwd):
-        with chosen(TILES, device):
+        with chosen(TILES):
             test(given)
 
 
@@ -283,7 +234,7 @@ def test_running_statistics_move_once_in_many_tiles(device: torch.device) -> Non
     tracked = torch.tensor(3, device=device)
     running = Running((mean,), (var,), (tracked,), 0.25)
     fc2 = (given.fc2_weight, given.fc2_bias)
-    with chosen(TILES, device):
+    with chosen(TILES):
         _, stats, kept = sk_logits(given.hidden, given.fc1_norm, *fc2, 2, running)
     assert stats is not None
     assert kept is None
@@ -331,12 +282,9 @@ def everything(given: Given) -> list[Tensor]:
 
 def test_weights_may_have_any_strides(device: torch.device) -> None:
     given = Given(CASES[0], device)
-    strided = Given(CASES[0], device)
-    for name in ("norms", "fc1_norm", "fc1_bias", "fc2_bias", "partials", "pooled", "logits"):
-        vars(strided)[name] = getattr(given, name)
-    strided.__dict__["partial_sums"] = given.partial_sums
-    for name in ("fc1_weight", "fc2_weight"):
-        vars(strided)[name] = getattr(given, name).t().contiguous().t()
+    strided = copy.copy(given)
+    strided.fc1_weight = given.fc1_weight.t().contiguous().t()
+    strided.fc2_weight = given.fc2_weight.t().contiguous().t()
     assert all(map(torch.equal, everything(given), everything(strided)))
 
 
@@ -360,23 +308,10 @@ def upstream(given: Given) -> tuple[Tensor, Tensor]:
 
 def channels_bwd(given: Given) -> ChannelGradients:
     dlogits, dz = upstream(given)
-    return sk_channels_bwd(
-        given.partial_sums[0],
-        dlogits,
-        dz,
-        given.logits,
-        given.pooled,
-        given.hidden,
-        given.norms,
-        applied(given),
-        given.fc1_weight,
-        given.fc1_bias,
-        given.fc2_weight,
-        given.fc2_bias,
-        S,
-        given.case.batch_stats,
-        given.case.fc1_batch_stats,
-    )
+    small = (given.partial_sums[0], dlogits, dz, given.logits, given.pooled, given.hidden)
+    norms, fc1 = (given.norms, applied(given)), (given.fc1_weight, given.fc1_bias)
+    flags = (given.case.batch_stats, given.case.fc1_batch_stats)
+    return sk_channels_bwd(*small, *norms, *fc1, given.fc2_weight, given.fc2_bias, S, *flags)
 
 
 def exact_channels_bwd(given: Given) -> ChannelGradients:
@@ -409,23 +344,8 @@ def with_norms(
     dbeta = (attn * sums[0] + share[:, None] * sums[1]).sum(0)
     dgamma = (attn * sums[2] + share[:, None] * sums[3]).sum(0)
     drift = torch.stack([dbeta, dgamma]) / (given.case.B * S)
-    weight1, bias1, gamma1, beta1, weight2, bias2 = (
-        x if there else None for x, there in zip(mlp, present, strict=True)
-    )
-    assert weight1 is not None
-    assert weight2 is not None
-    return ChannelGradients(
-        share=share,
-        drift=drift if given.case.batch_stats else None,
-        gamma=dgamma,
-        beta=dbeta,
-        fc1_weight=weight1,
-        fc1_bias=bias1,
-        fc1_gamma=gamma1,
-        fc1_beta=beta1,
-        fc2_weight=weight2,
-        fc2_bias=bias2,
-    )
+    rest: list[Any] = [x if there else None for x, there in zip(mlp, present, strict=True)]
+    return ChannelGradients(share, drift if given.case.batch_stats else None, dgamma, dbeta, *rest)
 
 
 def magnitudes(given: Given) -> ChannelGradients:

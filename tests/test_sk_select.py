@@ -17,7 +17,7 @@ from tests.helpers import (
     weights,
     wide,
 )
-from tests.launchers import select, select_bwd
+from tests.launchers import select, select_bwd, tiled
 
 # exp, its argument, the quotient, the product and one addition a branch.
 ROUNDINGS = 16.0
@@ -100,40 +100,36 @@ def test_backward_split_over_programs(
     assert torch.equal(grads[1], again[1])
 
 
-@pytest.mark.parametrize(
-    "shape_of",
-    [
-        lambda x: x.movedim(1, 2).contiguous().movedim(2, 1),
-        lambda x: x.movedim(0, 2).contiguous().movedim(2, 0),
-        lambda x: torch.cat([x, x + 1, x], 2)[:, :, : x.shape[2]],
-        lambda x: x[:, :, :1].expand(x.shape),
-    ],
-    ids=["BCM", "MCB", "sliced", "expanded"],
-)
-def test_logits_of_any_stride(shape_of: Callable[[Tensor], Tensor], device: torch.device) -> None:
-    case = Case((2, 5, 4, 4), M=3)
-    xs, dout = case.branches(device), case.tensor(device, seed=99)
-    logits = shape_of(case.logits(device))
-    check_forward(select(xs, logits), xs, logits)
-    check_backward(select_bwd(dout, xs, logits), dout, xs, logits)
+LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "BCM": lambda x: x.movedim(1, 2).contiguous().movedim(2, 1),
+    "MCB": lambda x: x.movedim(0, 2).contiguous().movedim(2, 0),
+    "sliced": lambda x: torch.cat([x, x + 1, x], 2)[:, :, : x.shape[2]],
+    "expanded": lambda x: x[:, :, :1].expand(x.shape),
+    "in float32": lambda x: x.float(),
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_in_float32_beside_half_branches(dtype: torch.dtype, device: torch.device) -> None:
-    case = Case((2, 5, 4, 4), dtype=dtype)
+@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_of_any_stride_and_in_float32_beside_half_branches(
+    dtype: torch.dtype, name: str, device: torch.device
+) -> None:
+    case = Case((2, 5, 4, 4), M=3, dtype=dtype)
     xs, dout = case.branches(device), case.tensor(device, seed=99)
-    logits = torch.randn(2, 2, 5, device=device)
+    xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
+    logits = LOGITS[name](case.logits(device))
     check_forward(select(xs, logits), xs, logits)
     grads = select_bwd(dout, xs, logits)
-    assert grads[1].dtype == torch.float32
+    assert grads[1].dtype == logits.dtype
     check_backward(grads, dout, xs, logits)
 
 
-def test_logits_far_apart_choose_one_branch(device: torch.device) -> None:
-    case = Case((1, 2, 3, 3), M=3)
-    xs = case.branches(device)
-    logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]]], device=device)
-    out = select(xs, logits)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_logits_far_apart_choose_one_branch(activation: str, device: torch.device) -> None:
+    xs = Case((1, 2, 3, 3), M=3).branches(device)
+    third = 0.0 if activation == "softmax" else -1e4
+    logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4], [third, third]]], device=device)
+    out = select(xs, logits, activation=activation)
     assert torch.equal(out[:, 0], xs[0][:, 0])
     assert torch.equal(out[:, 1], xs[1][:, 1])
 
@@ -158,14 +154,6 @@ def test_gradients_that_arrive_with_any_stride(
     expected = torch.autograd.grad(loss(textbook(leaves[:-1], leaves[-1])), leaves)
     for grad, exact in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
-
-
-def test_branches_of_different_layouts(device: torch.device) -> None:
-    case = Case((2, 4, 3, 5), M=3)
-    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
-    xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
-    check_forward(select(xs, logits), xs, logits)
-    check_backward(select_bwd(dout, xs, logits), dout, xs, logits)
 
 
 def test_saved_for_the_backward_is_the_branches_and_the_logits(device: torch.device) -> None:
@@ -209,40 +197,19 @@ def test_other_activations_match_float64(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("way", ["triton", "reference", "split"])
 @pytest.mark.parametrize("M", [1, 3])
 def test_gradients_of_other_activations(
-    M: int, backend: Backend, activation: functional.Activation | None, device: torch.device
+    M: int, way: str, activation: functional.Activation | None, device: torch.device
 ) -> None:
-    case = Case((2, 3, 3, 2), M, dtype=torch.float64)
+    case = Case((2, 5, 7, 4), M, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (*case.branches(device), case.logits(device))]
     dout = case.tensor(device, seed=99)
-    with use_backend(backend):
+    split = LaunchConfig(block_c=4, block_s=4, splits=3, num_warps=1)
+    backend: Backend = "reference" if way == "reference" else "triton"
+    with use_backend(backend), tiled(split if way == "split" else None):
         out = functional.sk_select(leaves[:-1], leaves[-1], activation=activation)
         grads = torch.autograd.grad(out, leaves, dout)
     expected = torch.autograd.grad(textbook(leaves[:-1], leaves[-1], activation), leaves, dout)
     for grad, exact in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_of_other_activations_split_over_programs(
-    activation: functional.Activation | None, device: torch.device
-) -> None:
-    case = Case((2, 5, 7, 4), M=3, dtype=torch.float64)
-    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
-    config = LaunchConfig(block_c=4, block_s=4, splits=3, num_warps=1)
-    dxs, dlogits = select_bwd(dout, xs, logits, config=config, activation=activation or "none")
-    leaves = [t.requires_grad_() for t in (*xs, logits)]
-    expected = torch.autograd.grad(textbook(leaves[:-1], leaves[-1], activation), leaves, dout)
-    for grad, exact in zip((*dxs, dlogits), expected, strict=True):
-        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
-
-
-def test_a_sigmoid_far_out_is_zero_or_one(device: torch.device) -> None:
-    xs = Case((1, 2, 3, 3)).branches(device)
-    logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4]]], device=device)
-    with use_backend("triton"):
-        out = functional.sk_select(xs, logits, activation="sigmoid")
-    assert torch.equal(out[:, 0], xs[0][:, 0])
-    assert torch.equal(out[:, 1], xs[1][:, 1])

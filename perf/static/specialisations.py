@@ -14,7 +14,7 @@ from torch import Tensor
 from sknet_kernels import arguments, tuned
 from sknet_kernels import launch as launching
 from sknet_kernels.config import MAX_BRANCHES, STREAMING_KERNELS, DeviceFacts, StreamingKernel
-from sknet_kernels.launch import Launch, planned
+from sknet_kernels.launch import Launch
 from sknet_kernels.norms import Norms, Running
 from sknet_kernels.sk_fuse import sk_fuse_fwd
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
@@ -168,10 +168,10 @@ def recorded(facts: DeviceFacts) -> Iterator[list[Launch]]:
 
 
 @contextmanager
-def chosen(own: Mapping[Any, Any], device: str | torch.device) -> Iterator[dict[Any, Any]]:
-    """Lets launchers on ``device`` take the configurations in ``own``, by kernel.
+def chosen(own: Mapping[Any, Any]) -> Iterator[dict[Any, Any]]:
+    """Lets launchers take the configurations in ``own``, by kernel, and forget them in the end.
 
-    Yields the problems that configurations are asked for, by kernel. Nothing is remembered.
+    Yields the problems that configurations are asked for, by kernel.
     """
     asked: dict[Any, Any] = {}
 
@@ -180,7 +180,7 @@ def chosen(own: Mapping[Any, Any], device: str | torch.device) -> Iterator[dict[
         return own.get(kernel) or tuned.choice(kernel, problem, facts)
 
     arguments._configuration.cache_clear()
-    with mock.patch.object(arguments, "choice", choice), planned(object(), torch.device(device)):
+    with mock.patch.object(arguments, "choice", choice), mock.patch.object(launching, "_PLANS", {}):
         yield asked
     arguments._configuration.cache_clear()
 

@@ -21,6 +21,7 @@ from perf.static.specialisations import (
     kernel_name,
     recorded,
 )
+from sknet_kernels import launch as launching
 from sknet_kernels.config import (
     DX,
     FUSE,
@@ -117,7 +118,7 @@ class Subject:
 
     def run(self, given: Given, config: AnyConfig | None) -> list[Tensor]:
         """Returns the results of the kernel's step, the kernel launched with ``config``."""
-        with chosen({self.kernel: config}, self.setting.device):
+        with chosen({self.kernel: config}):
             return _tensors(TRIALS[self.kernel].run(given))
 
     def exact(self, given: Given) -> list[Tensor]:
@@ -132,8 +133,10 @@ class Subject:
             with planned(key, torch.device(self.setting.device)):
                 return TRIALS[self.kernel].run(given)
 
-        with chosen({self.kernel: config}, self.setting.device):
+        with chosen({self.kernel: config}):
             call()
+            plans = launching._PLANS
+        launching._PLANS.update(plans)
         return call
 
     def problem(self, facts: DeviceFacts) -> Problem | SmallProblem:
@@ -147,7 +150,7 @@ class Subject:
 
     def _launched(self, config: AnyConfig | None, facts: DeviceFacts) -> tuple[Launch, Any]:
         given = inputs(replace(self.setting, device="meta"))
-        with recorded(facts) as launches, chosen({self.kernel: config}, "meta") as asked:
+        with recorded(facts) as launches, chosen({self.kernel: config}) as asked:
             TRIALS[self.kernel].run(given)
         launch = next(each for each in launches if kernel_name(each) == self.kernel.name)
         return launch, asked[self.kernel]
