@@ -141,14 +141,14 @@ def selected(grids: Sequence[Grid], args: argparse.Namespace) -> tuple[Grid, ...
         UsageError: no grid of the preset has a chosen level, or a chosen workload.
     """
     levels, workloads = args.level or schema.LEVELS, args.workload or tuple(LEVEL_OF)
-    of_level = [grid for grid in grids if grid.level in levels]
+    chosen_names = {name for name in workloads if LEVEL_OF[name] in levels}
     kept = [
         replace(grid, workloads=names)
-        for grid in of_level
-        if (names := tuple(name for name in grid.workloads if name in workloads))
+        for grid in grids
+        if (names := tuple(name for name in grid.workloads if name in chosen_names))
     ]
     for option, chosen, present in (
-        ("--level", args.level, {grid.level for grid in of_level}),
+        ("--level", args.level, {LEVEL_OF[name] for grid in grids for name in grid.workloads}),
         ("--workload", args.workload, {name for grid in kept for name in grid.workloads}),
     ):
         missing = [name for name in chosen or () if name not in present]

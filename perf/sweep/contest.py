@@ -273,17 +273,16 @@ class Contest:
     def _oracle(self, source: Source, draw: int) -> Oracle | Result:
         """Returns the oracle, asked once, or what it failed with, which is no provider's fault."""
         if (source, draw) not in self._oracles:
-            self._oracles[source, draw] = self._consulted(source, draw)
+            judged, seed = workloads.judged(self.case), self.conditions.seed + draw
+            inputs = workloads.inputs(judged, seed, self.device)
+            oracle: Oracle | Result
+            try:
+                oracle = gate.consult(lambda case: self._module(source, case), judged, inputs, seed)
+            except Exception as error:
+                failed = failure(error, self.device)
+                oracle = replace(failed, reason=f"the check of {judged.B} images: {failed.reason}")
+            self._oracles[source, draw] = oracle
         return self._oracles[source, draw]
-
-    def _consulted(self, source: Source, draw: int) -> Oracle | Result:
-        judged, seed = workloads.judged(self.case), self.conditions.seed + draw
-        inputs = workloads.inputs(judged, seed, self.device)
-        try:
-            return gate.consult(lambda case: self._module(source, case), judged, inputs, seed)
-        except Exception as error:
-            result = failure(error, self.device)
-            return replace(result, reason=f"the check of {judged.B} images: {result.reason}")
 
     def _module(self, source: Source, case: Case) -> nn.Module:
         if source not in self._masters:

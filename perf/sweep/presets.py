@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perf.peers.families import FAMILIES
-from perf.rows.schema import LAYOUTS, STAGES, Case, DType, Layout, Level, Mode
-from perf.sweep.workloads import LEVEL_OF, make_case
+from perf.rows.schema import LAYOUTS, STAGES, Case, DType, Layout, Mode
+from perf.sweep.workloads import make_case
 
 CORE = (
     *("plain-eager", "plain-compile", "ours-pytorch-eager", "ours-pytorch-compile"),
@@ -19,7 +19,7 @@ BOTH_CALLED_ALIKE = ("plain-eager", "plain-compile", "ours-triton-eager", "ours-
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of its axes. Workloads of one grid have one level."""
+    """Every combination of its axes."""
 
     workloads: tuple[str, ...]
     modes: tuple[Mode, ...] = ("infer", "train")
@@ -30,11 +30,6 @@ class Grid:
     resolutions: tuple[int, ...] = (224,)
     stages: tuple[int, ...] = (1,)
     providers: tuple[str, ...] = CORE
-
-    @property
-    def level(self) -> Level:
-        """The level of the grid's workloads."""
-        return LEVEL_OF[self.workloads[0]]
 
     @property
     def axes(self) -> tuple[tuple[Any, ...], ...]:

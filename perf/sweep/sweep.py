@@ -53,11 +53,21 @@ def sweep(
     hidden = not (shown and sys.stderr.isatty())
     rest = unfinished(jobs, store)
 
+    def measure(job: Job) -> None:
+        providers = tuple(PROVIDERS[name] for name in job.providers)
+        results = measure_case(job.case, providers, conditions)
+        now = env.snapshot(conditions.device, conditions.seed, ranks)
+        store.append(
+            values_of(job.case, found, now, provider=name) for name, found in results.items()
+        )
+        if len(results) < len(providers):
+            raise BudgetSpentError
+
     def tasks() -> Iterator[tuple[str, Callable[[], None]]]:
         with tqdm(rest, unit="case", file=sys.stderr, disable=hidden, leave=False) as bar:
             for job in bar:
                 bar.set_postfix_str(job.case.label)
-                yield job.case.label, partial(_measure, job, store, conditions, ranks)
+                yield job.case.label, partial(measure, job)
 
     return in_turn(tasks(), conditions.device, budget)
 
@@ -92,17 +102,6 @@ def unfinished(jobs: Sequence[Job], store: Store) -> list[Job]:
         if names := tuple(name for name, key in keys.items() if key not in store.keys):
             rest.append(Job(job.case, names))
     return rest
-
-
-def _measure(job: Job, store: Store, conditions: Conditions, ranks: int) -> None:
-    providers = tuple(PROVIDERS[name] for name in job.providers)
-    results = measure_case(job.case, providers, conditions)
-    now = env.snapshot(conditions.device, conditions.seed, ranks)
-    store.append(
-        values_of(job.case, result, now, provider=name) for name, result in results.items()
-    )
-    if len(results) < len(job.providers):
-        raise BudgetSpentError
 
 
 @contextmanager

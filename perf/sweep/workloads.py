@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import sknet_triton as skt
 from perf.peers import baseline, digits, families
-from perf.peers.families import FAMILIES, Family
+from perf.peers.families import FAMILIES
 from perf.rows.schema import Case, DType, Layout, Level, Mode
 
 Net = Callable[..., Tensor]
@@ -106,18 +106,6 @@ class Workload:
         return (*logits, *drawn)
 
 
-def _family(family: Family) -> Workload:
-    return Workload(
-        "family",
-        families.accelerated,
-        families.original,
-        draw=_features,
-        given=family.given,
-        moved=_FUSION if family.given else None,
-        batch_norm=family.batch_norm,
-    )
-
-
 def _network(build: Callable[..., nn.Module]) -> Workload:
     return Workload("model", lambda case: build(M=case.M), input_grads=False)
 
@@ -153,7 +141,18 @@ WORKLOADS = {
         lambda case: skt.SKUnit(2 * case.C, case.C, M=case.M),
         draw=lambda case, generator: _map(replace(case, C=2 * case.C), generator),
     ),
-    **{name: _family(family) for name, family in FAMILIES.items()},
+    **{
+        name: Workload(
+            "family",
+            families.accelerated,
+            families.original,
+            draw=_features,
+            given=family.given,
+            moved=_FUSION if family.given else None,
+            batch_norm=family.batch_norm,
+        )
+        for name, family in FAMILIES.items()
+    },
     "sknet26": _network(skt.sknet26),
     "sknet50": _network(skt.sknet50),
     "sknet101": _network(skt.sknet101),
@@ -246,10 +245,9 @@ def parameters(case: Case, source: Source, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         timm = source in ("timm-sk", "timm-se")
         module = families.timm_build(source, case) if timm else workload.ours(case)
-        _randomise(module)
         side = DIGITS_RESOLUTION if case.level == "workload" else min(case.H, 64)
         small = replace(case, B=CALIBRATION_BATCH, H=side, W=side)
-        _calibrate(module, workload.inputs(small, torch.Generator().manual_seed(seed)))
+        _randomise(module, workload.inputs(small, torch.Generator().manual_seed(seed)))
     if source == "port":
         return baseline.with_plain_convs(module, baseline.PortSKConv)
     return workload.plain(module) if source == "plain" else module
@@ -324,19 +322,15 @@ def pass_of(case: Case, device: torch.device) -> Callable[[], object]:
     return launch.run
 
 
-def _randomise(module: nn.Module) -> None:
-    for child in module.modules():
-        if isinstance(child, _BATCH_NORMS):
-            nn.init.uniform_(child.weight, 0.5, 1.5)
-            nn.init.normal_(child.bias, std=0.1)
-        if isinstance(child, skt.SKConv):
-            nn.init.kaiming_normal_(child.fc2.weight)
-
-
-def _calibrate(module: nn.Module, images: tuple[Tensor, ...]) -> None:
+def _randomise(module: nn.Module, images: tuple[Tensor, ...]) -> None:
     usual = {m: m.momentum for m in module.modules() if isinstance(m, _BATCH_NORMS)}
     for norm in usual:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.1)
         norm.momentum = 1.0
+    for child in module.modules():
+        if isinstance(child, skt.SKConv):
+            nn.init.kaiming_normal_(child.fc2.weight)
     if usual:
         with torch.no_grad():
             module.train()(*images)
