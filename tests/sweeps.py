@@ -80,7 +80,7 @@ def state(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def perf(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def in_a_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs the harness in a process of its own, as a user does."""
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(

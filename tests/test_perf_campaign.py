@@ -19,7 +19,7 @@ from perf.commands import campaign as command
 from perf.commands.campaign import GRACE, LEAST, Part, parts, plan, share
 from perf.rows import schema
 from tests.helpers import ROOT
-from tests.sweeps import Patch, Printed, perf, refusal, state, write_report
+from tests.sweeps import Patch, Printed, in_a_process, refusal, state, write_report
 
 
 def python(code: str, seconds: float = 60.0) -> Part:
@@ -262,7 +262,7 @@ def test_a_short_campaign_on_a_processor_ends_in_time_with_a_readable_report(
     out = tmp_path / "a.csv"
     start = time.perf_counter()
     chosen = ["--part", "environment", "copy", "checks", "--minutes", "2", "--out", str(out)]
-    assert perf("perf", "campaign", "--device", "cpu", *chosen).returncode == 0
+    assert in_a_process("perf", "campaign", "--device", "cpu", *chosen).returncode == 0
     assert time.perf_counter() - start < 130
     rows = schema.read(out)
     assert (rows[rows.status == "ok"].workload == "copy").any()

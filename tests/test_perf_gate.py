@@ -189,27 +189,32 @@ def test_failing_provider_is_a_row_with_one_line_of_reason(
     assert ours.reason == f"{type(error).__name__}: first line"
 
 
+LAST = {"layout": "channels_last"}
+
+
 @pytest.mark.parametrize(
-    ("workload", "mode", "dtype", "layout"),
+    ("workload", "mode", "axes"),
     [
-        ("sk_fuse", "train", "fp32", "channels_last"),
-        ("sk_select", "train", "bf16", "nchw"),
-        ("sk_select", "train", "fp16", "channels_last"),
-        ("sk_fuse_select", "train", "fp32", "nchw"),
-        ("sk_fuse_select", "infer", "bf16", "channels_last"),
-        ("sk_conv", "train", "fp32", "channels_last"),
-        ("sk_select", "bwd", "fp32", "nchw"),
-        ("sk_fuse_select", "bwd", "bf16", "channels_last"),
-        ("sk_conv", "bwd", "fp32", "nchw"),
-        ("sk_unit", "bwd", "fp32", "channels_last"),
-        ("sk_conv", "infer", "autocast", "nchw"),
-        ("sk_unit", "train", "fp32", "nchw"),
-        ("sknet26", "infer", "fp32", "nchw"),
+        ("sk_fuse", "train", LAST),
+        ("sk_select", "train", {"dtype": "bf16"}),
+        ("sk_select", "train", {"dtype": "fp16", **LAST}),
+        ("sk_select", "train", {"M": 1}),
+        ("sk_select", "train", {"M": 3}),
+        ("sk_fuse_select", "train", {}),
+        ("sk_fuse_select", "infer", {"dtype": "bf16", **LAST}),
+        ("sk_conv", "train", LAST),
+        ("sk_select", "bwd", {}),
+        ("sk_fuse_select", "bwd", {"dtype": "bf16", **LAST}),
+        ("sk_conv", "bwd", {}),
+        ("sk_unit", "bwd", LAST),
+        ("sk_conv", "infer", {"dtype": "autocast"}),
+        ("sk_unit", "train", {}),
+        ("sknet26", "infer", {}),
     ],
 )
-def test_reference_passes_and_is_timed(workload: str, mode: str, dtype: str, layout: str) -> None:
+def test_reference_passes_and_is_timed(workload: str, mode: str, axes: dict[str, Any]) -> None:
     level = small(workload, mode).level
-    for result in both(workload, mode, dtype=dtype, layout=layout):
+    for result in both(workload, mode, **axes):
         assert (result.status, result.reason) == ("ok", "")
         assert result.out_err is not None
         times = cast(tuple[float, ...], (result.ms_p20, result.ms_p50, result.ms_p80))
@@ -284,29 +289,34 @@ def test_backward_of_fuse_needs_no_bytes_and_has_no_bandwidth() -> None:
     assert (result.gbps, result.pct_copy) == (None, None)
 
 
-@pytest.mark.parametrize("M", [1, 3])
-def test_gate_takes_other_numbers_of_branches(M: int) -> None:
-    assert both("sk_select", "train", M=M)[1].status == "ok"
+ONE_VECTOR = "training needs a batch of at least 2, for the batch norm of fc1"
 
 
 @pytest.mark.parametrize(
-    ("workload", "mode", "axes"),
+    ("workload", "mode", "axes", "said"),
     [
-        ("sk_conv", "train", {"batch": 1}),
-        ("sk_fuse", "infer", {"dtype": "tf32"}),
-        ("sk_fuse", "infer", {"dtype": "autocast"}),
-        ("digits", "infer", {}),
-        ("digits", "bwd", {}),
-        ("sknet26", "bwd", {}),
-        ("sk_unit", "bwd", {"batch": 1}),
+        ("sk_conv", "train", {"batch": 1}, ONE_VECTOR),
+        ("sk_unit", "bwd", {"batch": 1}, ONE_VECTOR),
+        ("timm_selective_kernel", "train", {"batch": 1}, ONE_VECTOR),
+        ("mirnet_skff", "train", {"batch": 1}, None),
+        ("sk_fuse", "infer", {"dtype": "tf32"}, "tf32 needs an NVIDIA GPU"),
+        ("sk_fuse", "infer", {"dtype": "autocast"}, "autocast concerns layers"),
+        ("moments", "train", {}, "a pass alone is mode infer in fp32, bf16 or fp16"),
+        ("digits", "infer", {}, "the digits are trained, in fp32"),
+        ("digits", "bwd", {}, "the backward pass alone is measured for ops, layers"),
+        ("sknet26", "bwd", {}, "the backward pass alone is measured for ops, layers"),
+        ("vision_permutator", "infer", {"resolution": 35}, "into one segment a row, not into 5"),
+        ("vision_permutator", "infer", {"resolution": 28}, None),
     ],
 )
 def test_impossible_case_is_unsupported_with_a_reason(
-    workload: str, mode: str, axes: dict[str, Any]
+    workload: str, mode: str, axes: dict[str, Any], said: str | None
 ) -> None:
-    result, _ = both(workload, mode, **axes)
-    assert result.status == "unsupported"
-    assert result.reason
+    reason = workloads.unsupported(small(workload, mode, **axes), CPU)
+    assert str(said) in str(reason)
+    if said:
+        (result,) = measured(small(workload, mode, **axes), EAGER)
+        assert (result.status, result.reason) == ("unsupported", reason)
 
 
 @pytest.mark.parametrize(
@@ -581,18 +591,6 @@ def test_what_is_needed_is_the_passes_of_the_mathematics(
 def test_the_backward_pass_of_a_family_is_measured_alone() -> None:
     results = measured(family("dehazeformer_sk_fusion", "bwd"), EAGER, REFERENCE)
     assert {result.status for result in results} == {"ok"}
-
-
-def test_one_image_trains_where_there_is_no_batch_norm() -> None:
-    assert workloads.unsupported(family("mirnet_skff", "train", batch=1), CPU) is None
-    reason = workloads.unsupported(family("timm_selective_kernel", "train", batch=1), CPU)
-    assert reason == "training needs a batch of at least 2, for the batch norm of fc1"
-
-
-def test_a_side_that_vision_permutator_cannot_have_is_unsupported() -> None:
-    case = family("vision_permutator", "infer", resolution=35)
-    assert "into 5" in str(workloads.unsupported(case, CPU))
-    assert workloads.unsupported(family("vision_permutator", "infer"), CPU) is None
 
 
 def test_what_is_kept_is_counted_with_the_inputs_and_without() -> None:

@@ -22,7 +22,7 @@ from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS
 from perf.sweep.workloads import make_case, stage_shape
 from tests.helpers import ROOT
-from tests.sweeps import Patch, Printed, make_up, perf, refusal, state
+from tests.sweeps import Patch, Printed, in_a_process, make_up, refusal, state
 
 PERF = [sys.executable, "-m", "perf"]
 TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
@@ -174,7 +174,7 @@ def test_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
     out = tmp_path / "a.csv"
     read, write = os.pipe()
     os.close(read)
-    done = perf("perf", *TINY, "--provider", "plain-eager", "--out", str(out), stdout=write)
+    done = in_a_process("perf", *TINY, "--provider", "plain-eager", "--out", str(out), stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
     assert len(schema.read(out)) == 3

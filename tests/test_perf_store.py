@@ -30,7 +30,7 @@ from perf.sweep import sweep
 from perf.sweep.sweep import Rank, part_of, parts_of
 from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
-from tests.sweeps import Patch, Printed, make_up, perf, refusal, write_report
+from tests.sweeps import Patch, Printed, in_a_process, make_up, refusal, write_report
 
 ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
 CASE = make_case("sk_conv", "train", batch=8, resolution=64)
@@ -249,7 +249,7 @@ def test_parts_stay_where_their_rows_do_not_fit(path: Path) -> None:
 def test_output_that_cannot_be_shown_is_no_verdict(path: Path) -> None:
     write_report(path, rows_of(1))
     with Path("/dev/full").open("w") as full:
-        done = perf("perf", "compare", str(path), str(path), stdout=full)
+        done = in_a_process("perf", "compare", str(path), str(path), stdout=full)
     assert done.returncode == IO_ERROR
     assert done.stderr.count("\n") == 1
     assert "No space left on device" in done.stderr
@@ -560,7 +560,7 @@ def test_torchrun_shares_the_cases_of_a_sweep(tmp_path: Path) -> None:
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "perf", "run"]
     axes = ["--level", "op", "--batch", "1", "2", "--resolution", "32", "--mode", "infer"]
     chosen = [*axes, "--provider", "ours-pytorch-eager", "--out", str(out)]
-    done = perf(*torchrun, *chosen, stdout=subprocess.PIPE)
+    done = in_a_process(*torchrun, *chosen, stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out)
     assert done.stdout.count("% of copy") == 1

@@ -18,22 +18,25 @@ from perf.rows.schema import Case
 _GROUPS = 32
 
 
-class OnList(nn.Module):
-    """A module that takes its M branches [B, C, H, W] in a list."""
+class Adapted(nn.Module):
+    """A module that is called in another way."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
+
+class OnList(Adapted):
+    """A module that takes its M branches [B, C, H, W] in a list."""
+
     def forward(self, *branches: Tensor) -> Tensor:
         return self.module(list(branches))
 
 
-class OnChannelsLast(OnList):
+class OnChannelsLast(Adapted):
     """A module on maps [B, H, W, C], called as in its network: on a view of [B, C, H, W]."""
 
-    def forward(self, *branches: Tensor) -> Tensor:
-        (x,) = branches
+    def forward(self, x: Tensor) -> Tensor:
         return self.module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
