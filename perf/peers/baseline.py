@@ -6,7 +6,6 @@ PyTorch. It shares no code with sknet_triton, so its float64 run is an oracle fo
 
 import copy
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sknet_triton as skt
+from perf.peers.rebuilt import conv, named
 from sknet_triton import SKConv
 
 
@@ -65,12 +65,9 @@ class PlainSKConv(nn.Module):
     def __init__(self, C_in: int, C: int, stride: int, M: int, G: int, d: int) -> None:
         super().__init__()
         self.M = M
-        self.branches = nn.ModuleList(
-            _conv_bn_relu(nn.Conv2d(C_in, C, 3, stride, 1 + i, 1 + i, G, bias=False))
-            for i in range(M)
-        )
-        self.fc1 = _conv_bn_relu(nn.Conv2d(C, d, 1, bias=False))
-        self.fc2 = nn.Conv2d(d, M * C, 1, bias=False)
+        self.branches = nn.ModuleList(_conv_bn_relu(C_in, C, 3, stride, 1 + i, G) for i in range(M))
+        self.fc1 = _conv_bn_relu(C, d, 1)
+        self.fc2 = conv(d, M * C, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, C_in, H, W] to [B, C, H', W']."""
@@ -94,28 +91,26 @@ class PortSKConv(PlainSKConv):
 
 def with_plain_convs(module: nn.Module, plain: type[PlainSKConv] = PlainSKConv) -> nn.Module:
     """Returns a copy of ``module`` in which every SKConv is a ``plain`` one of its parameters."""
-    if isinstance(module, SKConv):
-        return _plain(module, plain)
-    twin = copy.deepcopy(module)
+    twin = nn.Sequential(copy.deepcopy(module))
     for name, child in list(twin.named_modules()):
         if isinstance(child, SKConv):
             twin.set_submodule(name, _plain(child, plain))
-    return twin
+    return twin[0]
 
 
-def _plain(conv: SKConv, plain: type[PlainSKConv]) -> PlainSKConv:
-    groups = conv.branches[0].get_submodule("conv").groups
+def _plain(ours: SKConv, plain: type[PlainSKConv]) -> PlainSKConv:
+    groups = ours.branches[0].get_submodule("conv").groups
     assert isinstance(groups, int)
-    d = conv.fc2.in_channels
-    twin = plain(conv.in_channels, conv.out_channels, conv.stride, conv.M, groups, d)
-    twin.load_state_dict(conv.state_dict())
-    twin.to(conv.fc2.weight.device, conv.fc2.weight.dtype)
-    return twin.train(conv.training)
+    d = ours.fc2.in_channels
+    twin = plain(ours.in_channels, ours.out_channels, ours.stride, ours.M, groups, d)
+    twin.load_state_dict(ours.state_dict())
+    twin.to(ours.fc2.weight.device, ours.fc2.weight.dtype)
+    return twin.train(ours.training)
 
 
-def _conv_bn_relu(conv: nn.Conv2d) -> nn.Sequential:
-    layers = OrderedDict(conv=conv, bn=nn.BatchNorm2d(conv.out_channels), act=nn.ReLU(inplace=True))
-    return nn.Sequential(layers)
+def _conv_bn_relu(cin: int, cout: int, *sizes: int) -> nn.Sequential:
+    bn = nn.BatchNorm2d(cout)
+    return named(conv=conv(cin, cout, *sizes), bn=bn, act=nn.ReLU(inplace=True))
 
 
 # What is ours.
@@ -181,15 +176,10 @@ class _Given(nn.Module):
 
 @dataclass(frozen=True)
 class Side:
-    """One of two modules that are compared on the same given maps.
+    """One of two modules that are compared on the same given maps."""
 
-    Attributes:
-        module: SKConv, or the plain module.
-        maps: what the convolutions would return, M tensors [B, C, H, W] with a gradient.
-    """
-
-    module: nn.Module
-    maps: list[Tensor]
+    module: nn.Module  # SKConv, or the plain module
+    maps: list[Tensor]  # what the convolutions would return, M of [B, C, H, W] with a gradient
 
     @functools.cached_property
     def _leaves(self) -> list[Tensor]:
