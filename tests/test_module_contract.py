@@ -1,7 +1,8 @@
-"""What PyTorch users do to modules, done to SKConv: copies, hooks, parametrizations, frozen parts.
+"""What PyTorch users do to modules, done to SKConv: copies, dtypes, hooks, foreign tensors.
 
 SKConv computes in several ways: it calls its modules one by one, or hands their tensors on, to the
-kernels, to formulas that torch.compile fuses, or to PyTorch's operators. All are asked.
+kernels, to formulas that torch.compile fuses, or to PyTorch's operators. All are asked, and of
+other norms, parametrizations and frozen parts in test_sk_fuse_select.py.
 """
 
 import copy

@@ -1,6 +1,5 @@
 """Children of a parent that has run kernels: the backend, shared parameters, training in them."""
 
-import contextvars
 import copy
 import os
 import sys
@@ -14,8 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from sknet_triton import SKConv, functional, set_backend, use_backend
-from sknet_triton import backend as backend_module
+from sknet_triton import SKConv, functional, use_backend
 from sknet_triton.backend import ENVIRONMENT_VARIABLE, Backend, current_backend
 from tests.helpers import assert_same, images, small_conv
 from tests.processes import fill_fresh_memory_with_nan
@@ -99,24 +97,3 @@ def test_a_child_computes_with_parameters_in_shared_memory_and_trains_them(
             train_step(twin)
         assert not torch.equal(twin.fc2.weight, before["fc2.weight"])
     assert_same(dict(sk.state_dict()), dict(twin.state_dict()))
-
-
-@pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
-def test_a_choice_made_in_a_forked_child_stays_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend_module, "_process", None)
-    set_backend("triton")
-    with use_backend("auto"):
-        cast(Any, mp).start_processes(choose, (str(tmp_path),), nprocs=1, start_method="fork")
-        assert current_backend() == "auto"
-    assert current_backend() == "triton"
-    # The block went along, and stays before what the child's process is set to.
-    assert (tmp_path / "chosen").read_text() == "auto reference"
-
-
-def choose(_: int, folder: str) -> None:
-    set_backend("reference")
-    inside = current_backend()
-    outside = contextvars.Context().run(current_backend)
-    (Path(folder) / "chosen").write_text(f"{inside} {outside}")

@@ -186,24 +186,10 @@ def channels_bwd(
 ) -> ChannelGradients:
     """Returns what the backward has left to give but dx.
 
-    Args:
-        sums: P1 to P4 [4, B, M, C].
-        dlogits: [B, M, C].
-        dz: gradient of fc2's input [B, d].
-        logits: [B, M, C].
-        pooled: s [B, C].
-        hidden: fc1's output before its norm [B, d].
-        norms: of the branches.
-        fc1_norm: with the statistics that were applied.
-        fc1_weight: [d, C].
-        fc1_bias: [d] or None.
-        fc2_weight: [M * C, d].
-        fc2_bias: [M * C] or None.
-        S: positions.
-        batch_stats: whether the branches' norms took the statistics of the batch.
-        fc1_batch_stats: whether fc1's norm did.
-        group: the processes that share the statistics; None for this one alone.
-        counts: images, and values a channel, over the processes of ``group``.
+    ``sums`` are P1 to P4 [4, B, M, C], ``dlogits`` and ``logits`` [B, M, C], ``dz`` is the gradient
+    of fc2's input [B, d], ``pooled`` s [B, C], ``hidden`` fc1's output before its norm [B, d], and
+    S the positions. ``batch_stats`` says whether norms took the statistics of the batch, over the
+    processes of ``group``, whose images, and values a channel, are ``counts``.
     """
     B = dz.shape[0]
     images, size = (B, B * S) if counts is None else counts
