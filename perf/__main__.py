@@ -1,6 +1,7 @@
 """Entry point of ``python -m perf``."""
 
 import argparse
+import inspect
 import io
 import os
 import signal
@@ -69,15 +70,17 @@ def _run(arguments: list[str] | None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for command, add_arguments in COMMANDS.items():
+        described = inspect.getdoc(command) or ""
         subparser = subparsers.add_parser(
-            command.name,
-            help=command.help.partition("\n")[0],
-            description=command.help,
+            command.__name__,
+            help=described.partition("\n")[0],
+            description=described,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_arguments(subparser)
-        subparser.set_defaults(main=command.main, parser=subparser)
+        if add_arguments:
+            add_arguments(subparser)
+        subparser.set_defaults(main=command, parser=subparser)
     args = parser.parse_args(arguments)
     try:
         status: int = args.main(args)

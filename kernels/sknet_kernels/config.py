@@ -258,47 +258,36 @@ def _tile(kernel: StreamingKernel, problem: Problem, device: DeviceFacts) -> Lau
     return LaunchConfig(block_c, block_s, 1, num_warps, num_stages, access)
 
 
-@dataclass(frozen=True)
-class _Change:
-    """Where a candidate differs: exponents of two, and of ``num_stages`` the difference."""
-
-    block_c: int = 0
-    block_s: int = 0
-    splits: int = 0
-    num_warps: int = 0
-    num_stages: int = 0
-    access: int = 0
-
-
-_CHANGES = (
+# Where candidates differ: exponents of two, and of ``num_stages`` the difference.
+_CHANGES: tuple[dict[str, int], ...] = (
     # Fewer and more tiles under way.
-    _Change(num_stages=-2),
-    _Change(num_stages=-1),
-    _Change(num_stages=1),
+    {"num_stages": -2},
+    {"num_stages": -1},
+    {"num_stages": 1},
     # Fewer and more programs.
-    _Change(splits=-2),
-    _Change(splits=-1),
-    _Change(splits=1),
+    {"splits": -2},
+    {"splits": -1},
+    {"splits": 1},
     # Programs of fewer and of more threads that each hold the same.
-    _Change(num_warps=-1, block_s=-1),
-    _Change(num_warps=-1, block_c=-1),
-    _Change(num_warps=1, block_s=1),
-    _Change(num_warps=1, block_c=1),
+    {"num_warps": -1, "block_s": -1},
+    {"num_warps": -1, "block_c": -1},
+    {"num_warps": 1, "block_s": 1},
+    {"num_warps": 1, "block_c": 1},
     # As large a tile of another form.
-    _Change(block_c=-1, block_s=1),
-    _Change(block_c=1, block_s=-1),
+    {"block_c": -1, "block_s": 1},
+    {"block_c": 1, "block_s": -1},
     # Threads that hold two accesses, and half of one.
-    _Change(block_s=1),
-    _Change(num_warps=-1),
-    _Change(access=-1, block_s=-1),
-    _Change(access=-1, block_c=-1),
+    {"block_s": 1},
+    {"num_warps": -1},
+    {"access": -1, "block_s": -1},
+    {"access": -1, "block_c": -1},
 )
 _MOST_NUM_WARPS, _MOST_NUM_STAGES = 8, 4
 
 
 def _changed(
     first: LaunchConfig,
-    change: _Change,
+    change: dict[str, int],
     kernel: StreamingKernel,
     problem: Problem,
     device: DeviceFacts,
@@ -306,15 +295,15 @@ def _changed(
     """Returns ``first`` after ``change``, None where a size would come below one."""
 
     def shifted(name: str) -> int:
-        value, exponent = getattr(first, name), getattr(change, name)
+        value, exponent = getattr(first, name), change.get(name, 0)
         return int(value << exponent if exponent >= 0 else value >> -exponent)
 
     sizes = {name: shifted(name) for name in ("block_c", "block_s", "num_warps", "access")}
-    num_stages = first.num_stages + change.num_stages
+    num_stages = first.num_stages + change.get("num_stages", 0)
     if min(*sizes.values(), num_stages) < 1:
         return None
     tile = LaunchConfig(**sizes, num_stages=num_stages)
-    splits = _splits(kernel, problem, device, tile) * 2.0**change.splits
+    splits = _splits(kernel, problem, device, tile) * 2.0 ** change.get("splits", 0)
     tiles = max(1, kernel.tiles(problem, tile))
     even = cdiv(tiles, cdiv(tiles, max(1, min(int(splits), tiles))))
     return dataclasses.replace(tile, splits=even)

@@ -1,49 +1,29 @@
-"""The subcommands of ``python -m perf``, a file for those that belong together."""
+"""The subcommands of ``python -m perf``, a file for those that belong together.
+
+A command is a function that carries it out and returns the exit status. It is typed by the
+function's name, and its docstring is the help, the first line alone in the list of commands. It
+raises `UsageError` where an argument is wrong; nothing was written.
+"""
 
 import argparse
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from perf.commands import campaign, counts, reports, run, tune
 
-
-@dataclass(frozen=True)
-class Command:
-    """One subcommand.
-
-    Attributes:
-        main: carries it out and returns the exit status. The command has the function's name, and
-            its docstring is the help, the first line alone in the list of commands. It raises
-            `UsageError` where an argument is wrong; nothing was written.
-        add_arguments: declares its arguments.
-    """
-
-    main: Callable[[argparse.Namespace], int]
-    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-
-    @property
-    def name(self) -> str:
-        """What is typed."""
-        return self.main.__name__
-
-    @property
-    def help(self) -> str:
-        """What ``--help`` says."""
-        return inspect.getdoc(self.main) or ""
-
-
-COMMANDS = (
-    Command(run.run, run.add_run),
-    Command(campaign.campaign, campaign.add_campaign),
-    Command(run.check, run.add_check),
-    Command(reports.compare, reports.add_compare),
-    Command(reports.plot, reports.add_plot),
-    Command(reports.publish),
-    Command(reports.summary, reports.add_summary),
-    Command(counts.traffic, counts.add_traffic),
-    Command(counts.host, counts.add_host),
-    Command(counts.kernels, counts.add_kernels),
-    Command(tune.tune, tune.add_tune),
-    Command(run.env),
-)
+# With what declares its arguments, where it takes any.
+COMMANDS: dict[
+    Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None] | None
+] = {
+    run.run: run.add_run,
+    campaign.campaign: campaign.add_campaign,
+    run.check: run.add_check,
+    reports.compare: reports.add_compare,
+    reports.plot: reports.add_plot,
+    reports.publish: None,
+    reports.summary: reports.add_summary,
+    counts.traffic: counts.add_traffic,
+    counts.host: counts.add_host,
+    counts.kernels: counts.add_kernels,
+    tune.tune: tune.add_tune,
+    run.env: None,
+}

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,10 +19,9 @@ from sknet_kernels.launch import Launch
 from sknet_kernels.norms import Norms, Running
 from sknet_kernels.sk_fuse import sk_fuse_fwd
 from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
-from sknet_triton import ops
+from sknet_triton import ops, reference
 from sknet_triton.reference.steps import Steps
 
-LAUNCHERS = ops.launchers()
 LAYOUTS = ("contiguous", "channels_last")
 # Channels and positions of SKNet-50's stages at 224 x 224.
 NETWORK_STAGES = ((128, 3136), (256, 784), (512, 196), (1024, 49))
@@ -105,7 +105,10 @@ class Setting:
     def launches(self, facts: DeviceFacts) -> list[Launch]:
         """Returns what training launches and what inference and the stages by themselves launch."""
         with recorded(facts) as launches:
-            _stages(self)
+            given = inputs(self)
+            given["logits"] = given["logits"].to(self.dtype)
+            for stage in ("sk_fuse", "sk_select", "sk_select_bwd"):
+                carried_out(LAUNCHERS, stage, given)
             for batch_stats in (True, False):
                 _fuse_select(self, batch_stats)
         return launches
@@ -230,23 +233,42 @@ def inputs(setting: Setting) -> dict[str, Any]:
     }
 
 
-def carried_out(steps: Steps, step: str, given: Mapping[str, Any]) -> Any:
-    """Returns what a step makes of what it names of `inputs`."""
+def _sk_select(branches: Sequence[Tensor], logits: Tensor) -> Tensor:
+    out = torch.empty_like(branches[0])
+    sk_select_fwd(out, tuple(branches), logits)
+    return out
+
+
+def _sk_select_bwd(
+    dout: Tensor, branches: Sequence[Tensor], logits: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    dxs = [torch.empty_like(x) for x in branches]
+    return dxs, sk_select_bwd(tuple(dxs), dout, tuple(branches), logits)
+
+
+# The seven steps and the stages by themselves, by Triton's launchers and by formulas.
+LAUNCHERS = SimpleNamespace(
+    **vars(ops.launchers()),
+    sk_fuse=lambda branches: sk_fuse_fwd(branches),
+    sk_select=_sk_select,
+    sk_select_bwd=_sk_select_bwd,
+)
+FORMULAS = SimpleNamespace(
+    **vars(reference.REFERENCE),
+    sk_fuse=reference.sk_fuse,
+    sk_select=reference.sk_select,
+    sk_select_bwd=reference.sk_select_bwd,
+)
+
+
+def carried_out(steps: Any, step: str, given: Mapping[str, Any]) -> Any:
+    """Returns what a step of `LAUNCHERS` or `FORMULAS` makes of what it names of `inputs`."""
     function = getattr(steps, step)
     if step == "logits" and given["fc1_batch_stats"]:
         of_batch = given["fc1_norm"]._replace(mean=(None,), var=(None,))
         given = {**given, "fc1_norm": of_batch, "running": given.get("fc1_running")}
     names = inspect.signature(function).parameters
     return function(**{name: given[name] for name in names if name in given})
-
-
-def _stages(setting: Setting) -> None:
-    """The stages by themselves, on branches that are activated already."""
-    xs, (B, C, _) = setting.branches(), setting.shape
-    logits = torch.empty(B, setting.M, C, dtype=setting.dtype, device=setting.device)
-    sk_fuse_fwd(xs)
-    sk_select_fwd(setting.branch(), xs, logits)
-    sk_select_bwd(setting.branches(), setting.branch(), xs, logits)
 
 
 def _fuse_select(setting: Setting, batch_stats: bool) -> None:

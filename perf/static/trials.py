@@ -1,6 +1,5 @@
 """A kernel with a configuration of one's own: run, judged by float64, or modelled."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from perf.static.aot import MODELLED, TARGETS, compile_launch
 from perf.static.model import ceiling, reading
 from perf.static.specialisations import (
+    FORMULAS,
     LAUNCHERS,
     Setting,
     carried_out,
@@ -35,8 +35,6 @@ from sknet_kernels.config import (
     StreamingKernel,
 )
 from sknet_kernels.launch import Launch, planned
-from sknet_kernels.sk_fuse import sk_fuse_fwd
-from sknet_kernels.sk_select import sk_select_bwd
 from sknet_kernels.small import (
     CHANNELS_BWD,
     FUSE_COMBINE,
@@ -49,81 +47,49 @@ from sknet_kernels.small import (
     SmallKernel,
     SmallProblem,
 )
-from sknet_triton import reference
-from sknet_triton.reference import REFERENCE
 
 Given = Mapping[str, Any]
 AnyKernel = StreamingKernel | SmallKernel
 AnyConfig = LaunchConfig | SmallConfig
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What a kernel is run in: the step that its pass and the joining of partial sums belong to.
-
-    Both take `inputs`.
-
-    Attributes:
-        run: by launchers.
-        exact: by formulas.
-    """
-
-    run: Callable[[Given], Any]
-    exact: Callable[[Given], Any]
-
-
-def _step(name: str) -> Trial:
-    return Trial(
-        functools.partial(carried_out, LAUNCHERS, name),
-        functools.partial(carried_out, REFERENCE, name),
-    )
-
-
-def _select_bwd(given: Given) -> tuple[tuple[Tensor, ...], Tensor]:
-    dxs, dout = tuple(map(torch.empty_like, given["branches"])), given["dout"]
-    return dxs, sk_select_bwd(dxs, dout, given["branches"], given["logits"])
-
-
-_FUSE = Trial(
-    lambda given: sk_fuse_fwd(given["branches"]),
-    lambda given: reference.sk_fuse(given["branches"]),
-)
-_SELECT_BWD = Trial(
-    _select_bwd,
-    lambda given: reference.sk_select_bwd(given["dout"], given["branches"], given["logits"]),
-)
-TRIALS: dict[AnyKernel, Trial] = {
-    MOMENTS: _step("moments"),
-    FUSE: _step("hidden"),
-    SELECT: _step("out"),
-    SELECT_BWD: _SELECT_BWD,
-    SUMS: _step("hidden_bwd"),
-    DX: _step("dx"),
-    MOMENTS_FINISH: _step("moments"),
-    HIDDEN: _step("hidden"),
-    LOGITS: _step("logits"),
-    HIDDEN_BWD: _step("hidden_bwd"),
-    CHANNELS_BWD: _step("channels_bwd"),
-    FUSE_COMBINE: _FUSE,
-    SELECT_BWD_COMBINE: _SELECT_BWD,
+# Of a kernel the step, or the stage by itself, that its pass and the joining of sums belong to.
+STEP_OF: dict[AnyKernel, str] = {
+    MOMENTS: "moments",
+    FUSE: "hidden",
+    SELECT: "out",
+    SELECT_BWD: "sk_select_bwd",
+    SUMS: "hidden_bwd",
+    DX: "dx",
+    MOMENTS_FINISH: "moments",
+    HIDDEN: "hidden",
+    LOGITS: "logits",
+    HIDDEN_BWD: "hidden_bwd",
+    CHANNELS_BWD: "channels_bwd",
+    FUSE_COMBINE: "sk_fuse",
+    SELECT_BWD_COMBINE: "sk_select_bwd",
 }
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A kernel on branches of one setting."""
+    """A kernel on branches of one setting, in its step; what is given are `inputs`."""
 
     kernel: AnyKernel
     setting: Setting
 
     def run(self, given: Given, config: AnyConfig | None) -> list[Tensor]:
-        """Returns the results of the kernel's step, the kernel launched with ``config``."""
+        """Returns the results of the step by launchers, the kernel launched with ``config``."""
         with chosen({self.kernel: config}):
-            return _tensors(TRIALS[self.kernel].run(given))
+            return self._results(LAUNCHERS, given)
 
     def exact(self, given: Given) -> list[Tensor]:
         """Returns the same by formulas in float64."""
-        return _tensors(TRIALS[self.kernel].exact(tree_map_only(Tensor, Tensor.double, given)))
+        return self._results(FORMULAS, tree_map_only(Tensor, Tensor.double, given))
+
+    def _results(self, steps: Any, given: Given) -> list[Tensor]:
+        results = carried_out(steps, STEP_OF[self.kernel], given)
+        return [x for x in tree_leaves(results) if isinstance(x, Tensor)]
 
     def prepared(self, given: Given, config: AnyConfig) -> Callable[[], object]:
         """Returns what runs the step like that again, its launches remembered."""
@@ -131,7 +97,7 @@ class Subject:
 
         def call() -> object:
             with planned(key, torch.device(self.setting.device)):
-                return TRIALS[self.kernel].run(given)
+                return carried_out(LAUNCHERS, STEP_OF[self.kernel], given)
 
         with chosen({self.kernel: config}):
             call()
@@ -151,7 +117,7 @@ class Subject:
     def _launched(self, config: AnyConfig | None, facts: DeviceFacts) -> tuple[Launch, Any]:
         given = inputs(replace(self.setting, device="meta"))
         with recorded(facts) as launches, chosen({self.kernel: config}) as asked:
-            TRIALS[self.kernel].run(given)
+            self._results(LAUNCHERS, given)
         launch = next(each for each in launches if kernel_name(each) == self.kernel.name)
         return launch, asked[self.kernel]
 
@@ -169,10 +135,6 @@ class Subject:
         given, kernel = self.setting, self.kernel
         passes = kernel.passes(given.M) if isinstance(kernel, StreamingKernel) else 0
         return passes * math.prod(given.shape) * given.dtype.itemsize
-
-
-def _tensors(results: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(results) if isinstance(x, Tensor)]
 
 
 def modelled(subject: Subject) -> list[dict[str, Any]]:
