@@ -1,20 +1,20 @@
-"""How launches are counted: operators of eager PyTorch, kernels of a plan, a driver's launches."""
+"""What a call costs the host: how launches are counted, and `python -m perf host`."""
 
+import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
 from perf.rows.schema import Launches
-from perf.static.launches import launching_operators
-from tests.helpers import source_environment
-
-ROOT = Path(__file__).parent.parent
+from perf.static.launches import install, launching_operators
+from tests.helpers import ROOT, source_environment
 
 FOUR_PROVIDERS = """
 import itertools, json, torch, sknet_triton as skt
@@ -53,16 +53,21 @@ def test_operators_that_a_backend_carries_out(name: str) -> None:
     assert launching_operators(call) == expected
 
 
-@pytest.mark.slow
-def test_every_provider_is_counted_in_training_and_inference() -> None:
-    out = subprocess.run(
-        [sys.executable, "-c", FOUR_PROVIDERS],
+def run_compiled(*arguments: str) -> str:
+    """Runs Python in a process that compiles, and returns what it prints."""
+    return subprocess.run(
+        [sys.executable, *arguments],
         env=source_environment(TRITON_INTERPRET="0"),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout
+
+
+@pytest.mark.slow
+def test_every_provider_is_counted_in_training_and_inference() -> None:
+    out = run_compiled("-c", FOUR_PROVIDERS)
     counted, (first, again) = json.loads(out)
     assert first == again == ["_sk_select_fwd_kernel", first[1]]
     assert first[1] >= 2
@@ -79,3 +84,22 @@ def test_every_provider_is_counted_in_training_and_inference() -> None:
         assert row.launches_training > row.launches_inference >= 3
     # Three norms, three ReLUs, two products, stack, sum, mean, softmax, product and sum.
     assert rows["plain-eager"].launches_inference == 14
+
+
+def test_a_process_that_interprets_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET: nothing is launched where it is 1"):
+        install()
+
+
+@pytest.mark.slow
+def test_host_times_both_sides_and_writes_a_report(tmp_path: Path) -> None:
+    path = tmp_path / "host.csv"
+    run_compiled("-m", "perf", "host", "--rounds", "2", "--out", str(path))
+    report = pd.read_csv(path)
+    rows = list(zip(report.M, report["mode"], strict=True))
+    assert rows == list(itertools.product((2, 3), ("infer", "train")))
+    assert (report[["ours_us", "plain_us", "ratio"]] > 0).all(axis=None)
+    # With two rounds both percentiles lie outside of the median's two.
+    assert (report.ratio_p20 <= report.ratio).all()
+    assert (report.ratio <= report.ratio_p80).all()

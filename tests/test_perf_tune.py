@@ -39,7 +39,7 @@ from sknet_kernels.config import (
     StreamingKernel,
 )
 from sknet_kernels.launch import Launch
-from sknet_kernels.small import FUSE_COMBINE, LOGITS, SMALL_KERNELS, SmallKernel
+from sknet_kernels.small import FUSE_COMBINE, LOGITS, SMALL_KERNELS
 from tests.sweeps import CONDITIONS, CPU, refusal
 
 Shape = tuple[int, int, int]
@@ -107,26 +107,17 @@ def test_a_row_replaces_the_heuristics_on_its_device_and_problem_alone(folder: P
         assert tuned.choice(kernel, given, device) == kernel.heuristic(given, device)
 
 
-@pytest.mark.parametrize("kernel", SMALL_KERNELS, ids=lambda kernel: kernel.name)
-def test_the_launch_of_a_small_kernel_takes_what_the_table_has(kernel: SmallKernel) -> None:
+@pytest.mark.parametrize("kernel", [FUSE, *SMALL_KERNELS], ids=lambda kernel: kernel.name)
+def test_the_launch_of_a_kernel_takes_what_the_table_has(kernel: AnyKernel) -> None:
     (subject,) = small(kernel)
     problem: Any = subject.problem(H200)
-    first = kernel.heuristic(problem, H200)
+    first: Any = kernel.heuristic(problem, H200)
     config = dataclasses.replace(first, num_warps=max(1, first.num_warps // 2), block_c=16)
     assert described(subject.launch(None, H200)) == described(subject.launch(first, H200))
     written(subject, config, tuned.table_path(H200.name))
     _forget()
     assert described(subject.launch(None, H200)) == described(subject.launch(config, H200))
     assert described(subject.launch(config, H200)) != described(subject.launch(first, H200))
-
-
-def test_launchers_take_what_the_table_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DeviceFacts, "of", lambda device: H200)
-    subject = small(FUSE)[0]
-    written(subject, LaunchConfig(8, 8, splits=2), tuned.table_path(H200.name))
-    _forget()
-    config = arguments.configuration(FUSE, subject.setting.branches())
-    assert config == LaunchConfig(8, 8, splits=2)
 
 
 def test_a_line_that_is_still_being_written_is_no_row() -> None:
