@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from types import FrameType
 
 from perf.rows import StopError, UsageError
 from perf.rows.schema import SCHEMA
@@ -71,9 +70,8 @@ class Store:
         with _undisturbed():
             try:
                 if not self._is_untouched():
-                    raise StopError(
-                        f"{self.path}: removed or changed by somebody else during the run"
-                    )
+                    problem = "removed or changed by somebody else during the run"
+                    raise StopError(f"{self.path}: {problem}")
                 written = 0
                 while written < len(data):
                     written += os.pwrite(descriptor, data[written:], self._size + written)
@@ -90,11 +88,9 @@ class Store:
 
     def _is_untouched(self) -> bool:
         here = os.fstat(self._file.fileno())
-        try:
-            there = self.path.stat()
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(here, there) and here.st_size == self._size
+        with suppress(FileNotFoundError):
+            return os.path.samestat(here, self.path.stat()) and here.st_size == self._size
+        return False
 
 
 def open_store(path: Path, *, resume: bool, columns: Schema = SCHEMA) -> Store:
@@ -172,14 +168,12 @@ def _undisturbed() -> Iterator[None]:
         return
     came: list[int] = []
 
-    def hold(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGALRM)}
+    held = (signal.SIGINT, signal.SIGALRM)
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in held}
     try:
         yield
     finally:
-        for held, handler in before.items():
-            signal.signal(held, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
         for number in came:
             signal.raise_signal(number)

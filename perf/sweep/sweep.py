@@ -174,9 +174,8 @@ class Team:
             yield
         except UsageError as error:
             mistake = str(error)
-        mistakes = [mistake]
+        mistakes = [mistake] * self.rank.count
         if self._group is not None:
-            mistakes = [""] * self.rank.count
             dist.all_gather_object(mistakes, mistake, self._group)
         saying = next((i for i, said in enumerate(mistakes) if said), None)
         if saying == self.rank.index:
