@@ -27,7 +27,7 @@ from perf.commands.run import STATUSES
 from perf.report import tables
 from perf.rows import StopError, UsageError, schema
 from perf.rows.env import CHECKOUT
-from perf.rows.schema import SCHEMA, TUNED, Level, Mode
+from perf.rows.schema import SCHEMA, TUNED, Level
 from perf.rows.store import lock, open_store
 from perf.rows.typed_csv import Schema
 from perf.sweep.presets import PRESETS, jobs
@@ -46,23 +46,10 @@ PERF = (sys.executable, "-m", "perf")
 LEAST = 30.0
 # Seconds of a process before it measures, and of a case before its providers: the float64 check.
 START = 15.0
-CHECK: dict[Level, float] = {
-    "pass": 0.6,
-    "op": 2.0,
-    "layer": 3.0,
-    "family": 3.0,
-    "model": 10.0,
-    "workload": 3.0,
-}
-# Seconds that a provider takes to compile. Estimates for a dozen cores; nobody has measured them.
-COMPILATION: dict[tuple[Level, Mode], float] = {
-    ("op", "infer"): 6.0,
-    ("op", "train"): 12.0,
-    ("layer", "infer"): 8.0,
-    ("layer", "train"): 16.0,
-    ("model", "infer"): 45.0,
-    ("model", "train"): 90.0,
-}
+CHECK: dict[Level, float] = {"pass": 0.6, "op": 2.0, "layer": 3.0, "model": 10.0}
+# Seconds that a provider takes to compile inference; training takes twice as long. Estimates for a
+# dozen cores; nobody has measured them.
+COMPILATION: dict[Level, float] = {"op": 6.0, "layer": 8.0, "model": 45.0}
 # Seconds of a streaming kernel's candidates at one size, compilation included; as little measured.
 # Kernels by layouts, stages and batches; small kernels come after them, in what time is left.
 TUNING, _TUNED = 6.0, 6 * 2 * 4 * 2
@@ -176,7 +163,7 @@ def _seconds(preset: str, workloads: tuple[str, ...]) -> float:
         for name in job.providers:
             total += 2 * chosen.seconds
             if PROVIDERS[name].compiles:
-                total += COMPILATION[case.level, case.mode]
+                total += COMPILATION[case.level] * (2 if case.differentiates else 1)
     return total
 
 

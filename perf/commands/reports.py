@@ -12,7 +12,7 @@ import pandas as pd
 from perf.commands.options import check_providers, check_times, read_report, whole_file
 from perf.report import tables
 from perf.report.documents import published
-from perf.report.tables import Align, text_table
+from perf.report.tables import text_table
 from perf.rows import UsageError, env
 from perf.rows.schema import TRAFFIC
 from perf.rows.typed_csv import contents
@@ -22,14 +22,7 @@ if TYPE_CHECKING:
 
 DPI = 150
 _TRAFFIC_HEADER = ",".join(TRAFFIC.names[:4]).encode()
-_COLUMNS: dict[str, Align] = {
-    "case": "left",
-    "provider": "left",
-    "old ms": "right",
-    "new ms": "right",
-    "ratio": "right",
-    "verdict": "right",
-}
+_COLUMNS = ("case", "provider", "old ms", "new ms", "ratio", "verdict")
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:

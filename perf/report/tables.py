@@ -1,8 +1,7 @@
 """A report as text, from its CSV alone, and two reports against each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,32 +16,19 @@ from perf.rows.schema import (
 )
 from perf.sweep.providers import BASELINE, BEFORE
 
-Align = Literal["left", "right"]
-
 # Columns are this much wider than their names at least, so that names stand apart.
 _PADDING = 2
+# Of numbers the ends stand below each other, of these the beginnings.
+_WORDS = {"case", "provider", "before, after", "note"}
 
-_COLUMNS: dict[str, Align] = {
-    "case": "left",
-    "provider": "left",
-    "ms": "right",
-    "p20 to p80": "right",
-    f"x {BASELINE}": "right",
-    "images/s": "right",
-    "% of copy": "right",
-    "note": "left",
-}
-
-
-_PAIR_COLUMNS: dict[str, Align] = {
-    "case": "left",
-    "before, after": "left",
-    "ms before (p20 to p80)": "right",
-    "ms after (p20 to p80)": "right",
-    "ratio": "right",
-    "saved MiB": "right",
-    "without inputs": "right",
-}
+_COLUMNS = (
+    *("case", "provider", "ms", "p20 to p80"),
+    *(f"x {BASELINE}", "images/s", "% of copy", "note"),
+)
+_PAIR_COLUMNS = (
+    *("case", "before, after", "ms before (p20 to p80)", "ms after (p20 to p80)"),
+    *("ratio", "saved MiB", "without inputs"),
+)
 
 
 def table(frame: pd.DataFrame, *, markdown: bool = False) -> str:
@@ -164,19 +150,19 @@ def _number(value: float, decimals: int | None = None) -> str:
 
 
 def text_table(
-    lines: Sequence[Sequence[str]], columns: Mapping[str, Align], *, markdown: bool = False
+    lines: Sequence[Sequence[str]], columns: Sequence[str], *, markdown: bool = False
 ) -> str:
-    """Returns ``lines`` under the names of ``columns``, each cell where its column says."""
+    """Returns ``lines`` under the names of ``columns``, words to the left, numbers to the right."""
     widths = [
         max(len(name) + _PADDING, *(len(line[i]) for line in lines), 0)
         for i, name in enumerate(columns)
     ]
     placed = [
         [
-            cell.rjust(width) if align == "right" else cell.ljust(width)
-            for cell, width, align in zip(line, widths, columns.values(), strict=True)
+            cell.ljust(width) if name in _WORDS else cell.rjust(width)
+            for cell, width, name in zip(line, widths, columns, strict=True)
         ]
-        for line in (list(columns), *lines)
+        for line in (columns, *lines)
     ]
     if markdown:
         rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
