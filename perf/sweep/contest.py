@@ -94,16 +94,13 @@ def failure(error: Exception, device: torch.device) -> Result:
 
 def is_lost(device: torch.device) -> bool:
     """Tells whether ``device`` fails whatever it is asked, as after an illegal memory access."""
-    if device.type != "cuda":
-        return False
-    # The first call may report an error that is over with it.
-    for _ in range(2):
+    errors = 0
+    for _ in range(2 if device.type == "cuda" else 0):
         try:
             torch.cuda.synchronize(device)
-        except RuntimeError:
-            continue
-        return False
-    return True
+        except RuntimeError:  # which the first call may report of an error that is over with it
+            errors += 1
+    return errors == 2
 
 
 @functools.cache
