@@ -13,23 +13,20 @@ from torch import Tensor, nn
 from sknet_triton import SKUnit
 
 EPOCHS = 6
-CLASSES = 10
 
 
-class DigitsNet(nn.Module):
-    """A stem, two selective-kernel units and a linear head, for images [B, 1, 8, 8]."""
-
-    def __init__(self, M: int = 2) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
-        )
-        self.units = nn.Sequential(SKUnit(32, 32, M=M, G=8), SKUnit(64, 64, stride=2, M=M, G=8))
-        self.head = nn.Linear(128, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the logits [B, 10]."""
-        return self.head(self.units(self.stem(x)).mean(dim=(2, 3)))
+def digits_net(M: int) -> nn.Sequential:
+    """Returns a stem, two selective-kernel units and a linear head: [B, 1, 8, 8] -> [B, 10]."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(inplace=True),
+        SKUnit(32, 32, M=M, G=8),
+        SKUnit(64, 64, stride=2, M=M, G=8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
 
 
 @functools.cache

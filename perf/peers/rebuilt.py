@@ -13,7 +13,6 @@ from collections import OrderedDict
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Branches of the modules that have no other number of them.
@@ -334,23 +333,13 @@ class SKFusion(nn.Module):
 MIXERS = 3
 
 
-class Mlp(nn.Module):
-    """The pooled channels [B, dim] -> logits [B, out]."""
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, dim // 4), nn.Linear(dim // 4, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Mixer(nn.Module):
     """What both have: three mixed maps, weighed by the softmax of ``reweight``."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.reweight = Mlp(dim, MIXERS * dim)
+        fc1, fc2 = nn.Linear(dim, dim // 4), nn.Linear(dim // 4, MIXERS * dim)
+        self.reweight = named(fc1=fc1, act=nn.GELU(), fc2=fc2)
         self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(0.0)
 
     def reweighted(self, h: Tensor, w: Tensor, c: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ WORKLOADS = {
     "sknet50": _network(skt.sknet50),
     "sknet101": _network(skt.sknet101),
     "digits": Workload(
-        "workload", lambda case: digits.DigitsNet(M=case.M), draw=_digit_images, input_grads=False
+        "workload", lambda case: digits.digits_net(case.M), draw=_digit_images, input_grads=False
     ),
 }
 
