@@ -7,7 +7,7 @@ and the classifier Gaussian with standard deviation 0.01.
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, cast, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +47,6 @@ SKNET101_CAFFE = (
     StageSpec(512, 23),
     StageSpec(1024, 3),
 )
-
-
-class FeatureInfo(TypedDict):
-    """One feature map that a backbone returns: its name, channels and reduction of the input."""
-
-    module: str
-    num_chs: int
-    reduction: int
 
 
 class SKNet(nn.Module):
@@ -319,13 +311,13 @@ def _head(in_features: int, num_classes: int, **factory: Any) -> nn.Module:
     return head
 
 
-def _feature_info(stages: Sequence[StageSpec]) -> list[FeatureInfo]:
-    info = [FeatureInfo(module="stem", num_chs=STEM_CHANNELS, reduction=2)]
+def _feature_info(stages: Sequence[StageSpec]) -> list[dict[str, Any]]:
+    info: list[dict[str, Any]] = [{"module": "stem", "num_chs": STEM_CHANNELS, "reduction": 2}]
     reduction = 4
     for i, spec in enumerate(stages):
         reduction *= spec.stride
         channels = SKUnit.expansion * spec.width
-        info.append(FeatureInfo(module=f"stages.{i}", num_chs=channels, reduction=reduction))
+        info.append({"module": f"stages.{i}", "num_chs": channels, "reduction": reduction})
     return info
 
 

@@ -1,8 +1,7 @@
-"""SKNet from the paper's equations, for tests.
+"""SKNet from the paper's equations, for tests, in functions of torch.
 
-Nothing of the package is used here and every step is spelt out: dilated and grouped convolutions
-as dense ones with zeros in the kernel, batch norm by its formula, the branches stacked, softmax
-by exponentials. Weights come as a dict with the names of the module's state dict.
+Nothing of the package is used here: convolutions are told what each equation says, the branches are
+stacked, and weights come as a dict with the names of the module's state dict.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -84,28 +83,15 @@ def leaves(module: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_conv(x: Tensor, weight: Tensor, stride: int, dilation: int, groups: int) -> Tensor:
-    """Convolves with the dense kernel that a dilated and grouped one stands for, size-keeping."""
-    out_channels, in_group, kernel, _ = weight.shape
-    rows = [
-        F.pad(w, (0, 0, 0, 0, g * in_group, (groups - 1 - g) * in_group))
-        for g, w in enumerate(weight.chunk(groups))
-    ]
-    size = dilation * (kernel - 1) + 1
-    dense = weight.new_zeros(out_channels, groups * in_group, size, size)
-    dense[:, :, ::dilation, ::dilation] = torch.cat(rows)
-    return F.conv2d(x, dense, stride=stride, padding=size // 2)
+    """Convolves, with zeros that keep the size at stride 1."""
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
 def plain_batch_norm(x: Tensor, p: Tensors, name: str, training: bool) -> Tensor:
-    """Normalises [B, C, H, W] with eps 1e-5, by the batch in training."""
-    shape = (1, -1, 1, 1)
-    if training:
-        mean = x.mean((0, 2, 3))
-        var = ((x - mean.view(shape)) ** 2).mean((0, 2, 3))
-    else:
-        mean, var = p[f"{name}.running_mean"], p[f"{name}.running_var"]
-    normal = (x - mean.view(shape)) / torch.sqrt(var.view(shape) + 1e-5)
-    return normal * p[f"{name}.weight"].view(shape) + p[f"{name}.bias"].view(shape)
+    """Normalises [B, C, ...], by the batch in training."""
+    mean, var = (None if training else p[f"{name}.running_{kind}"] for kind in ("mean", "var"))
+    return F.batch_norm(x, mean, var, p[f"{name}.weight"], p[f"{name}.bias"], training)
 
 
 def plain_maps(x: Tensor, p: Tensors, config: PlainConfig, prefix: str = "") -> Tensor:
@@ -124,20 +110,12 @@ def plain_logits(pooled: Tensor, p: Tensors, config: PlainConfig, prefix: str = 
     if f"{prefix}fc1.conv.bias" in p:
         z = z + p[f"{prefix}fc1.conv.bias"]
     if f"{prefix}fc1.bn.weight" in p:
-        z = plain_batch_norm(z[:, :, None, None], p, f"{prefix}fc1.bn", config.training)[..., 0, 0]
-    elif f"{prefix}fc1.norm.weight" in p:
-        centred = z - z.mean(1, keepdim=True)
-        z = centred / torch.sqrt((centred**2).mean(1, keepdim=True) + 1e-5)
-        z = z * p[f"{prefix}fc1.norm.weight"] + p[f"{prefix}fc1.norm.bias"]
+        z = plain_batch_norm(z, p, f"{prefix}fc1.bn", config.training)
+    elif (norm := f"{prefix}fc1.norm") + ".weight" in p:
+        z = F.layer_norm(z, z.shape[1:], p[f"{norm}.weight"], p[f"{norm}.bias"])
     z = z.clamp(min=0)
-    channels = pooled.shape[1]
-    weight = p[f"{prefix}fc2.weight"].flatten(1)
-    return torch.stack(
-        [
-            z @ weight[i * channels : (i + 1) * channels].T  # one row of logits a branch
-            for i in range(len(config.branches))
-        ]
-    )
+    rows = p[f"{prefix}fc2.weight"].flatten(1).chunk(len(config.branches))
+    return torch.stack([z @ weight.T for weight in rows])
 
 
 def plain_sk_conv(x: Tensor, p: Tensors, config: PlainConfig, prefix: str = "") -> Tensor:
@@ -146,11 +124,7 @@ def plain_sk_conv(x: Tensor, p: Tensors, config: PlainConfig, prefix: str = "") 
     total = stacked.sum(0)
     if config.aggregate == "sum":
         return total
-    positions = total.shape[2] * total.shape[3]
-    pooled = total.sum((2, 3)) / positions
-    logits = plain_logits(pooled, p, config, prefix)
-    exponentials = torch.exp(logits - logits.amax(0))
-    attn = exponentials / exponentials.sum(0)
+    attn = torch.softmax(plain_logits(total.mean((2, 3)), p, config, prefix), 0)
     return (attn[..., None, None] * stacked).sum(0)
 
 

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from sknet_triton import BranchSpec, SKConv, SKUnit
-from tests.helpers import EXACT, assert_same, message_of, outcome
+from tests.helpers import assert_same, message_of, outcome
 from tests.plain_sknet import (
     Branches,
     PlainConfig,
-    largest_error,
     leaves,
-    plain_conv,
     plain_sk_conv,
     plain_sk_unit,
     scramble,
@@ -295,10 +293,3 @@ def test_bad_arguments_are_named_with_their_rule_and_value(
 ) -> None:
     right = {"in_channels": 8, "out_channels": 8, "G": 4}
     assert message_of(ValueError, lambda: SKConv(**{**right, **options})) == message
-
-
-def test_the_oracle_itself_agrees_with_dilated_and_grouped_convolution() -> None:
-    x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
-    weight = torch.randn(12, 2, 3, 3, dtype=torch.float64)
-    dilated = nn.functional.conv2d(x, weight, stride=2, padding=3, dilation=3, groups=4)
-    assert largest_error(plain_conv(x, weight, 2, 3, 4), dilated) < EXACT
