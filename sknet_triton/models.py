@@ -96,7 +96,7 @@ class SKNet(nn.Module):
             _stage(in_channels, spec, {**unit_options, **factory})
             for in_channels, spec in zip(channels, stages, strict=False)
         )
-        self.num_features = channels[-1]
+        self.num_features: int = channels[-1]
         self.grad_checkpointing = False
         self.num_classes = num_classes
         self.head = _head(self.num_features, num_classes, **factory)

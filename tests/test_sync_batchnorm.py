@@ -11,12 +11,24 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sknet_triton import SKConv, use_backend
 from sknet_triton.backend import Backend
-from tests.helpers import BACKENDS, Seen, assert_same, is_plain, laid_out, one_by_one, outcome
+from tests.helpers import (
+    BACKENDS,
+    DEVICE,
+    FLOAT64,
+    Seen,
+    assert_same,
+    averaged,
+    is_plain,
+    laid_out,
+    one_by_one,
+    outcome,
+    weighed,
+    weights,
+)
 from tests.plain_sknet import for_norms, scramble, without_affine, without_tracking
 from tests.processes import WORLD, in_two_processes, needs_gloo
 
@@ -44,22 +56,22 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     layout: str = "contiguous"
     compiled: bool = False
+    own_group: bool = False
     backends: tuple[Backend, ...] = BACKENDS
 
-    def module(self, device: torch.device) -> SKConv:
+    def module(self) -> SKConv:
         torch.manual_seed(1)
-        sk = SKConv(3, 4, G=1, d=5, device=device, dtype=torch.float64, **self.options)
-        scramble(sk)
+        sk = scramble(SKConv(3, 4, G=1, d=5, **FLOAT64, **self.options))
         self.change(sk)
         return sk
 
-    def joined(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def joined(self) -> tuple[Tensor, Tensor]:
         """Returns the whole batch, its second image far from the rest, and a gradient."""
         torch.manual_seed(2)
         x = torch.randn(sum(self.images), 3, 5, 4, dtype=torch.float64)
         x[1] = 3 * x[1] + 2
-        dout = torch.randn_like(self.module(torch.device("cpu")).eval()(x).detach())
-        return laid_out(x.to(device), self.layout), dout.to(device)
+        x = laid_out(x.to(DEVICE), self.layout)
+        return x, torch.randn_like(self.module().eval()(x).detach())
 
 
 CASES = {
@@ -76,6 +88,7 @@ CASES = {
     "frozen fc1": Case((1, 3), lambda sk: sk.fc1.eval()),
     "eval": Case((1, 3), lambda sk: sk.eval(), backends=PLAIN),
     "compiled": Case((1, 3), compiled=True),
+    "a group of its own": Case(own_group=True, backends=PLAIN),
 }
 
 
@@ -103,31 +116,25 @@ def share(x: Tensor, images: tuple[int, int], rank: int) -> Tensor:
 # --- what the processes do ----------------------------------------------------------------------
 
 
-def worker(rank: int, device_type: str) -> dict[str, Any]:
-    device = torch.device(device_type)
+def worker(rank: int) -> dict[str, Any]:
+    together = dist.new_group(list(range(WORLD)))
+    groups_of_one = [dist.new_group([r]) for r in range(WORLD)]
     seen: dict[str, Any] = {
-        f"{name} {backend}": run_case(case, backend, rank, device)
+        f"{name} {backend}": run_case(case, backend, rank, together if case.own_group else None)
         for name, case in CASES.items()
         for backend in case.backends
     }
-    together = dist.new_group(list(range(WORLD)))
-    seen["own group"] = run_case(CASES["unequal"], "reference", rank, device, together)
-    groups_of_one = [dist.new_group([r]) for r in range(WORLD)]
     for backend in BACKENDS:
-        seen[f"alone {backend}"] = run_case(
-            CASES["unequal"], backend, rank, device, groups_of_one[rank]
-        )
-    seen["uneven"] = run_uneven(rank, device)
-    seen["mixtures"] = {name: run_mixture(name, rank, device, together) for name in MIXTURES}
+        seen[f"alone {backend}"] = run_case(CASES["unequal"], backend, rank, groups_of_one[rank])
+    seen["uneven"] = run_uneven(rank)
+    seen["mixtures"] = {name: run_mixture(name, rank, together) for name in MIXTURES}
     return seen
 
 
-def run_case(
-    case: Case, backend: Backend, rank: int, device: torch.device, group: Any = None
-) -> Seen:
-    sk = synced(case.module(device), group)
+def run_case(case: Case, backend: Backend, rank: int, group: Any) -> Seen:
+    sk = synced(case.module(), group)
     assert is_plain(sk)
-    x, dout = (share(t, case.images, rank) for t in case.joined(device))
+    x, dout = (share(t, case.images, rank) for t in case.joined())
     with use_backend(backend):
         return two_steps(sk, x, dout, case.compiled)
 
@@ -164,12 +171,12 @@ MIXTURES = {
 }
 
 
-def run_mixture(name: str, rank: int, device: torch.device, group: Any) -> dict[str, Any]:
+def run_mixture(name: str, rank: int, group: Any) -> dict[str, Any]:
     case = CASES["unequal"]
-    sk = case.module(device)
+    sk = case.module()
     MIXTURES[name].sync(sk, group)
     MIXTURES[name].freeze(sk)
-    x, dout = (share(t, case.images, rank) for t in case.joined(device))
+    x, dout = (share(t, case.images, rank) for t in case.joined())
     result: dict[str, Any] = {"plain": is_plain(sk)}
     try:
         with use_backend("reference"):
@@ -184,24 +191,21 @@ def run_mixture(name: str, rank: int, device: torch.device, group: Any) -> dict[
 SHAPES = ((2, 3, 4, 5), (3, 3, 7, 6))
 
 
-def drawn(device: torch.device) -> tuple[SKConv, list[Tensor], list[Tensor]]:
+def drawn() -> tuple[SKConv, list[Tensor], list[Tensor]]:
     """Returns a layer, the input of each process and the gradient that arrives there."""
     torch.manual_seed(3)
-    sk = scramble(SKConv(3, 4, G=1, d=5, dtype=torch.float64)).to(device)
-    xs = [torch.randn(shape, dtype=torch.float64).to(device) for shape in SHAPES]
-    return sk, xs, [torch.randn(len(x), 4, *x.shape[2:], dtype=x.dtype).to(device) for x in xs]
+    sk = scramble(SKConv(3, 4, G=1, d=5, dtype=torch.float64)).to(DEVICE)
+    xs = [torch.randn(shape, dtype=torch.float64).to(DEVICE) for shape in SHAPES]
+    return sk, xs, [torch.randn(len(x), 4, *x.shape[2:], dtype=x.dtype).to(DEVICE) for x in xs]
 
 
 def activated(branch: Any, maps: list[Tensor]) -> list[Tensor]:
-    """Normalises maps of several sizes by their joint statistics, one row a position."""
-    rows = torch.cat([m.movedim(1, -1).flatten(0, -2) for m in maps])
-    bn = branch.bn
-    rows = F.batch_norm(
-        rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, bn.momentum, bn.eps
-    ).relu()
-    parts = torch.split(rows, [m.numel() // m.shape[1] for m in maps])
+    """Normalises maps of several sizes by their joint statistics, as one image of all values."""
+    rows = torch.cat([m.transpose(0, 1).flatten(1) for m in maps], 1)
+    u = branch.bn(rows[None, ..., None]).relu()[0, ..., 0]
+    parts = torch.split(u, [m.numel() // m.shape[1] for m in maps], 1)
     return [
-        part.view(len(m), *m.shape[2:], m.shape[1]).movedim(-1, 1)
+        part.view(m.transpose(0, 1).shape).transpose(0, 1)
         for part, m in zip(parts, maps, strict=True)
     ]
 
@@ -209,20 +213,16 @@ def activated(branch: Any, maps: list[Tensor]) -> list[Tensor]:
 def joint(sk: SKConv, xs: list[Tensor]) -> list[Tensor]:
     """Runs one layer on the inputs of all processes, which may differ in size."""
     branches = [activated(b, [cast(Any, b).conv(x) for x in xs]) for b in sk.branches]
-    pooled = torch.cat([sum(maps).mean((2, 3)) for maps in zip(*branches, strict=True)])
-    attn = torch.split(torch.softmax(sk.logits(pooled), 1), [len(x) for x in xs])
-    return [
-        torch.stack(
-            [attn[j][:, i, :, None, None] * maps[j] for i, maps in enumerate(branches)]
-        ).sum(0)
-        for j in range(len(xs))
-    ]
+    of_processes = list(zip(*branches, strict=True))
+    attn = weights(sk.logits(torch.cat([averaged(maps) for maps in of_processes])))
+    shares = torch.split(attn, [len(x) for x in xs])
+    return [weighed(maps, own) for maps, own in zip(of_processes, shares, strict=True)]
 
 
-def run_uneven(rank: int, device: torch.device) -> dict[Backend, Seen]:
+def run_uneven(rank: int) -> dict[Backend, Seen]:
     seen: dict[Backend, Seen] = {}
     for backend in BACKENDS:
-        plain, xs, douts = drawn(device)
+        plain, xs, douts = drawn()
         sk = synced(plain)
         with use_backend(backend):
             seen[backend] = outcome(sk, sk, xs[rank], douts[rank])
@@ -235,8 +235,7 @@ def run_uneven(rank: int, device: torch.device) -> dict[Backend, Seen]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process saw in every case."""
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return in_two_processes(worker, tmp_path_factory.mktemp("ranks"), device_type)
+    return in_two_processes(worker, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_joined(seen: list[Seen], expected: Seen) -> None:
@@ -258,24 +257,18 @@ def test_two_processes_equal_one_with_the_joined_batch(
     name: str, backend: Backend, ranks: list[dict[str, Any]], device: torch.device
 ) -> None:
     case = CASES[name]
-    expected = modules_one_by_one(case.module(device), *case.joined(device))
+    expected = modules_one_by_one(case.module(), *case.joined())
     assert_joined([seen[f"{name} {backend}"] for seen in ranks], expected)
-
-
-def test_a_group_of_its_own(ranks: list[dict[str, Any]], device: torch.device) -> None:
-    case = CASES["unequal"]
-    expected = modules_one_by_one(case.module(device), *case.joined(device))
-    assert_joined([seen["own group"] for seen in ranks], expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_groups_of_one_every_process_is_alone(
-    backend: Backend, ranks: list[dict[str, Any]], device: torch.device
+    backend: Backend, ranks: list[dict[str, Any]]
 ) -> None:
     case = CASES["unequal"]
     for rank, seen in enumerate(ranks):
-        x, dout = (share(t, case.images, rank) for t in case.joined(device))
-        expected = modules_one_by_one(case.module(device), x, dout)
+        x, dout = (share(t, case.images, rank) for t in case.joined())
+        expected = modules_one_by_one(case.module(), x, dout)
         assert_joined([seen[f"alone {backend}"]], expected)
 
 
@@ -287,9 +280,9 @@ def test_norms_that_disagree_are_called_and_a_frozen_norm_agrees_with_any_group(
     assert all(each["plain"] == mixture.plain for each in seen)
     if mixture.plain:
         case = CASES["unequal"]
-        sk = case.module(device)
+        sk = case.module()
         mixture.freeze(sk)
-        expected = modules_one_by_one(sk, *case.joined(device))
+        expected = modules_one_by_one(sk, *case.joined())
         assert_joined([each["outcome"] for each in seen], expected)
     elif not torch.cuda.is_available():  # where the modules themselves are right
         message = "SyncBatchNorm expected input tensor to be on GPU"
@@ -298,9 +291,9 @@ def test_norms_that_disagree_are_called_and_a_frozen_norm_agrees_with_any_group(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_are_counted_rather_than_images(
-    backend: Backend, ranks: list[dict[str, Any]], device: torch.device
+    backend: Backend, ranks: list[dict[str, Any]]
 ) -> None:
-    sk, xs, douts = drawn(device)
+    sk, xs, douts = drawn()
     leaves = [x.requires_grad_() for x in xs]
     outs = joint(sk, leaves)
     torch.autograd.backward(outs, douts)
@@ -323,15 +316,15 @@ def test_without_a_process_group_it_is_batch_norm(
     name: str, backend: Backend, device: torch.device
 ) -> None:
     case = CASES[name]
-    sk = case.module(device)
-    expected = modules_one_by_one(sk, *case.joined(device))
+    sk = case.module()
+    expected = modules_one_by_one(sk, *case.joined())
     with use_backend(backend):
-        assert_joined([two_steps(synced(sk), *case.joined(device))], expected)
+        assert_joined([two_steps(synced(sk), *case.joined())], expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_image_in_a_single_process_is_refused(backend: Backend, device: torch.device) -> None:
-    sk = synced(CASES["unequal"].module(device))
-    x = CASES["unequal"].joined(device)[0][:1]
+def test_one_image_in_a_single_process_is_refused(backend: Backend) -> None:
+    sk = synced(CASES["unequal"].module())
+    x = CASES["unequal"].joined()[0][:1]
     with use_backend(backend), pytest.raises(ValueError, match="a batch of at least 2"):
         sk(x)
