@@ -4,8 +4,8 @@ A call computes on tensors that stay where they are: it is judged, captured and 
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -153,26 +153,25 @@ def arriving_gradient(out: Tensor, case: Case, seed: int) -> Tensor:
     return workloads.laid_out(workloads.repeated(drawn, len(out)), case)
 
 
-def settings(case: Case, *, benchmark: bool = True) -> ExitStack:
-    """Returns a context that computes as the case says: TF32 or not, with gradients or without.
+@contextmanager
+def settings(case: Case, *, benchmark: bool = True) -> Iterator[None]:
+    """A context that computes as the case says: TF32 or not, with gradients or without.
 
     With ``benchmark`` cuDNN times its algorithms at first, which pays for what is repeated.
     """
-    stack = ExitStack()
     tf32 = case.dtype == "tf32"
-    stack.enter_context(
-        torch.backends.cudnn.flags(
-            enabled=True, benchmark=benchmark, deterministic=False, allow_tf32=tf32
-        )
+    before = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.flags(
+        enabled=True, benchmark=benchmark, deterministic=False, allow_tf32=tf32
     )
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    stack.callback(torch.set_float32_matmul_precision, previous)
-    stack.enter_context(torch.set_grad_enabled(case.differentiates))
-    if case.mode == "bwd":
-        # torch.compile would let the backward pass overwrite what the forward pass saved.
-        stack.enter_context(functorch_config.patch(donated_buffer=False))
-    return stack
+    # torch.compile would let the backward pass overwrite what the forward pass saved.
+    donated = {"donated_buffer": False} if case.mode == "bwd" else {}
+    with cudnn, torch.set_grad_enabled(case.differentiates), functorch_config.patch(donated):
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True)
