@@ -112,7 +112,7 @@ PATHS = {
     "SKNet": Path(small_network, size=(16, 12)),
     "SKNet eval": Path(small_network, size=(16, 12), training=False),
 }
-every_path = pytest.mark.parametrize("name", PATHS)
+every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 on_both = pytest.mark.parametrize("chosen", BACKENDS)
 
 
@@ -131,8 +131,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 @every_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_meta_tensors_tell_what_a_step_would_give(name: str, dtype: torch.dtype) -> None:
-    path = PATHS[name]
+def test_meta_tensors_tell_what_a_step_would_give(path: Path, dtype: torch.dtype) -> None:
     with use_backend("auto"):
         seen, expected = (path.step(device, dtype) for device in (META, CPU))
     assert {t.device.type for t in seen.values()} == {"meta"}
@@ -141,8 +140,7 @@ def test_meta_tensors_tell_what_a_step_would_give(name: str, dtype: torch.dtype)
 
 @every_path
 @on_both
-def test_fake_tensors_tell_what_a_step_would_give(name: str, chosen: Backend) -> None:
-    path = PATHS[name]
+def test_fake_tensors_tell_what_a_step_would_give(path: Path, chosen: Backend) -> None:
     with use_backend(chosen):
         expected = path.step(DEVICE, torch.float32)
         with FakeTensorMode():
@@ -241,9 +239,8 @@ def kernels_for_meta(launched: Counter[str], monkeypatch: pytest.MonkeyPatch) ->
 @every_path
 @on_both
 def test_no_step_waits_for_the_device(
-    name: str, chosen: Backend, kernels_for_meta: Counter[str]
+    path: Path, chosen: Backend, kernels_for_meta: Counter[str]
 ) -> None:
-    path = PATHS[name]
     module, x = path.module(META), path.x(META)
     with use_backend(chosen), refusing_to_wait() as mode:
         outcome(module, module, x)
@@ -303,8 +300,7 @@ def waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.gpu
 @every_path
 @on_both
-def test_no_step_waits_for_a_gpu(name: str, chosen: Backend) -> None:
-    path = PATHS[name]
+def test_no_step_waits_for_a_gpu(path: Path, chosen: Backend) -> None:
     module, x = path.module(DEVICE), path.x(DEVICE)
     with use_backend(chosen):
         outcome(module, module, x)  # compiles the kernels
@@ -323,8 +319,7 @@ def test_waiting_for_a_gpu_would_be_seen() -> None:
 @two_gpus
 @every_path
 @on_both
-def test_tensors_on_a_device_that_is_not_the_current_one(name: str, chosen: Backend) -> None:
-    path = PATHS[name]
+def test_tensors_on_a_device_that_is_not_the_current_one(path: Path, chosen: Backend) -> None:
     current, other = torch.device("cuda:0"), torch.device("cuda:1")
     with use_backend(chosen), torch.cuda.device(current):
         expected, seen = path.step(current), path.step(other)
@@ -336,8 +331,7 @@ def test_tensors_on_a_device_that_is_not_the_current_one(name: str, chosen: Back
 @pytest.mark.gpu
 @every_path
 @on_both
-def test_work_stays_on_the_stream_that_it_was_called_on(name: str, chosen: Backend) -> None:
-    path = PATHS[name]
+def test_work_stays_on_the_stream_that_it_was_called_on(path: Path, chosen: Backend) -> None:
     with use_backend(chosen):
         expected = path.step(DEVICE)
         module, x = path.module(DEVICE), path.x(DEVICE)
@@ -384,8 +378,7 @@ def captured(
 @pytest.mark.gpu
 @every_path
 @on_both
-def test_inference_and_a_training_step_in_cuda_graphs(name: str, chosen: Backend) -> None:
-    path = PATHS[name]
+def test_inference_and_a_training_step_in_cuda_graphs(path: Path, chosen: Backend) -> None:
     module, twin, x = path.module(DEVICE), path.module(DEVICE), path.x(DEVICE)
     with use_backend(chosen):
         graph, _ = captured(train_step, path.module(DEVICE), module, x)
@@ -405,10 +398,9 @@ def test_inference_and_a_training_step_in_cuda_graphs(name: str, chosen: Backend
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["SKConv", "SKConv layer", "SKNet"])
+@pytest.mark.parametrize("path", [PATHS[n] for n in ("SKConv", "SKConv layer", "SKNet")])
 @on_both
-def test_a_graphed_callable(name: str, chosen: Backend) -> None:
-    path = PATHS[name]
+def test_a_graphed_callable(path: Path, chosen: Backend) -> None:
     module, twin, x = path.module(DEVICE), path.module(DEVICE), path.x(DEVICE).requires_grad_()
     with use_backend(chosen):
         graphed = cast(Any, torch.cuda).make_graphed_callables(module, (x,))

@@ -7,7 +7,7 @@ import copy
 import math
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from tests.helpers import (
     averaged,
     beside_branches,
     images,
+    outcome,
     plain_fuse_select,
     small_conv,
     store_rounding,
@@ -54,32 +55,22 @@ def loss_of(out: Tensor) -> Tensor:
 @pytest.mark.parametrize("way", ["reference", "triton", "compile"])
 @low
 def test_forward_under_autocast_and_backward_outside(dtype: torch.dtype, way: str) -> None:
-    module = small_conv().float().eval()
+    module, x = small_conv(dtype=torch.float32).eval(), images().float()
     exact = copy.deepcopy(module).double()
-    x = images().float()
-    wide = x.double().requires_grad_()
-    torch.autograd.backward(loss_of(exact(wide)))
-    x.requires_grad_()
-    torch._dynamo.reset()
+    expected = outcome(exact, exact, x.double())
+    run: Any = module
+    if way == "compile":
+        torch._dynamo.reset()
+        run = torch.compile(module, fullgraph=True, backend="aot_eager")
     with use_backend("triton" if way == "triton" else "reference"):
-        run = (
-            torch.compile(module, fullgraph=True, backend="aot_eager")
-            if way == "compile"
-            else module
-        )
-        with torch.autocast(DEVICE.type, dtype=dtype):
-            out = run(x)
-        assert out.dtype == dtype
-        torch.autograd.backward(loss_of(out))
+        seen = outcome(run, module, x, forward=torch.autocast(DEVICE.type, dtype=dtype))
+    assert seen["out"].dtype == dtype
+    assert {t.dtype for name, t in seen.items() if name.startswith(("dx", "grad"))} == {x.dtype}
     # Half-eps roundings: input, weights, convolution, norm, selection, the logits' path and the
     # same again backwards: 16 of them, those of the interpreter's bfloat16 stores doubled.
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.dtype == torch.float32, name
-    assert x.grad is not None
-    assert x.grad.dtype == torch.float32
-    assert distance(out, exact(wide)) < 10 * torch.finfo(dtype).eps
-    assert distance(x.grad, wide.grad) < 16 * torch.finfo(dtype).eps
+    assert seen.keys() == expected.keys()
+    assert distance(seen["out"], expected["out"]) < 10 * torch.finfo(dtype).eps
+    assert distance(seen["dx"], expected["dx"]) < 16 * torch.finfo(dtype).eps
 
 
 @both
@@ -88,7 +79,7 @@ def test_the_backward_computes_in_the_same_dtypes_inside_autocast_and_outside(
 ) -> None:
     grads = []
     for inside in (True, False):
-        module = small_conv().float()
+        module = small_conv(dtype=torch.float32)
         with use_backend(backend):
             with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
                 loss = loss_of(module(images().float()))
@@ -102,7 +93,7 @@ def test_the_backward_computes_in_the_same_dtypes_inside_autocast_and_outside(
 
 @both
 def test_a_step_with_an_infinite_gradient_is_skipped_and_the_scale_halved(backend: Backend) -> None:
-    module = small_conv().float()
+    module = small_conv(dtype=torch.float32)
     before = [p.detach().clone() for p in module.parameters()]
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**16)

@@ -80,7 +80,7 @@ SUBJECTS = {
     "sk_fuse_select eval": Subject(fuse_select(False), ((2, 3), (6, 4))),
     "sk_fuse_select train": Subject(fuse_select(True), ((2, 3), (6, 4))),
 }
-every_subject = pytest.mark.parametrize("name", SUBJECTS)
+every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -106,9 +106,8 @@ def directional(stage: Stage, inputs: Sequence[Tensor], tangents: Sequence[Tenso
 @both
 @every_subject
 def test_first_and_second_derivatives_agree_with_finite_differences(
-    name: str, backend: Backend
+    subject: Subject, backend: Backend
 ) -> None:
-    subject = SUBJECTS[name]
     inputs = tuple(x.requires_grad_() for x in subject.inputs())
     # The interpreter is slow: along one random direction instead of every unit vector.
     with use_backend(backend):
@@ -118,8 +117,9 @@ def test_first_and_second_derivatives_agree_with_finite_differences(
 
 @both
 @every_subject
-def test_a_batch_of_gradients_is_one_gradient_after_the_other(name: str, backend: Backend) -> None:
-    subject = SUBJECTS[name]
+def test_a_batch_of_gradients_is_one_gradient_after_the_other(
+    subject: Subject, backend: Backend
+) -> None:
     inputs = tuple(x.requires_grad_() for x in subject.inputs())
     with use_backend(backend):
         out = subject.stage(*inputs)
@@ -157,8 +157,7 @@ def test_statistics_over_a_group_are_refused_by_name(monkeypatch: pytest.MonkeyP
 
 
 @every_subject
-def test_forward_mode_is_reverse_mode(name: str) -> None:
-    subject = SUBJECTS[name]
+def test_forward_mode_is_reverse_mode(subject: Subject) -> None:
     inputs = subject.inputs()
     tangents = tangents_of(inputs)
     expected = directional(subject.stage, inputs, tangents)
@@ -170,8 +169,7 @@ def test_forward_mode_is_reverse_mode(name: str) -> None:
 
 
 @every_subject
-def test_torch_func_differentiates(name: str) -> None:
-    subject = SUBJECTS[name]
+def test_torch_func_differentiates(subject: Subject) -> None:
     inputs = subject.inputs()
     every = tuple(range(len(inputs)))
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -186,8 +184,7 @@ def test_torch_func_differentiates(name: str) -> None:
 
 
 @every_subject
-def test_vmap_is_a_loop(name: str) -> None:
-    subject = SUBJECTS[name]
+def test_vmap_is_a_loop(subject: Subject) -> None:
     runs = [subject.inputs() for _ in range(3)]
     stacked = [torch.stack(each, 1) for each in zip(*runs, strict=True)]
     assert_close(vmap(subject.stage, in_dims=1)(*stacked), [subject.stage(*xs) for xs in runs])
@@ -213,9 +210,8 @@ def test_an_ensemble_of_skconv_by_vmap_and_its_gradients_by_sample() -> None:
     assert_close([gradients.sum(0) for gradients in by_sample.values()], total)
 
 
-@pytest.mark.parametrize("name", ["sk_select", "sk_fuse_select train"])
-def test_torch_func_compiles(name: str) -> None:
-    subject = SUBJECTS[name]
+@pytest.mark.parametrize("subject", [SUBJECTS[n] for n in ("sk_select", "sk_fuse_select train")])
+def test_torch_func_compiles(subject: Subject) -> None:
     inputs = subject.inputs()
 
     def first(*xs: Tensor) -> Tensor:
