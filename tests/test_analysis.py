@@ -594,6 +594,24 @@ def test_a_csv_gives_the_same_table_back(sizes: pd.DataFrame, tmp_path: Path) ->
         assert_frame_equal(analysis.read_csv(path), table, check_exact=True)
 
 
+def test_a_csv_that_cannot_be_written_leaves_the_earlier_one(
+    sizes: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    analysis.write_csv(sizes, path)
+    before = path.read_bytes()
+
+    def half(self: pd.DataFrame, draft: Path, **kwargs: Any) -> None:
+        draft.write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
+    with pytest.raises(KeyboardInterrupt):
+        analysis.write_csv(sizes, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_another_csv_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("path,images\nx,1\n")

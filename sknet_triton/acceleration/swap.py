@@ -252,7 +252,8 @@ def _below(module: Any, names: tuple[str, ...]) -> Any:
 
 
 def _own_class(module: Any) -> Any:
-    return getattr(module, "_skt_original", type(module))
+    cls = type(module)
+    return getattr(cls, "_skt_original", cls)  # what an instance lacks is slow to find out
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:

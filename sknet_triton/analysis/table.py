@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -53,8 +55,9 @@ def over_classes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Writes a table with every digit, so that `read_csv` returns the same."""
-    table.to_csv(path, index=False, lineterminator="\n")
+    """Writes a table whole or not at all, with every digit: `read_csv` returns the same."""
+    with _replaced(Path(path)) as draft:
+        table.to_csv(draft, index=False, lineterminator="\n")
 
 
 def read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -137,8 +140,20 @@ def plot_classes(table: pd.DataFrame) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Writes a figure in the format that the ending of ``path`` names."""
-    figure.savefig(path, dpi=_DPI)
+    """Writes a figure, whole or not at all, in the format that the ending of ``path`` names."""
+    with _replaced(Path(path)) as draft:
+        figure.savefig(draft, dpi=_DPI)
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Gives a draft to write to, which takes the place of ``path`` at the end, if it gets there."""
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _new_figure(width: float, height: float) -> Figure:
