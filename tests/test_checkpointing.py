@@ -186,17 +186,6 @@ def test_selective_checkpointing_keeps_what_the_kernels_computed(layer: str) -> 
     assert_same(values(seen), values(expected), bound=0)
 
 
-@pytest.mark.slow
-def test_selective_checkpointing_of_convolutions_recomputes_the_kernels() -> None:
-    chosen = small_conv()
-    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
-    select = partial(checkpoint, chosen, use_reentrant=False, context_fn=contexts)
-    expected = step(small_conv(), backend="triton")
-    with counted_launches() as launched, use_backend("triton"):
-        assert_same(values(outcome(select, chosen, images(3))), values(expected), bound=0)
-    assert launched["_sk_moments_kernel"] == 2
-
-
 # --- the network --------------------------------------------------------------------------------
 
 
