@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -24,19 +23,26 @@ from tests.plain_sknet import (
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration of SKConv, and the same for the equations."""
+    """One configuration of SKConv, or of SKUnit, and the same for the equations."""
 
     options: dict[str, Any]
     branches: Branches = ((3, 1, 4), (3, 2, 4))
     in_channels: int = 8
-    out_channels: int = 8
+    out_channels: int = 8  # an SKUnit's width
     stride: int = 1
     size: tuple[int, int] = (7, 6)
     training: bool = True
+    unit: bool = False
 
-    def plain(self) -> PlainConfig:
+    def module(self) -> nn.Module:
+        layer: Any = SKUnit if self.unit else SKConv
+        module = layer(self.in_channels, self.out_channels, stride=self.stride, **self.options)
+        return cast(nn.Module, scramble(module).double().train(self.training))
+
+    def equations(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         aggregate = self.options.get("aggregate", "sk")
-        return PlainConfig(self.branches, self.stride, self.training, aggregate)
+        config = PlainConfig(self.branches, self.stride, self.training, aggregate)
+        return (plain_sk_unit if self.unit else plain_sk_conv)(x, p, config)
 
     def input(self) -> Tensor:
         # A batch of 4: with 2, fc1's batch norm sees two values and passes almost no gradient.
@@ -46,6 +52,11 @@ class Case:
 def listed(*branches: tuple[int, int, int], **options: Any) -> Case:
     """Returns a case whose branches SKConv is given one by one."""
     return Case({"branches": branches}, branches, **options)
+
+
+def unit(in_channels: int = 16, **options: Any) -> Case:
+    """Returns a case of SKUnit, with options of its own."""
+    return Case({"G": 4, **options}, in_channels=in_channels, unit=True)
 
 
 THREE = ((3, 1, 4), (3, 2, 4), (3, 3, 4))
@@ -77,64 +88,35 @@ CASES = {
     "table7-K5-K7": listed((3, 2, 4), (3, 3, 4)),
     "table7-sum-of-3": Case({"M": 3, "G": 4, "aggregate": "sum"}, THREE),
     "1x1-branch": listed((1, 1, 2), (3, 1, 2)),
+    "unit-identity": unit(),
+    "unit-projection": unit(6),
+    "unit-stride2": replace(unit(), stride=2),
+    "unit-M3-eval": replace(unit(M=3), branches=THREE, training=False),
+    "unit-out_channels": unit(6, out_channels=6),
+    "unit-sum": replace(
+        unit(branches=[(3, 1, 4), (5, 1, 8)], aggregate="sum"), branches=((3, 1, 4), (5, 1, 8))
+    ),
+    "unit-d-given-layer-norm": unit(d=5, fc_norm="layer"),
 }
 
-Plain = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
-
-def build(case: Case) -> SKConv:
-    module = SKConv(case.in_channels, case.out_channels, case.stride, **case.options)
-    scramble(module).double().train(case.training)
-    return module
-
-
-def assert_equal_to_equations(module: nn.Module, plain: Plain, x: Tensor) -> None:
-    p = leaves(module)
-    wide = x.detach().double().requires_grad_()
-    expected = plain(wide, p)
+def assert_equal_to_equations(case: Case, x: Tensor) -> None:
+    module = case.module()
+    p, wide = leaves(module), x.clone().requires_grad_()
+    expected = case.equations(wide, p)
     dout = torch.randn_like(expected)
     torch.autograd.backward(expected, dout)
-    seen = outcome(module, module, x, dout.to(x.dtype))
-    assert seen["out"].dtype == seen["dx"].dtype == x.dtype
     # Statistics are those of other tests; every parameter has its gradient in both.
     exact = {"out": expected.detach(), "dx": cast(Tensor, wide.grad)}
     exact |= {f"grad {name}": cast(Tensor, p[name].grad) for name, _ in module.named_parameters()}
     buffers = {name for name, _ in module.named_buffers()}
+    seen = outcome(module, module, x, dout)
     assert_same({name: t for name, t in seen.items() if name not in buffers}, exact)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_sk_conv_equals_the_equations_forward_and_backward(name: str) -> None:
-    case = CASES[name]
-    assert_equal_to_equations(
-        build(case), lambda x, p: plain_sk_conv(x, p, case.plain()), case.input()
-    )
-
-
-TWO = PlainConfig(THREE[:2])
-# Of SKUnit: its channels, its options and the equations' configuration.
-UNITS: dict[str, tuple[tuple[int, int], dict[str, Any], PlainConfig]] = {
-    "identity": ((16, 8), {}, TWO),
-    "projection": ((6, 8), {}, TWO),
-    "stride2": ((16, 8), {"stride": 2}, replace(TWO, stride=2)),
-    "M3-eval": ((16, 8), {"M": 3}, PlainConfig(THREE, training=False)),
-    "out_channels": ((6, 8), {"out_channels": 6}, TWO),
-    "sum": (
-        (16, 8),
-        {"branches": [(3, 1, 4), (5, 1, 8)], "aggregate": "sum"},
-        PlainConfig(((3, 1, 4), (5, 1, 8)), aggregate="sum"),
-    ),
-    "d-given-layer-norm": ((16, 8), {"d": 5, "fc_norm": "layer"}, TWO),
-}
-
-
-@pytest.mark.parametrize("name", UNITS)
-def test_sk_unit_equals_the_equations_forward_and_backward(name: str) -> None:
-    (in_channels, width), options, config = UNITS[name]
-    unit = SKUnit(in_channels, width, G=4, **options)
-    scramble(unit).double().train(config.training)
-    x = torch.randn(4, in_channels, 7, 6, dtype=torch.float64)
-    assert_equal_to_equations(unit, lambda x, p: plain_sk_unit(x, p, config), x)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_layer_equals_the_equations_forward_and_backward(case: Case) -> None:
+    assert_equal_to_equations(case, case.input())
 
 
 # Structure
@@ -178,20 +160,7 @@ def test_positional_arguments_keep_their_order() -> None:
 
 # Memory formats
 
-Maker = Callable[[], nn.Module]
-LAYERS: dict[str, Maker] = {
-    "SKConv-M1": lambda: SKConv(16, 16, M=1, G=4),
-    "SKConv-M2": lambda: SKConv(16, 16, G=4),
-    "SKConv-M3-stride2": lambda: SKConv(16, 16, 2, 3, G=4),
-    "SKConv-sum": lambda: SKConv(16, 16, G=4, aggregate="sum"),
-    "SKUnit-identity": lambda: SKUnit(32, 16, G=4),
-    "SKUnit-stride2": lambda: SKUnit(32, 16, stride=2, G=4),
-}
-
-
-def in_channels_of(module: nn.Module) -> int:
-    channels: int = next(module.parameters()).shape[1]
-    return 32 if isinstance(module, SKUnit) else channels * 4
+LAYERS = ("M1", "M2", "M3-stride2-widening", "sum", "unit-identity", "unit-stride2")
 
 
 @pytest.mark.parametrize("loss", ["weighted", "sum"])
@@ -200,9 +169,8 @@ def in_channels_of(module: nn.Module) -> int:
 def test_channels_last_goes_in_and_comes_out_and_changes_no_value(
     name: str, converted: bool, loss: str
 ) -> None:
-    module = scramble(LAYERS[name]()).double()
+    module, x = CASES[name].module(), CASES[name].input()
     twin = copy.deepcopy(module)
-    x = torch.randn(4, in_channels_of(module), 8, 6, dtype=torch.float64)
     # The backward of a sum is handed a gradient of stride 0.
     ones = torch.ones((), dtype=x.dtype)
     dout = ones.expand_as(copy.deepcopy(module)(x)) if loss == "sum" else None
@@ -235,16 +203,9 @@ def test_batch_1_in_training_is_accepted_while_fc1_is_frozen_in_eval() -> None:
     assert torch.isfinite(module(torch.randn(1, 16, 8, 6))).all()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"fc_norm": "layer"}, {"fc_norm": "none"}, {"aggregate": "sum"}],
-    ids=["layer", "none", "sum"],
-)
-def test_batch_1_trains_without_a_batch_norm_in_fc1(options: dict[str, Any]) -> None:
-    module = scramble(SKConv(16, 16, G=4, **options)).double()
-    config = replace(TWO, aggregate=options.get("aggregate", "sk"))
-    x = torch.randn(1, 16, 8, 6, dtype=torch.float64)
-    assert_equal_to_equations(module, lambda x, p: plain_sk_conv(x, p, config), x)
+@pytest.mark.parametrize("name", ["fc-norm-layer", "fc-norm-none", "sum"])
+def test_batch_1_trains_without_a_batch_norm_in_fc1(name: str) -> None:
+    assert_equal_to_equations(CASES[name], CASES[name].input()[:1])
 
 
 @pytest.mark.parametrize("layer", [SKConv, SKUnit])
