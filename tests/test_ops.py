@@ -4,7 +4,6 @@ torch.library.opcheck compares what an operator claims with what it does, also u
 with sizes that are not constants.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -135,66 +134,54 @@ def test_gradients_that_only_some_ask_for(needed: str, place: torch.device) -> N
     opcheck(ops.sk_select, (xs, logits, "softmax"))
 
 
-@dataclass(frozen=True)
-class FuseSelectCase:
-    """Arguments of `functional.sk_fuse_select`, and whether its operators are traced, too."""
-
-    case: Case
-    training: bool = True
-    biases: bool = True
-    affine: bool = True
-    traced: bool = True
-
-    def __str__(self) -> str:
-        mode = "train" if self.training else "eval"
-        without = ("" if self.biases else "-no_bias") + ("" if self.affine else "-no_affine")
-        return f"{self.case}-{mode}{without}"
-
-    def run(self, device: torch.device) -> Tensor:
-        xs, _ = tensors(self.case, device, grad=True)
-        arguments = beside_branches(
-            self.case.M,
-            self.case.shape[1],
-            batch_stats=self.training,
-            affine=self.affine,
-            biases=self.biases,
-            dtype=accumulation_dtype(self.case.dtype),
-            draw=partial(torch.randn, dtype=torch.float64, device=device),
-        )
-        trained(arguments)
-        return functional.sk_fuse_select(xs, **arguments).out
-
-
-FUSE_SELECT_CASES = [
-    FuseSelectCase(Case((2, 3, 4, 5))),
-    FuseSelectCase(Case((2, 3, 4, 5)), training=False, biases=False),
-    FuseSelectCase(Case((2, 3, 4, 5)), biases=False, affine=False, traced=False),
-    FuseSelectCase(Case((2, 3, 4, 5), 3, "channels_last", torch.bfloat16)),
-    FuseSelectCase(Case((2, 3, 4, 5), 3, "channels_last", torch.float16), False, traced=False),
-    FuseSelectCase(Case((2, 3, 4, 5), 1, "sliced"), traced=False),
-    FuseSelectCase(Case((2, 3, 4, 5), 2, "cropped", torch.float64)),
-    FuseSelectCase(Case((2, 3, 4, 5), 2, "transposed"), training=False, traced=False),
-    FuseSelectCase(Case((3, 2, 7)), traced=False),
-    FuseSelectCase(Case((2, 2, 2, 2, 3), layout="channels_last")),
+EVAL: dict[str, Any] = {"batch_stats": False}
+# Branches, what is other than usual beside them, and whether the operators are traced, too.
+FUSE_SELECT_CASES: list[tuple[Case, dict[str, Any], bool]] = [
+    (Case((2, 3, 4, 5)), {}, True),
+    (Case((2, 3, 4, 5)), {**EVAL, "biases": False}, True),
+    (Case((2, 3, 4, 5)), {"biases": False, "affine": False}, False),
+    (Case((2, 3, 4, 5), 3, "channels_last", torch.bfloat16), {}, True),
+    (Case((2, 3, 4, 5), 3, "channels_last", torch.float16), EVAL, False),
+    (Case((2, 3, 4, 5), 1, "sliced"), {}, False),
+    (Case((2, 3, 4, 5), 2, "cropped", torch.float64), {}, True),
+    (Case((2, 3, 4, 5), 2, "transposed"), EVAL, False),
+    (Case((3, 2, 7)), {}, False),
+    (Case((2, 2, 2, 2, 3), layout="channels_last"), {}, True),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kernels", "fuse_select"),
-    [(True, fuse_select) for fuse_select in FUSE_SELECT_CASES]
-    + [(False, fuse_select) for fuse_select in FUSE_SELECT_CASES[:5]],
-    ids=lambda value: str(value) if isinstance(value, FuseSelectCase) else KERNEL_IDS[value],
+    ("kernels", "case", "options", "traced"),
+    [
+        *((True, *row) for row in FUSE_SELECT_CASES),
+        *((False, *row) for row in FUSE_SELECT_CASES[:5]),
+    ],
+    ids=str,
 )
 def test_every_step_of_fuse_select(
-    fuse_select: FuseSelectCase, kernels: bool, place: torch.device, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    options: dict[str, Any],
+    traced: bool,
+    kernels: bool,
+    place: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Without kernels the operators run in programs that were made where there were some.
     monkeypatch.setattr(fused, "way_of", lambda x: "kernels")
+    xs, _ = tensors(case, place, grad=True)
+    arguments = beside_branches(
+        case.M,
+        case.shape[1],
+        dtype=accumulation_dtype(case.dtype),
+        draw=partial(torch.randn, dtype=torch.float64, device=place),
+        **options,
+    )
+    trained(arguments)
     with Recorded() as recorded:
-        out = fuse_select.run(place)
-        torch.autograd.backward(out, fuse_select.case.tensor(place, seed=9))
+        out = functional.sk_fuse_select(xs, **arguments).out
+        torch.autograd.backward(out, case.tensor(place, seed=9))
     steps = {"sk_hidden", "sk_logits", "sk_out", "sk_hidden_bwd", "sk_channels_bwd", "sk_dx"}
-    assert set(recorded.calls) == steps | ({"sk_moments"} if fuse_select.training else set())
+    assert set(recorded.calls) == steps | (set() if "batch_stats" in options else {"sk_moments"})
     for operator, args in recorded.calls.values():
-        check(operator, args, kernels and fuse_select.traced)
+        check(operator, args, kernels and traced)

@@ -130,7 +130,8 @@ class SKConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
         if self.aggregate == "sum":
-            return _sum([branch(x) for branch in self.branches])
+            maps = [branch(x) for branch in self.branches]
+            return sum(maps[1:], start=maps[0])
         fusible = parts.fusible(self._parts, x)
         if fusible is not None:
             found, way = fusible
@@ -174,13 +175,6 @@ class SKConv(nn.Module):
     def extra_repr(self) -> str:
         """Shows what the child modules do not."""
         return f"M={self.M}, aggregate={self.aggregate!r}"
-
-
-def _sum(maps: list[Tensor]) -> Tensor:
-    total = maps[0]
-    for x in maps[1:]:
-        total = total + x
-    return total
 
 
 def _branch_specs(
