@@ -582,24 +582,12 @@ INFERENCE_PASSES = {2: 5.1, 3: 7.1}
 SAVED_TENSORS = {2: 2.02, 3: 3.03}
 
 
-def fuse_select_of(
-    case: Case, device: torch.device, backend: Backend = "triton"
-) -> Callable[[bool], Tensor]:
-    xs = [x.detach().requires_grad_() for x in case.branches(device)]
-    both = {
-        training: beside_branches(
-            case.M, case.shape[1], d=4, batch_stats=training, dtype=torch.float32
-        )
-        for training in (True, False)
-    }
-    for arguments in both.values():
-        trained(arguments)
-
-    def run(training: bool) -> Tensor:
-        with use_backend(backend):
-            return functional.sk_fuse_select(xs, **both[training]).out
-
-    return run
+def operands(case: Case, device: torch.device, training: bool) -> dict[str, Any]:
+    """Returns all that `sk_fuse_select` takes, everything asking for a gradient."""
+    C, dtype = case.shape[1], torch.float32
+    arguments = beside_branches(case.M, C, d=4, batch_stats=training, dtype=dtype)
+    trained(arguments)
+    return arguments | {"branches": [x.detach().requires_grad_() for x in case.branches(device)]}
 
 
 def one_pass(case: Case) -> int:
@@ -610,13 +598,14 @@ def one_pass(case: Case) -> int:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("case", [TRAFFIC[0], TRAFFIC[-1]], ids=str)
 def test_traffic(case: Case, device: torch.device) -> None:
-    run = fuse_select_of(case, device)
-    with counted_bytes() as training:
-        torch.autograd.backward(run(True), case.tensor(device, 99))
-    assert 6 * case.M + 3 <= training.passes(one_pass(case)) <= TRAINING_PASSES[case.M]
-    with counted_bytes() as inference, torch.no_grad():
-        run(False)
-    assert 2 * case.M + 1 <= inference.passes(one_pass(case)) <= INFERENCE_PASSES[case.M]
+    training, inference = (operands(case, device, mode) for mode in (True, False))
+    with use_backend("triton"), counted_bytes() as count:
+        out = functional.sk_fuse_select(**training).out
+        torch.autograd.backward(out, case.tensor(device, 99))
+    assert 6 * case.M + 3 <= count.passes(one_pass(case)) <= TRAINING_PASSES[case.M]
+    with use_backend("triton"), counted_bytes() as count, torch.no_grad():
+        functional.sk_fuse_select(**inference)
+    assert 2 * case.M + 1 <= count.passes(one_pass(case)) <= INFERENCE_PASSES[case.M]
 
 
 @pytest.mark.parametrize(
@@ -667,15 +656,16 @@ def test_saved_for_the_backward(
     # What is kept is no matter of values: no kernel runs.
     monkeypatch.setattr(launching, "_PLANS", {})
     monkeypatch.setattr(launching, "_compiled", lambda first: lambda *pointers: None)
-    run = fuse_select_of(case, device, backend)
+    arguments = operands(case, device, training=True)
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run(True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with use_backend(backend), hooks:
+        functional.sk_fuse_select(**arguments)
     # PyTorch's own operators keep the u_i beside the branches.
     kept = 1 if backend == "triton" else 2
     assert case.M * kept <= sum(saved.values()) / one_pass(case) <= SAVED_TENSORS[case.M] * kept

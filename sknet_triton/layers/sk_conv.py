@@ -131,7 +131,8 @@ class SKConv(nn.Module):
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
         if self.aggregate == "sum":
             maps = [branch(x) for branch in self.branches]
-            return sum(maps[1:], start=maps[0])
+            total: Tensor = sum(maps[1:], start=maps[0])
+            return total
         fusible = parts.fusible(self._parts, x)
         if fusible is not None:
             found, way = fusible
