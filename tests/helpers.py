@@ -227,6 +227,15 @@ def assert_close(
         torch.testing.assert_close(got, exact, rtol=bound, atol=bound)
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Asserts that the block leaves the modules themselves and every value as they are."""
+    modules, state = [*model.modules()], copy.deepcopy(model.state_dict())
+    yield
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert_same(model.state_dict(), state, bound=0)
+
+
 def message_of(error: type[Exception], call: Callable[[], object]) -> str:
     """Returns the whole message of the error that ``call`` raises."""
     with pytest.raises(error) as caught:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Scrambled = TypeVar("Scrambled", bound=nn.Module)
 Tensors = Mapping[str, Tensor]
@@ -38,14 +39,15 @@ def scramble(module: Scrambled, seed: int = 0) -> Scrambled:
         tensor.copy_(low + (high - low) * drawn)
 
     with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            if "bn." in name or "norm." in name:
-                if name.endswith(("bn.weight", "norm.weight", "running_var")):
-                    uniform(tensor, 0.5, 1.5)
-                elif name.endswith(("bias", "running_mean")):
-                    uniform(tensor, -0.3, 0.3)
-            elif name.endswith("fc2.weight"):
-                uniform(tensor, -1.0, 1.0)
+        for path, child in module.named_modules():
+            if isinstance(child, (_BatchNorm, nn.LayerNorm)):
+                for name, tensor in child.state_dict().items():
+                    if name in ("weight", "running_var"):
+                        uniform(tensor, 0.5, 1.5)
+                    elif name in ("bias", "running_mean"):
+                        uniform(tensor, -0.3, 0.3)
+            elif path.endswith(("fc2", "fc_select")) and isinstance(child, (nn.Conv2d, nn.Linear)):
+                uniform(child.weight, -1.0, 1.0)
     return module
 
 

@@ -3,7 +3,6 @@
 import copy
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sknet_triton import SKConv, SKNet, SKNetFeatures, SKUnit, StageSpec, fuse_bn, use_backend
-from tests.helpers import EXACT, assert_same, is_plain, laid_out
+from tests.helpers import EXACT, is_plain, laid_out, unchanged
 from tests.plain_sknet import largest_error, scramble
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
@@ -119,15 +118,6 @@ def test_the_state_dict_has_biases_for_norms_and_can_be_loaded() -> None:
     fuse_bn(twin).load_state_dict(after)
     x = image(model)
     assert torch.equal(twin(x), model(x))
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Asserts that the block leaves the modules themselves and every value as they are."""
-    modules, state = [*model.modules()], copy.deepcopy(model.state_dict())
-    yield
-    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
-    assert_same(model.state_dict(), state, bound=0)
 
 
 def test_a_second_call_changes_nothing() -> None:
