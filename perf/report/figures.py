@@ -7,7 +7,7 @@ green. Lines, markers and hatches differ in print.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -191,7 +191,7 @@ def growth(rows: pd.DataFrame, sweeps: list[Sweep]) -> Figure:
             _draw_provider(panel, provider, sweep)
         _draw_copy(panel, sweep, rows.copy_gbps.max())
         _scale(panel, sweep)
-    panels[0].set_ylabel("ms, lower is faster (band: p20 to p80)", fontsize=SMALL + 2)
+    panels[0].set_ylabel("ms, lower is faster (band: p20 to p80)")
     handles = {
         label: handle
         for panel in panels
@@ -204,7 +204,6 @@ def growth(rows: pd.DataFrame, sweeps: list[Sweep]) -> Figure:
         loc="outside lower center",
         ncols=2,
         frameon=False,
-        fontsize=SMALL + 2,
         handlelength=3,
         labelspacing=0.8,
     )
@@ -258,15 +257,12 @@ def _scale(panel: Axes, sweep: Sweep) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])
     panel.xaxis.set_minor_locator(NullLocator())
-    panel.set_xlabel(sweep.label, fontsize=SMALL + 2)
+    panel.set_xlabel(sweep.label)
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_locator(NullLocator())
-    panel.tick_params(labelsize=SMALL + 2)
-    panel.set_axisbelow(True)
-    panel.grid(visible=True, color="0.9")
-    panel.spines[["top", "right"]].set_visible(False)
+    _open(panel, "both")
 
 
 def _title(row: "pd.Series[Any]") -> str:
@@ -349,6 +345,11 @@ def _draw(panel: Axes, table: pd.DataFrame, column: str) -> None:
     panel.tick_params(axis="y", labelsize=SMALL)
     panel.set_title(label, fontsize=SMALL + 1)
     panel.set_ylim(bottom=0)
-    panel.grid(visible=True, axis="y", color="0.9")
+    _open(panel, "y")
+
+
+def _open(panel: Axes, axis: Literal["both", "y"]) -> None:
+    """Draws a grid below the data, and no frame above and beside it."""
+    panel.grid(visible=True, axis=axis, color="0.9")
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

@@ -9,16 +9,21 @@ from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
+import torch
 
 from perf.static.aot import MODELLED, TARGETS, compile_launch
 from perf.static.model import ceiling
 from perf.static.specialisations import (
+    BATCHES,
+    FAST_SHAPE,
     LAYOUTS,
+    SHORT_ROWS,
     Setting,
     kernel_name,
     settings,
     streaming_kernel,
 )
+from sknet_kernels.config import MAX_BRANCHES
 from sknet_kernels.launch import Launch
 
 
@@ -28,8 +33,8 @@ def kernel_table(
     """Compiles the launches of every setting for ``targets``: a row each.
 
     With ``branches`` these are a training step's with so many branches of one shape. Else, of the
-    target that is modelled they are all, of others those whose kernels tell more; with ``at_risk``
-    only those of `Setting.at_risk`.
+    target that is modelled they are all, of others those whose kernels differ by more than a tile;
+    with ``at_risk`` only those that a change of tiles or compilers breaks first.
     """
     # By layouts first: those of one target share kernels, which the second finds in Triton's cache.
     order = [name for name in TARGETS if name in targets]
@@ -55,21 +60,35 @@ def _end_with_parent() -> None:
 
 def _rows(share: tuple[str, str, Sequence[int], bool]) -> list[dict[str, Any]]:
     target, layout, branches, at_risk = share
-    facts, modelled = TARGETS[target].facts, target == MODELLED
+    rows = []
+    for setting in settings(branches):
+        if setting.layout == layout:
+            launches = _launches(setting, target, branches, at_risk)
+            rows += [_row(setting, launch, target) for launch in launches]
+    return rows
 
-    def choice(setting: Setting) -> list[Launch]:
-        if branches:
-            return setting.training(facts)
-        if at_risk:
-            return setting.at_risk(facts, modelled)
-        return setting.launches(facts) if modelled else setting.telling(facts)
 
-    return [
-        _row(setting, launch, target)
-        for setting in settings(branches)
-        if setting.layout == layout
-        for launch in choice(setting)
-    ]
+def _launches(
+    setting: Setting, target: str, branches: Sequence[int], at_risk: bool
+) -> list[Launch]:
+    """Returns the launches of ``setting`` to compile: all, a training step's, or none."""
+    modelled, facts = target == MODELLED, TARGETS[target].facts
+    fast, most = setting.shape == FAST_SHAPE, setting.M == MAX_BRANCHES
+    if branches:
+        every, training = False, True
+    elif at_risk:
+        every = setting.is_fast
+        # float16 is bfloat16 but for a conversion.
+        training = (modelled and setting.dtype != torch.float16) or (fast and most)
+    else:
+        every = modelled or (fast and (setting.is_usual or most))
+        B, _, S = setting.shape
+        # Rows that do not fill a tile are read in ways of their own.
+        short = setting.layout == "contiguous" and S in SHORT_ROWS
+        training = fast or (setting.is_usual and short and BATCHES[-1] == B)
+    if every:
+        return setting.launches(facts)
+    return setting.training(facts) if training else []
 
 
 def _row(setting: Setting, launch: Launch, target: str) -> dict[str, Any]:

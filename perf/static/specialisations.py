@@ -46,19 +46,14 @@ class Setting:
     device: str | torch.device = "meta"
 
     @property
-    def is_fast(self) -> bool:
-        """Whether every access to a branch must be 16 bytes wide."""
-        return self.is_usual and self.shape == FAST_SHAPE
-
-    @property
     def is_usual(self) -> bool:
         """Whether branches are as networks have them, two in bfloat16."""
         return (self.M, self.dtype) == (2, torch.bfloat16)
 
     @property
-    def has_short_rows(self) -> bool:
-        """Whether rows of positions do not fill a tile, which are read in ways of their own."""
-        return self.layout == "contiguous" and self.shape[2] in SHORT_ROWS
+    def is_fast(self) -> bool:
+        """Whether every access to a branch must be 16 bytes wide."""
+        return self.is_usual and self.shape == FAST_SHAPE
 
     def branch(self) -> Tensor:
         """Returns a branch [B, C, S]."""
@@ -76,31 +71,6 @@ class Setting:
         with recorded(facts) as launches:
             _fuse_select(self, batch_stats=True)
         return launches
-
-    def telling(self, facts: DeviceFacts) -> list[Launch]:
-        """Returns of the launches those whose kernels differ from the others' by more than a tile.
-
-        With the fast shape these are all, or a training step's where branches are not the usual or
-        the most; of short rows it is a training step's of the larger batch.
-        """
-        if self.shape == FAST_SHAPE:
-            most = self.is_usual or self.M == MAX_BRANCHES
-            return self.launches(facts) if most else self.training(facts)
-        tells = self.is_usual and self.has_short_rows and self.shape[0] == BATCHES[-1]
-        return self.training(facts) if tells else []
-
-    def at_risk(self, facts: DeviceFacts, modelled: bool) -> list[Launch]:
-        """Returns of the launches those that a change of tiles or compilers breaks first.
-
-        These are all of the fast shape with two branches, and a training step's of it with the
-        most; where ``modelled``, a training step's of every setting but float16's, which is
-        bfloat16's but for a conversion.
-        """
-        if self.shape == FAST_SHAPE and self.is_usual:
-            return self.launches(facts)
-        most = self.shape == FAST_SHAPE and self.M == MAX_BRANCHES
-        tells = modelled and self.dtype != torch.float16
-        return self.training(facts) if tells or most else []
 
     def launches(self, facts: DeviceFacts) -> list[Launch]:
         """Returns what training launches and what inference and the stages by themselves launch."""
