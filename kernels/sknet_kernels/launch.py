@@ -73,7 +73,6 @@ class Launch:
         scalars: sizes and strides by name.
         constants: the ``tl.constexpr`` arguments by name.
         num_warps: warps a program.
-        num_stages: iterations of a main loop whose loads are under way together.
         maxnreg: registers that a thread may take; None leaves them to the compiler.
     """
 
@@ -83,13 +82,12 @@ class Launch:
     scalars: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
-    num_stages: int = 1
     maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        """Returns what the compiler is told beside the constants."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Returns what the compiler is told beside the constants; loops say their own stages."""
+        options = {"num_warps": self.num_warps, "num_stages": 1}
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
     @property

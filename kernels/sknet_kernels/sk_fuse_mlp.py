@@ -367,11 +367,13 @@ def _sk_hidden_bwd_kernel(
 
 
 @triton.jit
-def _hidden_block(hidden_ptr, dz_ptr, first, B, d, offs_d, norm, BLOCK_B: tl.constexpr):
+def _hidden_block(mlp, first, offs_d, norm, BLOCK_B: tl.constexpr):
     """Returns dy, hhat and z [BLOCK_B, BLOCK_D] of the images from ``first`` on, 0 past the last.
 
-    dy is the gradient of what the ReLU takes: dz where z > 0, else 0.
+    dy is the gradient of what the ReLU takes: dz where z > 0, else 0. ``mlp`` is hidden and dz
+    [B, d], their sizes and the pointers of fc1's norm.
     """
+    hidden_ptr, dz_ptr, B, d, _norm = mlp
     offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
     mask = (offs_b < B)[:, None] & (offs_d < d)[None, :]
     offs = offs_b[:, None] * d + offs_d[None, :]
@@ -384,12 +386,13 @@ def _hidden_block(hidden_ptr, dz_ptr, first, B, d, offs_d, norm, BLOCK_B: tl.con
 
 
 @triton.jit
-def _fc1_norm_bwd(hidden_ptr, dz_ptr, B, d, offs_d, norm, BLOCK_B: tl.constexpr):
+def _fc1_norm_bwd(mlp, offs_d, norm, BLOCK_B: tl.constexpr):
     """Returns dbeta and dgamma of fc1's norm, the sums over images of dy and of dy hhat."""
+    _hidden, dz_ptr, B, _d, _norm = mlp
     dbeta = tl.zeros([BLOCK_B, offs_d.shape[0]], dz_ptr.dtype.element_ty)
     dgamma = tl.zeros_like(dbeta)
     for first in range(0, B, BLOCK_B):
-        dy, hhat, _ = _hidden_block(hidden_ptr, dz_ptr, first, B, d, offs_d, norm, BLOCK_B)
+        dy, hhat, _ = _hidden_block(mlp, first, offs_d, norm, BLOCK_B)
         dbeta += dy
         dgamma += dy * hhat
     return tl.sum(dbeta, axis=0), tl.sum(dgamma, axis=0)
@@ -397,11 +400,11 @@ def _fc1_norm_bwd(hidden_ptr, dz_ptr, B, d, offs_d, norm, BLOCK_B: tl.constexpr)
 
 @triton.jit
 def _dhidden_block(
-    hidden_ptr, dz_ptr, first, B, d, offs_d, norm, sums, BATCH_STATS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):  # fmt: skip
+    mlp, first, offs_d, norm, sums, BATCH_STATS: tl.constexpr, BLOCK_B: tl.constexpr
+):
     """Returns the gradient [BLOCK_B, BLOCK_D] of fc1's output; sums as of `_fc1_norm_bwd`."""
-    dy, hhat, _ = _hidden_block(hidden_ptr, dz_ptr, first, B, d, offs_d, norm, BLOCK_B)
+    _hidden, _dz, B, d, _norm = mlp
+    dy, hhat, _ = _hidden_block(mlp, first, offs_d, norm, BLOCK_B)
     if BATCH_STATS:
         dbeta, dgamma = sums
         images = tl.cast(B, dy.dtype)
@@ -414,17 +417,13 @@ def _dhidden_block(
 @triton.jit
 def _norms_bwd(
     gradients,
+    mlp,
     sums_ptr,
-    dz_ptr,
     logits_ptr,
-    hidden_ptr,
-    fc1_norm_ptrs,
     weight_ptr,
     weight_strides,
     pid,
-    B,
     C,
-    d,
     S,
     NUM_BRANCHES: tl.constexpr,
     BATCH_STATS: tl.constexpr,
@@ -434,6 +433,7 @@ def _norms_bwd(
     BLOCK_D: tl.constexpr,
 ):
     """Fills share, drift, gamma and beta of block ``pid`` of the channels."""
+    hidden_ptr, _dz, B, d, fc1_norm_ptrs = mlp
     ACC: tl.constexpr = hidden_ptr.dtype.element_ty
     offs_c = pid.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -444,7 +444,7 @@ def _norms_bwd(
     # A tile [BLOCK_D, BLOCK_C].
     weight = tl.load(weight_ptr + offs_weight, mask=mask_weight, other=0.0).to(ACC)
     norm = _fc1_norm(fc1_norm_ptrs, offs_d, d, EPS, ACC)
-    sums = _fc1_norm_bwd(hidden_ptr, dz_ptr, B, d, offs_d, norm, BLOCK_B)
+    sums = _fc1_norm_bwd(mlp, offs_d, norm, BLOCK_B)
     positions = tl.cast(S, ACC)
     row = tl.cast(B, tl.int64) * NUM_BRANCHES * C
     # The terms of a_i and those of share apart: a product has a layout of its own, and what meets
@@ -454,9 +454,7 @@ def _norms_bwd(
         offs_b = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_B)
         mask = (offs_b < B)[:, None] & mask_c[None, :]
         offs = offs_b[:, None] * NUM_BRANCHES * C + offs_c[None, :]
-        dhidden = _dhidden_block(
-            hidden_ptr, dz_ptr, first, B, d, offs_d, norm, sums, BATCH_STATS, BLOCK_B
-        )
+        dhidden = _dhidden_block(mlp, first, offs_d, norm, sums, BATCH_STATS, BLOCK_B)
         share = tl.dot(dhidden, weight, input_precision="ieee", out_dtype=ACC) / positions
         _store(gradients.share, offs_b[:, None] * C + offs_c[None, :], share, mask)
         attn = branch_weights(logits_ptr, (0, C, 1), 0, offs, mask, NUM_BRANCHES, "softmax", ACC)
@@ -493,14 +491,10 @@ def _norms_bwd(
 def _weight_bwd(
     LAYER: tl.constexpr,
     gradients,
+    mlp,
     columns_ptr,
-    dz_ptr,
-    hidden_ptr,
-    fc1_norm_ptrs,
     pid,
-    B,
     N,
-    d,
     BATCH_STATS: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -512,6 +506,7 @@ def _weight_bwd(
     fc1: dweight [d, N] = dhidden^T columns, columns being pooled [B, N], and the vectors [d] of its
     bias and norm. fc2: dweight [N, d] = columns^T z, columns being dlogits [B, N], and dbias [N].
     """
+    hidden_ptr, _dz, B, d, fc1_norm_ptrs = mlp
     ACC: tl.constexpr = hidden_ptr.dtype.element_ty
     blocks_d = tl.cdiv(d, BLOCK_D)
     offs_n = (pid // blocks_d).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -519,7 +514,7 @@ def _weight_bwd(
     mask_n, mask_d = offs_n < N, offs_d < d
     norm = _fc1_norm(fc1_norm_ptrs, offs_d, d, EPS, ACC)
     if LAYER == "fc1":
-        sums = _fc1_norm_bwd(hidden_ptr, dz_ptr, B, d, offs_d, norm, BLOCK_B)
+        sums = _fc1_norm_bwd(mlp, offs_d, norm, BLOCK_B)
     dbias = tl.zeros([BLOCK_D if LAYER == "fc1" else BLOCK_N], ACC)
     dweight = tl.zeros([BLOCK_D, BLOCK_N], ACC)
     for first in range(0, B, BLOCK_B):
@@ -529,12 +524,10 @@ def _weight_bwd(
         mask = (offs_b < B)[:, None] & mask_n[None, :]
         columns = tl.load(columns_ptr + offs, mask=mask, other=0.0)
         if LAYER == "fc1":
-            rows = _dhidden_block(
-                hidden_ptr, dz_ptr, first, B, d, offs_d, norm, sums, BATCH_STATS, BLOCK_B
-            )
+            rows = _dhidden_block(mlp, first, offs_d, norm, sums, BATCH_STATS, BLOCK_B)
             dbias += tl.sum(rows, axis=0)
         else:
-            _, _, rows = _hidden_block(hidden_ptr, dz_ptr, first, B, d, offs_d, norm, BLOCK_B)
+            _, _, rows = _hidden_block(mlp, first, offs_d, norm, BLOCK_B)
             dbias += tl.sum(columns, axis=0)
         dweight += tl.dot(tl.trans(rows), columns, input_precision="ieee", out_dtype=ACC)
     mask = mask_d[:, None] & mask_n[None, :]
@@ -591,22 +584,22 @@ def _sk_channels_bwd_kernel(
     pid, channels = tl.program_id(0), tl.cast(C, tl.int64)
     first_fc1 = tl.cdiv(channels, BLOCK_C)
     first_fc2 = first_fc1 + tl.cdiv(channels, BLOCK_N) * tl.cdiv(d, BLOCK_D)
+    mlp = (hidden_ptr, dz_ptr, B, d, fc1_norm_ptrs)
     if pid < first_fc1:
         _norms_bwd(
-            gradients, sums_ptr, dz_ptr, logits_ptr, hidden_ptr, fc1_norm_ptrs, weight_ptr,
-            weight_strides, pid, B, C, d, S,
+            gradients, mlp, sums_ptr, logits_ptr, weight_ptr, weight_strides, pid, C, S,
             NUM_BRANCHES, BATCH_STATS, EPS, BLOCK_B, BLOCK_C, WHOLE_D,
         )  # fmt: skip
     elif pid < first_fc2:
+        block = (pid - first_fc1).to(tl.int32)
         _weight_bwd(
-            "fc1", gradients, pooled_ptr, dz_ptr, hidden_ptr, fc1_norm_ptrs,
-            (pid - first_fc1).to(tl.int32), B, channels, d,
+            "fc1", gradients, mlp, pooled_ptr, block, channels,
             BATCH_STATS, EPS, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
+        block = (pid - first_fc2).to(tl.int32)
         _weight_bwd(
-            "fc2", gradients, dlogits_ptr, dz_ptr, hidden_ptr, fc1_norm_ptrs,
-            (pid - first_fc2).to(tl.int32), B, channels * NUM_BRANCHES, d,
+            "fc2", gradients, mlp, dlogits_ptr, block, channels * NUM_BRANCHES,
             BATCH_STATS, EPS, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
