@@ -153,6 +153,19 @@ def test_what_magnifies_an_average_magnifies_what_a_sum_may_be_off() -> None:
     assert not oracle.judge(Evaluation(forgotten, {})).passed
 
 
+@pytest.mark.parametrize(
+    ("function", "least", "most"), [(torch.relu, 0.1, 1.0), (torch.neg, 0.0, 1e-12)]
+)
+def test_relus_near_zero_and_nothing_else_widen_the_bound_of_gradients(
+    function: Forward, least: float, most: float
+) -> None:
+    x = torch.randn(4, 16, 4, 4)
+    x[0] *= 1e-9
+    module = baseline.Function(function)
+    oracle = gate.consult(lambda case: module, small("sk_conv", "train"), (x,), seed=0)
+    assert least <= oracle.condition <= most
+
+
 @pytest.mark.parametrize("workload", ["sk_fuse", "sk_select", "sknet26"])
 def test_what_hardly_magnifies_hardly_widens_the_bound(workload: str) -> None:
     case = small(workload, "infer")

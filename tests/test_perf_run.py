@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -116,6 +117,15 @@ def test_budget_ends_in_the_middle_of_a_case_and_says_what_is_missing(
     assert time.perf_counter() - start < 20
     assert "the budget is spent: 3 of 6 rows done; missing" in capsys.readouterr().out
     assert len(schema.read(out)) == 3
+
+
+def test_a_case_that_the_budget_cuts_ends_the_sweep_with_what_is_ready(
+    monkeypatch: Patch, tmp_path: Path, capsys: Printed
+) -> None:
+    made_up = make_up(monkeypatch)
+    monkeypatch.setattr(sweep, "measure_case", lambda case, two, *_: made_up(case, two[:1], *_))
+    assert main([*TINY, *UNCOMPILED[:3], "--out", str(tmp_path / "a.csv")]) == 0
+    assert "the budget is spent: 1 of 6 rows done; missing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -461,6 +471,15 @@ def test_report_with_line_breaks_of_another_system_is_read(folder: Path, capsys:
     (folder / "a.csv").write_bytes(WHOLE.replace(b"\n", b"\r\n"))
     assert main(["compare", "a.csv", str(REPORT)]) == 0
     assert "slower" not in capsys.readouterr().out
+
+
+def test_report_of_an_older_version_is_read_and_not_gone_on_with(
+    folder: Path, refused: Refused
+) -> None:
+    older = pd.read_csv(REPORT, dtype=str, keep_default_na=False).drop(columns="timed_threads")
+    older.to_csv("a.csv", index=False)
+    assert "not exactly the columns of this version" in refused("run", "--out=a.csv", "--resume")
+    assert main(["summary", "a.csv"]) == 0
 
 
 def test_failure_of_the_harness_is_no_verdict(monkeypatch: Patch, capsys: Printed) -> None:
