@@ -14,17 +14,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 from sknet_triton import Backend, SKConv, SKNet, SKUnit, StageSpec, use_backend
-from tests.helpers import BACKENDS, EXACT_NETWORK, Seen, assert_same, needs_compiler, outcome
+from tests.helpers import (
+    BACKENDS,
+    EXACT_NETWORK,
+    Seen,
+    assert_same,
+    images,
+    needs_compiler,
+    outcome,
+    small_conv,
+)
 from tests.plain_sknet import largest_error, scramble
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "on_the_device")
 
 TINY = (StageSpec(32, 1, 2),)
 SMALL = (StageSpec(32, 1, 1), StageSpec(64, 2, 2))
-
-
-def conv(stride: int = 1, M: int = 2, **options: str) -> nn.Module:
-    return scramble(SKConv(8, 8, stride, M, G=4, **options)).double()  # type: ignore[arg-type]  # of strings
 
 
 def network(stages: tuple[StageSpec, ...] = TINY) -> SKNet:
@@ -36,10 +41,10 @@ def drawn(*shape: int) -> Tensor:
 
 
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "SKConv-M2": (conv, (4, 8, 7, 6)),
-    "SKConv-M3-stride2": (lambda: conv(2, 3), (4, 8, 9, 6)),
-    "SKConv-sum": (lambda: conv(aggregate="sum"), (4, 8, 7, 6)),
-    "SKConv-layer": (lambda: conv(fc_norm="layer"), (1, 8, 7, 6)),
+    "SKConv-M2": (small_conv, (4, 4, 7, 6)),
+    "SKConv-M3-stride2": (lambda: small_conv(stride=2, M=3), (4, 4, 9, 6)),
+    "SKConv-sum": (lambda: small_conv(aggregate="sum"), (4, 4, 7, 6)),
+    "SKConv-layer": (lambda: small_conv(fc_norm="layer"), (1, 4, 7, 6)),
     "SKNet": (lambda: network(SMALL), (4, 3, 32, 32)),
 }
 
@@ -61,9 +66,9 @@ def test_a_step_and_inference_are_one_graph_each_and_equal_eager(name: str) -> N
 @pytest.mark.slow
 @needs_compiler
 def test_inductor_infers_like_eager_and_keeps_channels_last() -> None:
-    module = conv().eval()
+    module = small_conv().eval()
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = drawn(4, 8, 7, 6).contiguous(memory_format=torch.channels_last)
+    x = images().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         out = torch.compile(module, fullgraph=True)(x)
         assert out.is_contiguous(memory_format=torch.channels_last)
@@ -105,12 +110,12 @@ def test_inductor_copies_nothing_between_convolutions_and_operators(
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_other_modes_of_inductor_train_like_eager(mode: str) -> None:
-    eager = conv()
+    eager = small_conv()
     module = copy.deepcopy(eager)
     compiled = torch.compile(module, fullgraph=True, mode=mode)
     for _ in range(4):  # recorded in the second call, replayed from the third
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch leaves it so
-        x = drawn(4, 8, 7, 6)
+        x = images()
         assert_same(outcome(compiled, module, x), outcome(eager, eager, x), EXACT_NETWORK)
 
 
@@ -143,7 +148,7 @@ def test_other_batches_and_resolutions_recompile_at_most_once(
 
 
 def test_the_backend_is_chosen_at_compilation_and_a_change_recompiles() -> None:
-    module, x = conv().eval(), drawn(4, 8, 7, 6)
+    module, x = small_conv().eval(), images()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
     with torch.no_grad():
@@ -160,9 +165,9 @@ def test_the_backend_is_chosen_at_compilation_and_a_change_recompiles() -> None:
 
 @pytest.mark.slow
 def test_the_error_for_batch_1_in_training_reaches_the_caller() -> None:
-    compiled = torch.compile(SKConv(8, 8, G=4), backend="eager")
+    compiled = torch.compile(small_conv(), backend="eager")
     with pytest.raises(ValueError, match=r"batch of at least 2.*got 1"):
-        compiled(torch.randn(1, 8, 7, 6))
+        compiled(images(1))
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 import copy
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,15 +37,6 @@ def computed(sk: SKConv, x: Tensor) -> dict[str, Tensor]:
     return {"pooled": pooled, "out": out, "layer": sk(x).detach()}
 
 
-@contextmanager
-def chosen(backend: Backend, method: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Chooses for a child: a forked one inherits the choice, a spawned one the environment."""
-    if method == "spawn":
-        monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
-    with use_backend(backend):
-        yield
-
-
 def child(_: int, sk: SKConv, folder: str, train: bool) -> None:
     torch.set_num_threads(1)
     fill_fresh_memory_with_nan()
@@ -77,7 +66,9 @@ def test_a_child_computes_with_parameters_in_shared_memory_and_trains_them(
     twin = copy.deepcopy(sk)
     # A forked child may not run a backward once its parent has run one on a GPU.
     train = method == "spawn"
-    with chosen(backend, method, monkeypatch):
+    if method == "spawn":  # a forked child inherits the block, a spawned one the environment
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, backend)
+    with use_backend(backend):
         computed(twin.eval(), images(2, device=CPU))
         cast(Any, mp).start_processes(
             child, (sk, str(tmp_path), train), nprocs=1, start_method=method
