@@ -3,7 +3,9 @@
 import copy
 import os
 import shutil
+import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +31,8 @@ needs_compiler = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parent.parent
+# Where packages are installed.
+SITE = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 # Where kernels run: a GPU, or the CPU under the interpreter.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -148,6 +152,26 @@ def source_environment(**variables: str) -> dict[str, str]:
     """Returns the environment of a child process that imports this checkout."""
     roots = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {**os.environ, "PYTHONPATH": roots, **variables}
+
+
+def run_python(*arguments: str | Path, cwd: Path = ROOT, **variables: str) -> str:
+    """Runs Python in a process that imports this checkout; returns what it prints."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, env=source_environment(**variables), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_alone(code: str, *path: str | Path, cwd: Path, **variables: str) -> str:
+    """Runs ``code`` in a process that imports from ``path`` and nowhere else; returns its output.
+
+    -I and -S leave the checkout, the user's folder and every .pth file out.
+    """
+    found = f"import sys\nsys.path[:0] = {[*map(str, path)]}\n"
+    variables = {"TRITON_INTERPRET": "0", "SKNET_TRITON_BACKEND": "auto", **variables}
+    return run_python("-I", "-S", "-c", found + code, cwd=cwd, **variables)
 
 
 def laid_out(x: Tensor, layout: Layout) -> Tensor:

@@ -2,17 +2,14 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_python
 
 # From the lowest floor up. A module may import its own floor's package and whatever lies below.
 FLOORS = (
@@ -40,6 +37,7 @@ FLOORS = (
     {"perf.commands"},
     {"perf", "tests"},
 )
+FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
 # The mathematics in plain PyTorch stands on nothing of ours, and the kernels neither; of these it
 # takes the records that both are given.
 STANDS_ALONE = {"sknet_triton.backend", "sknet_triton.reference", "sknet_kernels"}
@@ -57,23 +55,11 @@ def sources() -> Iterator[tuple[str, Path]]:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def floor(module: str) -> int | None:
-    """Returns the floor that ``module`` is on, None for a module that is not ours."""
-    name = module
-    while name:
-        for i, names in enumerate(FLOORS):
-            if name in names:
-                return i
-        name = name.rpartition(".")[0]
-    return None
-
-
-def owner(module: str) -> str:
-    """Returns the entry of FLOORS that ``module`` belongs to."""
-    name = module
-    while name not in set().union(*FLOORS):
-        name = name.rpartition(".")[0]
-    return name
+def owner(module: str) -> str | None:
+    """Returns the entry of FLOORS that ``module`` belongs to, None for one not ours."""
+    while module and module not in FLOOR_OF:
+        module = module.rpartition(".")[0]
+    return module or None
 
 
 def is_module(name: str) -> bool:
@@ -103,29 +89,23 @@ MODULES = dict(sources())
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("tests")])
 def test_imports_run_downwards(module: str) -> None:
-    here = floor(module)
+    here = owner(module)
     assert here is not None
     for name, line in imported(MODULES[module]):
-        there = floor(name)
-        if there is None or owner(name) == owner(module):
-            continue
-        assert there < here, (
-            f"{MODULES[module]}:{line}: {module} imports {name}, which is not below"
-        )
-        alone = owner(module) in STANDS_ALONE and name != RECORDS
-        assert not alone, f"{module} imports {name}, and stands alone"
+        there = owner(name)
+        if there not in (None, here):
+            what = f"{MODULES[module]}:{line}: {module} imports {name}"
+            assert FLOOR_OF[there] < FLOOR_OF[here], f"{what}, which is not below"
+            assert here not in STANDS_ALONE or name == RECORDS, f"{what}, and stands alone"
 
 
-def test_every_module_of_the_package_has_a_floor_of_its_own() -> None:
-    named = set().union(*FLOORS)
-    missing = {".".join(m.split(".")[:2]) for m in MODULES if m.startswith("sknet_triton.")} - named
+def test_every_module_of_the_package_and_room_of_the_harness_has_a_floor_of_its_own() -> None:
+    rooms = {
+        ".".join(m.split(".")[:2]) for m in MODULES if m.startswith(("sknet_triton.", "perf."))
+    }
+    missing = rooms - {"perf.__main__"} - FLOOR_OF.keys()
     assert not missing, f"name the floor of {missing} in FLOORS"
-    assert all(any(owner(m) == name for m in MODULES) for name in named), "a floor is empty"
-
-
-def test_every_room_of_the_harness_has_a_floor_of_its_own() -> None:
-    rooms = {".".join(m.split(".")[:2]) for m in MODULES if m.startswith("perf.")}
-    assert rooms - {"perf.__main__"} <= set().union(*FLOORS)
+    assert set(map(owner, MODULES)) == FLOOR_OF.keys(), "a floor is empty"
 
 
 def test_a_name_stands_for_one_thing_on_all_floors() -> None:
@@ -152,15 +132,10 @@ def test_the_check_sees_an_import_that_runs_upwards(tmp_path: Path) -> None:
     path.write_text(
         "def f():\n    from sknet_triton import layers, use_backend\nimport triton.jit\n"
     )
-    assert sorted(imported(path)) == [
-        ("sknet_triton", 2),
-        ("sknet_triton.layers", 2),
-        ("triton.jit", 3),
-    ]
-    below, above = floor("sknet_triton.functional"), floor("sknet_triton.layers.sk_conv")
-    assert below is not None
-    assert above is not None
-    assert below < above
+    seen = [("sknet_triton", 2), ("sknet_triton.layers", 2), ("triton.jit", 3)]
+    assert sorted(imported(path)) == seen
+    owners = "sknet_triton.layers", "sknet_triton", None
+    assert tuple(map(owner, ("sknet_triton.layers.sk_conv", "sknet_triton.new", "torch"))) == owners
 
 
 def test_kernels_is_a_source_root_and_no_package() -> None:
@@ -177,6 +152,7 @@ import builtins, os, sys, warnings
 
 warnings.simplefilter("error")
 import torch  # whatever torch does at its own import is not ours
+sys.stderr = sys.stdout  # a word there is no JSON
 
 read = []
 class Spy(dict):
@@ -202,15 +178,8 @@ print(json.dumps({"read": read, "asked": asked, "loaded": loaded, "triton": trit
 
 
 def test_importing_reads_no_environment_asks_no_device_and_loads_no_triton() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(root) for root in SOURCE_ROOTS)
-    environment["SKNET_TRITON_BACKEND"] = "gpu"  # it is wrong, and refused where it is used
-    run = subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
-    seen = json.loads(run.stdout)
+    # That backend is refused where it is used.
+    seen = json.loads(run_python("-c", PROBE, SKNET_TRITON_BACKEND="gpu", TRITON_INTERPRET="0"))
     assert seen["triton"] is False
     # Dynamo takes as long to import as torch itself, and brings triton along.
     assert seen["extras"] == []
@@ -221,6 +190,9 @@ def test_importing_reads_no_environment_asks_no_device_and_loads_no_triton() -> 
 
 
 # Environment variables and documents
+
+
+READERS = ("os.environ.get", "os.getenv", "os.environ.setdefault")
 
 
 def environment_variables() -> Iterator[tuple[str, str]]:
@@ -238,13 +210,8 @@ def environment_variables() -> Iterator[tuple[str, str]]:
         }
         for node in ast.walk(tree):
             key: ast.expr | None = None
-            if isinstance(node, ast.Call) and node.args:
-                if ast.unparse(node.func) in (
-                    "os.environ.get",
-                    "os.getenv",
-                    "os.environ.setdefault",
-                ):
-                    key = node.args[0]
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in READERS:
+                key = node.args[0]
             elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
                 key = node.slice
             if isinstance(key, ast.Constant):

@@ -1,8 +1,6 @@
 """The same bits over calls and over processes, also where a row is split among programs."""
 
 import hashlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from sknet_kernels.config import FUSE, SELECT_BWD, DeviceFacts, Problem
 from sknet_triton import Backend, SKConv, functional, use_backend
-from tests.helpers import BACKENDS, DEVICE, ROOT, laid_out, small_conv, source_environment
+from tests.helpers import BACKENDS, DEVICE, ROOT, laid_out, run_python, small_conv
 
 KERNELS = ROOT / "kernels" / "sknet_kernels"
 
@@ -90,14 +88,7 @@ def test_processes_give_the_same_bits() -> None:
         "from tests import conftest, test_determinism as t\n"
         f"for subject in {drawn}: print(t.digest(t.results(*subject)))"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=source_environment(PYTHONHASHSEED="1"),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    printed = run_python("-c", program, PYTHONHASHSEED="1").split()
     here = [digest(results(*subject)) for subject in drawn]
     assert printed == here
     assert len(set(here)) == len(here)

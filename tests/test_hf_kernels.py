@@ -7,12 +7,8 @@ text, so nothing that runs there leans on this process.
 import ast
 import importlib.util
 import inspect
-import os
 import re
 import shutil
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -21,7 +17,7 @@ import torch
 
 from sknet_triton.hf_kernel import __main__ as builder
 from sknet_triton.hf_kernel.__main__ import PACKAGES, VARIANT, build_repository, collect, rewrite
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SITE, run_alone
 
 # Without a file of its own, what was found is this checkout's folder of that name.
 needs_kernels = pytest.mark.skipif(
@@ -29,12 +25,9 @@ needs_kernels = pytest.mark.skipif(
     reason="kernels is in the extra dev, which is not installed",
 )
 
-# -I and -S leave the checkout, the user's folder and every .pth file out; the path is what is given
-# and what is installed. Where this package is installed itself, None refuses its import.
+# Where this package is installed itself, None refuses its import.
 ALONE = "sys.modules.update(sknet_triton=None, sknet_kernels=None)"
 CHILD = """
-import sys
-sys.path[:0] = {path}
 {first}
 import torch
 torch.manual_seed(0)
@@ -50,28 +43,22 @@ def in_a_child(
     child: Callable[..., None], *arguments: str, tmp_path: Path, beside: bool = False
 ) -> None:
     """Runs ``child(*arguments)`` in a fresh process, alone or with the checkout on its path."""
-    site = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    checkout = [str(ROOT), str(ROOT / "kernels")]
     code = CHILD.format(
-        path=checkout + site if beside else site,
         first="" if beside else ALONE,
         source=inspect.getsource(child),
         name=child.__name__,
         arguments=arguments,
     )
-    environment = {k: v for k, v in os.environ.items() if k != "SKNET_TRITON_BACKEND"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    environment |= {"TRITON_INTERPRET": "1"}  # the tensors are on the CPU, here and beside a GPU
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code],
+    out = run_alone(
+        code,
+        *([ROOT, ROOT / "kernels"] if beside else []),
+        *SITE,
         cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path / "hf"),
+        TRITON_INTERPRET="1",  # the tensors are on the CPU, here and beside a GPU
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("done\n")
+    assert out.endswith("done\n")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 
 from perf.rows.schema import Launches
 from perf.static.launches import install, launching_operators
-from tests.helpers import ROOT, source_environment
+from tests.helpers import run_python
 
 FOUR_PROVIDERS = """
 import itertools, json, torch, sknet_triton as skt
@@ -53,21 +51,9 @@ def test_operators_that_a_backend_carries_out(name: str) -> None:
     assert launching_operators(call) == expected
 
 
-def run_compiled(*arguments: str) -> str:
-    """Runs Python in a process that compiles, and returns what it prints."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=source_environment(TRITON_INTERPRET="0"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
-
-
 @pytest.mark.slow
 def test_every_provider_is_counted_in_training_and_inference() -> None:
-    out = run_compiled("-c", FOUR_PROVIDERS)
+    out = run_python("-c", FOUR_PROVIDERS, TRITON_INTERPRET="0")
     counted, (first, again) = json.loads(out)
     assert first == again == ["_sk_select_fwd_kernel", first[1]]
     assert first[1] >= 2
@@ -95,7 +81,8 @@ def test_a_process_that_interprets_launches_nothing(monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_host_times_both_sides_and_writes_a_report(tmp_path: Path) -> None:
     path = tmp_path / "host.csv"
-    run_compiled("-m", "perf", "host", "--rounds", "2", "--out", str(path))
+    host = ("-m", "perf", "host", "--rounds", "2", "--out", path)
+    run_python(*host, TRITON_INTERPRET="0")
     report = pd.read_csv(path)
     rows = list(zip(report.M, report["mode"], strict=True))
     assert rows == list(itertools.product((2, 3), ("infer", "train")))

@@ -1,38 +1,15 @@
 """The wheel: what it holds, that it installs elsewhere, and that it works without triton."""
 
-import os
 import re
-import subprocess
-import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from sknet_triton.hf_kernel.__main__ import build_repository
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SITE, run_alone, run_python
 
 pytestmark = pytest.mark.slow
-
-
-def run(*command: str | Path, cwd: Path | None = None) -> str:
-    """Runs a command in an environment that knows nothing of this checkout; returns its output."""
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("PYTHONPATH", "TRITON_INTERPRET", "SKNET_TRITON_BACKEND")
-    }
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +17,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for needed in ("build", "hatchling"):
         pytest.importorskip(needed, reason=f"{needed} is in the extra dev, which is not installed")
     out = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
+    run_python("-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT, cwd=out)
     (built,) = out.glob("*.whl")
     return built
 
@@ -48,8 +25,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("installed")
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
-    run(*pip, "--target", target, wheel, cwd=target)
+    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
+    run_python(*pip, "--target", target, wheel, cwd=target)
     return target
 
 
@@ -76,17 +53,10 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
-# Works on a path made of the installed wheel and a list of other folders, and on nothing else: -I
-# and -S leave the checkout, the user's folder and every .pth file out.
-FRESH = """
-import sys
-sys.path[:0] = sys.argv[1:]
-"""
-
 FORWARD_AND_BACKWARD = """
-import torch, sknet_triton, sknet_kernels
+import sys, torch, sknet_triton, sknet_kernels
 where = {m.__file__.rsplit("/", 2)[0] for m in (sknet_triton, sknet_kernels)}
-assert where == {sys.argv[1]}, where
+assert where == {sys.path[0]}, where
 net = sknet_triton.SKNet((sknet_triton.StageSpec(32, 1, 2),), num_classes=3)
 net(torch.randn(2, 3, 32, 32)).sum().backward()
 assert all(p.grad is not None for p in net.parameters())
@@ -95,14 +65,12 @@ print("trained", "triton" in sys.modules)
 
 
 def test_the_installed_wheel_imports_from_its_own_place(installed: Path) -> None:
-    site = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    code = FRESH + FORWARD_AND_BACKWARD
-    out = run(sys.executable, "-I", "-S", "-c", code, installed, *site, cwd=installed)
+    out = run_alone(FORWARD_AND_BACKWARD, installed, *SITE, cwd=installed)
     assert out == "trained False\n"
 
 
 WRITE_HF_KERNEL = """
-import runpy
+import runpy, sys
 sys.argv[1:] = ["repository"]
 runpy.run_module("sknet_triton.hf_kernel", run_name="__main__", alter_sys=True)
 """
@@ -111,9 +79,7 @@ runpy.run_module("sknet_triton.hf_kernel", run_name="__main__", alter_sys=True)
 def test_the_installed_wheel_writes_the_kernel_repository_of_the_checkout(
     installed: Path, tmp_path: Path
 ) -> None:
-    site = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    code = FRESH + WRITE_HF_KERNEL
-    run(sys.executable, "-I", "-S", "-c", code, installed, *site, cwd=tmp_path)
+    run_alone(WRITE_HF_KERNEL, installed, *SITE, cwd=tmp_path)
     build_repository(tmp_path / "checkout")
     written, expected = (
         {path.relative_to(top): path.read_bytes() for path in top.rglob("*") if path.is_file()}
@@ -127,7 +93,7 @@ def test_the_installed_wheel_writes_the_kernel_repository_of_the_checkout(
 def without_triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a link to everything that is installed, except triton and this project."""
     links = tmp_path_factory.mktemp("without_triton")
-    for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+    for site in SITE:
         for path in Path(site).iterdir():
             ours = path.name.startswith(("triton", "pytorch_triton", "sknet", "_sknet"))
             link = links / path.name
@@ -136,15 +102,8 @@ def without_triton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return links
 
 
-def test_everything_but_the_kernels_works_where_triton_is_absent(
-    installed: Path, without_triton: Path
-) -> None:
-    code = (
-        FRESH
-        + 'import importlib.util\nassert importlib.util.find_spec("triton") is None\n'
-        + FORWARD_AND_BACKWARD
-        + """
-import torch.utils.flop_counter
+WITHOUT_TRITON = """
+import importlib.util, torch.utils.flop_counter
 from sknet_triton import functional, sknet50, use_backend
 branches = [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]
 for name in ("auto", "reference"):
@@ -160,8 +119,12 @@ compiled = torch.compile(sknet_triton.SKConv(32, 32), fullgraph=True, backend="a
 compiled(torch.randn(2, 32, 6, 5)).sum().backward()
 print("compiled", importlib.util.find_spec("triton"))
 """
-    )
-    out = run(sys.executable, "-I", "-S", "-c", code, installed, without_triton, cwd=installed)
+
+
+def test_everything_but_the_kernels_works_where_triton_is_absent(
+    installed: Path, without_triton: Path
+) -> None:
+    out = run_alone(FORWARD_AND_BACKWARD + WITHOUT_TRITON, installed, without_triton, cwd=installed)
     assert out == (
         "trained False\n"
         "backend: 'triton' needs the package triton, which is not installed\n"

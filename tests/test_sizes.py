@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,12 +32,11 @@ from tests.address_arithmetic import narrow_offsets
 from tests.helpers import (
     BACKENDS,
     DEVICE,
-    ROOT,
     Seen,
     assert_same,
     averaged,
     outcome,
-    source_environment,
+    run_python,
     weighed,
     weights,
 )
@@ -202,14 +199,7 @@ def all_close(actual: Iterable[Tensor], exact: Iterable[Tensor]) -> None:
 @pytest.mark.slow
 def test_no_compiled_offset_is_32_bits_wide() -> None:
     """The interpreter's widths are not the compiler's: it counts positions in 32 bits."""
-    printed = subprocess.run(
-        [sys.executable, "-m", "tests.address_arithmetic"],
-        cwd=ROOT,
-        env=source_environment(TRITON_INTERPRET="0"),
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    printed = run_python("-m", "tests.address_arithmetic", TRITON_INTERPRET="0")
     assert set(printed.splitlines()) == kernel_names()  # and no line with a find
 
 
