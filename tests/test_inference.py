@@ -140,37 +140,22 @@ def test_convolutions_that_someone_else_holds_are_not_written_to(trained: bool) 
 # --- rounding -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["SKNet", "M3", "sum"])
-def test_a_network_in_low_precision_is_as_close_as_before(name: str, dtype: torch.dtype) -> None:
-    """In the norm, against float64.
-
-    The fold trades the norm's roundings of the activations for as many of the weights; the rest
-    of the network carries both alike.
-    """
-    model = build(name, dtype)
-    exact = copy.deepcopy(model).double()
-    x = image(model, dtype)
-    (oracle,), (before,) = outputs(exact, x.double()), outputs(model, x)
-    (after,) = outputs(fuse_bn(model), x)
-    slack = 2 * torch.finfo(dtype).eps * oracle.norm()
-    assert (after - oracle).norm() <= 2 * (before - oracle).norm() + slack
-
-
-def test_a_bfloat16_weight_is_rounded_once() -> None:
-    unit = build("SKUnit", torch.bfloat16)
+# bfloat16 is folded in float32 and rounded once; float32's own fold rounds a few times.
+@pytest.mark.parametrize(("dtype", "roundings"), [(torch.bfloat16, 0.51), (torch.float32, 2.0)])
+def test_weights_and_biases_are_those_of_float64_rounded(
+    dtype: torch.dtype, roundings: float
+) -> None:
+    unit = build("SKUnit", dtype)
     exact = fuse_bn(copy.deepcopy(unit).double()).state_dict()
-    half = 0.51 * torch.finfo(torch.bfloat16).eps
+    # A bias is a sum of terms around 1, kept in float32.
+    summed = 4 * torch.finfo(torch.float32).eps
     for key, value in fuse_bn(unit).state_dict().items():
-        if key.endswith(("reduce.conv.weight", "increase.conv.weight", "shortcut.conv.weight")):
-            assert ((value - exact[key]).abs() <= half * exact[key].abs()).all(), key
+        if key.startswith(("reduce", "increase", "shortcut")):
+            bound = roundings * torch.finfo(dtype).eps * exact[key].abs()
+            assert ((value - exact[key]).abs() <= bound + summed * key.endswith("bias")).all(), key
 
 
 # --- what is left alone -------------------------------------------------------------------------
-
-
-def hook_backward(module: nn.Module) -> None:
-    module.register_full_backward_hook(lambda *_: None)
 
 
 class Doubled(nn.Conv2d):
@@ -192,11 +177,7 @@ def puts(name: str, value: Callable[[Any], nn.Module]) -> Callable[[Any], None]:
 
 LEAVE: dict[str, Callable[[Any], Any]] = {
     "hook on the convolution": lambda u: u.reduce.conv.register_forward_hook(lambda *_: None),
-    "hook before the convolution": lambda u: u.reduce.conv.register_forward_pre_hook(
-        lambda *_: None
-    ),
     "hook on the norm": lambda u: u.reduce.bn.register_forward_hook(lambda *_: None),
-    "backward hook on the norm": lambda u: hook_backward(u.reduce.bn),
     "parametrization": lambda u: nn.utils.parametrizations.weight_norm(u.reduce.conv),
     "shared convolution": puts("other", lambda u: nn.Sequential(u.reduce.conv)),
     "shared norm": puts("other", lambda u: u.reduce.bn),

@@ -377,12 +377,6 @@ class Conv1dPort(nn.Module):
         self.fc, self.fcs = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
 
 
-class Unreadable(rebuilt.SelectiveKernel):
-    def __init__(self) -> None:
-        super().__init__(8, 4)
-        self.attn = None  # type: ignore[assignment]  # on purpose
-
-
 class Decorated(rebuilt.SKConv):
     forward = torch.no_grad()(rebuilt.SKConv.forward)
 
@@ -395,15 +389,11 @@ class PicklesItself(rebuilt.SKConv):
         return PicklesItself, (), self.__dict__
 
 
-def calling(module: nn.Module) -> Callable[[Tensor], Any]:
-    """What patches put in the place of a forward: a copy of ``module`` still runs ``module``."""
-    own = module.forward
-    return lambda x: own(x)
-
-
-def changed(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+def changed(
+    change: Callable[[Any], Any], made: Callable[[], nn.Module] = port
+) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        module = port()
+        module = made()
         change(module)
         return module
 
@@ -419,12 +409,19 @@ UNCHECKABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         changed(sets("conv.0.0", lambda _: nn.LazyConv2d(4, 3))),
         "its parameters are UninitializedParameters",
     ),
-    "no attn": (Unreadable, "its structure cannot be read"),
+    "no attn": (
+        changed(sets("attn", lambda _: None), lambda: rebuilt.SelectiveKernel(8, 4)),
+        "its structure cannot be read",
+    ),
     "own forward": (
         changed(sets("forward", lambda _: lambda x: x)),
         "its forward was replaced on the instance",
     ),
-    "closure": (changed(sets("fc1.forward", lambda module: calling(module.fc1))), REPLACED_FC1),
+    # A copy of it would still run the original.
+    "partial": (
+        changed(sets("fc1.forward", lambda module: partial(module.fc1.forward))),
+        REPLACED_FC1,
+    ),
     "compiled": (
         changed(sets("fc1", lambda module: torch.compile(module.fc1, backend="eager"))),
         REPLACED_FC1,

@@ -181,10 +181,10 @@ def test_out_indices_choose_maps_and_nothing_idle_is_kept(indices: Any, timm: An
     net = timm.create_model("sknet26.triton", features_only=True, out_indices=indices)
     chosen = range(3, 5) if isinstance(indices, int) else [index % 5 for index in indices]
     maps = net(torch.randn(2, 3, 64, 64))
-    assert net.feature_info.channels() == [WIDTHS[index] for index in chosen]
-    assert net.feature_info.reduction() == [REDUCTIONS[index] for index in chosen]
-    assert [m.shape[1] for m in maps] == [WIDTHS[index] for index in chosen]
-    assert [64 // m.shape[2] for m in maps] == [REDUCTIONS[index] for index in chosen]
+    widths = [WIDTHS[index] for index in chosen]
+    assert net.feature_info.channels() == [m.shape[1] for m in maps] == widths
+    reductions = [REDUCTIONS[index] for index in chosen]
+    assert net.feature_info.reduction() == [64 // m.shape[2] for m in maps] == reductions
     # DistributedDataParallel waits for every parameter's gradient.
     torch.autograd.backward([m.sum() for m in maps])
     assert all(p.grad is not None for p in net.parameters())
@@ -242,12 +242,6 @@ def test_pruning_keeps_a_head_only_where_all_stages_stay(timm: Any) -> None:
 
 
 # Weights
-
-
-def test_pretrained_weights_are_refused_because_there_are_none(timm: Any) -> None:
-    assert not timm.is_model_pretrained("sknet26.triton")
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for sknet26"):
-        timm.create_model("sknet26.triton", pretrained=True)
 
 
 def test_a_file_in_another_layout_loads_for_other_channels_and_classes(
