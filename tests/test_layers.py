@@ -14,6 +14,7 @@ from tests.helpers import assert_same, message_of, outcome
 from tests.plain_sknet import (
     Branches,
     PlainConfig,
+    distance,
     leaves,
     plain_sk_conv,
     plain_sk_unit,
@@ -183,6 +184,49 @@ def test_channels_last_goes_in_and_comes_out_and_changes_no_value(
         assert tensor.is_contiguous(memory_format=torch.channels_last)
         assert not tensor.is_contiguous()
     assert_same(seen, expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_any_other_strides_are_right(name: str) -> None:
+    module, x = CASES[name].module(), CASES[name].input()
+    twin = copy.deepcopy(module)
+    permuted = x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)  # W outermost
+    assert not permuted.is_contiguous()
+    assert not permuted.is_contiguous(memory_format=torch.channels_last)
+    assert_same(outcome(module, module, permuted), outcome(twin, twin, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["M2", "M3-stride2-widening", "unit-identity"])
+def test_training_under_autocast_is_as_close_as_the_equations(
+    name: str, dtype: torch.dtype
+) -> None:
+    case = CASES[name]
+    module, x = case.module().float(), case.input().float()
+    sides = []
+    for wide in (torch.float64, torch.float32):
+        p = {
+            k: t.detach().to(wide).requires_grad_(t.requires_grad)
+            for k, t in leaves(module).items()
+        }
+        sides.append((x.to(wide, copy=True).requires_grad_(), p))
+    (exact_x, exact_p), (plain_x, plain_p) = sides
+    exact, our_x = case.equations(exact_x, exact_p), x.clone().requires_grad_()
+    dout = torch.randn_like(exact)
+    with torch.autocast("cpu", dtype=dtype):
+        ours, plain = module(our_x), case.equations(plain_x, plain_p)
+    torch.autograd.backward([exact, ours.double(), plain.double()], [dout] * 3)
+    named = {"x": our_x, **dict(module.named_parameters())}
+    # Both lose much where a rounding turns a ReLU over and in the differences that batch norms
+    # take. That error varies with the draw, hence all tensors together and a factor of 4.
+    error = plain_error = 0.0
+    for key, t in named.items():
+        expected = {"x": exact_x, **exact_p}[key].grad
+        assert t.grad is not None
+        assert t.grad.dtype == torch.float32
+        error += distance(t.grad, expected)
+        plain_error += distance({"x": plain_x, **plain_p}[key].grad, expected)
+    assert error < 4 * plain_error
 
 
 # State, batch norm and arguments

@@ -93,6 +93,28 @@ def test_the_network_equals_the_equations_forward_and_backward(
 # Interface
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["infer", "train"])
+def test_channels_last_goes_through_every_module(training: bool) -> None:
+    model: nn.Module = sknet26(num_classes=10).train(training)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seen: dict[nn.Module, bool] = {}
+
+    def look(module: nn.Module, _args: Any, out: Any) -> None:
+        # fc1 and fc2 see one position, the head no map.
+        if out.dim() == 4 and out.shape[2] * out.shape[3] > 1:
+            seen[module] = out.is_contiguous(memory_format=torch.channels_last)
+
+    for module in model.modules():
+        module.register_forward_hook(look)
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = model(x)
+    assert len(seen) > 8 * 18
+    assert all(seen.values())
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_num_classes_0_returns_the_pooled_features() -> None:
     model = scramble(small(num_classes=0)).double().eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
