@@ -192,32 +192,17 @@ def test_importing_reads_no_environment_asks_no_device_and_loads_no_triton() -> 
 # Environment variables and documents
 
 
-READERS = ("os.environ.get", "os.getenv", "os.environ.setdefault")
+READS = re.compile(r"os\.(?:environ(?:\.get|\.setdefault)?|getenv)[(\[]\s*(\"?)(\w+)")
 
 
-def environment_variables() -> Iterator[tuple[str, str]]:
+def environment_variables() -> Iterator[tuple[str, Path]]:
     """Yields the environment variables that the code reads, and where."""
     for module, path in MODULES.items():
-        if module.startswith("tests"):
-            continue
-        tree = ast.parse(path.read_text())
-        constants = {
-            target.id: node.value.value
-            for node in tree.body
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        for node in ast.walk(tree):
-            key: ast.expr | None = None
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in READERS:
-                key = node.args[0]
-            elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
-                key = node.slice
-            if isinstance(key, ast.Constant):
-                yield str(key.value), f"{path}:{key.lineno}"
-            elif isinstance(key, ast.Name):
-                yield str(constants[key.id]), f"{path}:{key.lineno}"
+        text = "" if module.startswith("tests") else path.read_text()
+        for quote, name in READS.findall(text):
+            # Without quotes it is the name of a constant.
+            constant = None if quote else re.search(rf'^{name} = "(\w+)"', text, re.MULTILINE)
+            yield (constant[1] if constant else name), path
 
 
 def test_every_environment_variable_has_a_row_in_the_readme() -> None:

@@ -75,10 +75,9 @@ def child_alone(repository: str, checkout: str, *names: str) -> None:
     import copy
     import importlib
     import sys
-    from collections.abc import Callable
     from functools import partial
     from pathlib import Path
-    from typing import Any
+    from typing import Any, cast
 
     import torch
     from torch import Tensor, nn
@@ -104,15 +103,7 @@ def child_alone(repository: str, checkout: str, *names: str) -> None:
         def forward(self, branches: list[Tensor], logits: Tensor) -> Tensor:
             return torch.einsum("mbchw,bmc->bchw", torch.stack(branches), logits.softmax(1))
 
-    class Stages(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fuse, self.select = Fuse(), Select()
-
-        def forward(self, branches: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
-            return self.fuse(branches), self.select(branches, logits)
-
-    plain = Stages()
+    plain = nn.ModuleDict({"fuse": Fuse(), "select": Select()})
     layered = copy.deepcopy(plain)
     mapping = {
         name: {"cpu": hf.LocalLayerRepository(Path(repository), layer_name=f"SK{name}")}
@@ -123,20 +114,19 @@ def child_alone(repository: str, checkout: str, *names: str) -> None:
         hf.kernelize(layered, mode=mode, device="cpu", use_fallback=False)
     of_layers = hf.get_loaded_kernels()[-1].module
     layers = of_layers.layers
-    assert layered.fuse.forward.__func__ is layers.SKFuse.forward  # type: ignore[attr-defined]  # bound
-    assert layered.select.forward.__func__ is layers.SKSelect.forward  # type: ignore[attr-defined]  # bound
+    assert cast(Any, layered["fuse"].forward).__func__ is layers.SKFuse.forward
+    assert cast(Any, layered["select"].forward).__func__ is layers.SKSelect.forward
 
-    def functions(branches: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
-        return kernel.sk_fuse(branches), kernel.sk_select(branches, logits)
-
-    def results(stages: Callable[..., Any], compiled: bool) -> list[Tensor]:
-        fuse_select = kernel.sk_fuse_select
+    def results(stages: Any, compiled: bool) -> list[Tensor]:
+        fuse, select, fuse_select = stages["fuse"], stages["select"], kernel.sk_fuse_select
         if compiled:
             graph = partial(torch.compile, fullgraph=True, backend="aot_eager")
-            stages, fuse_select = graph(stages), graph(fuse_select)
-        outs = [*stages(branches, logits), fuse_select(branches, norms, fc1, norm, fc2).out]
+            fuse, select, fuse_select = graph(fuse), graph(select), graph(fuse_select)
+        outs = [fuse(branches), select(branches, logits)]
+        outs.append(fuse_select(branches, norms, fc1, norm, fc2).out)
         return [*outs, *torch.autograd.grad([out.square().sum() for out in outs], inputs)]
 
+    functions = {"fuse": kernel.sk_fuse, "select": kernel.sk_select}
     expected = results(plain, compiled=False)
     for backend in ("reference", "triton"):
         for stages in (functions, layered):
