@@ -42,7 +42,7 @@ def plain_select(logits: Tensor, *branches: Tensor) -> Tensor:
 
 
 class PlainFuseSelect(nn.Module):
-    """Everything between the convolutions and V, on the very parameters of an `SKFuseSelect`."""
+    """Everything between the convolutions and V, on the very parameters of an `OursFuseSelect`."""
 
     def __init__(self, ours: Any) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def sk_select(logits: Tensor, *branches: Tensor) -> Tensor:
     return skt.functional.sk_select(branches, logits)
 
 
-class SKFuseSelect(nn.Module):
+class OursFuseSelect(nn.Module):
     """`functional.sk_fuse_select` as a module, with the sizes of an SKConv on C channels."""
 
     def __init__(self, C: int, M: int) -> None:

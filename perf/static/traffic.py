@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sknet_triton as skt
-from perf.peers.baseline import LAYOUTS, PlainFuseSelect, SKFuseSelect
+from perf.peers.baseline import LAYOUTS, OursFuseSelect, PlainFuseSelect
 from perf.rows.schema import Traffic
 from perf.static.bytes import MEBI, counted_bytes, saved
 
@@ -91,7 +91,7 @@ def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Tr
                 torch.randn(shape).to(dtype).to(memory_format=memory_format).requires_grad_()
                 for _ in range(M)
             ]
-            ours = SKFuseSelect(shape[1], M)
+            ours = OursFuseSelect(shape[1], M)
             plain = PlainFuseSelect(ours)
             for provider, module, count in (
                 ("plain-eager", plain, _eager_bytes),

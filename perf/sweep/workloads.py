@@ -130,7 +130,7 @@ WORKLOADS = {
     ),
     "sk_fuse_select": Workload(
         "op",
-        lambda case: baseline.SKFuseSelect(case.C, case.M),
+        lambda case: baseline.OursFuseSelect(case.C, case.M),
         baseline.PlainFuseSelect,
         given=True,
         moved=_FUSE_SELECT,
