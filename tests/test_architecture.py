@@ -1,8 +1,10 @@
 """The shape of the project: imports run downwards, importing does nothing, documents are true."""
 
 import ast
+import importlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,6 +189,27 @@ def test_importing_reads_no_environment_asks_no_device_and_loads_no_triton() -> 
     ours = [key for key in seen["read"] if key.startswith(("SKNET", "TRITON", "CUDA"))]
     assert ours == []
     assert "pandas" not in seen["loaded"]
+
+
+HUB = r"checkpoints\.hub needs huggingface_hub and safetensors: .*'sknet-triton\[hub\]'"
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "message"),
+    [
+        ("timm", "timm", r"needs timm: pip install 'sknet-triton\[timm\]'"),
+        ("checkpoints.hub", "huggingface_hub", HUB),
+        ("checkpoints.hub", "safetensors", HUB),
+    ],
+)
+def test_without_its_extra_an_import_names_it(
+    module: str, missing: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"sknet_triton.{module}", raising=False)
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module(f"sknet_triton.{module}")
 
 
 # Environment variables and documents

@@ -64,6 +64,14 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     return out if isinstance(out, list) else [out]
 
 
+def assert_folding_changes_nothing(model: nn.Module, x: Tensor) -> None:
+    before = outputs(model, x)
+    assert fuse_bn(model) is model
+    for actual, expected in zip(outputs(model, x), before, strict=True):
+        assert actual.stride() == expected.stride()
+        assert largest_error(actual, expected) < EXACT
+
+
 def norms(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
 
@@ -81,12 +89,8 @@ def test_a_folded_model_gives_the_same(name: str, layout: str) -> None:
     x = laid_out(image(model), layout)
     if layout == "channels_last":
         cast(Any, model).to(memory_format=torch.channels_last)
-    before = outputs(model, x)
     before_formats = formats(model)
-    assert fuse_bn(model) is model
-    for actual, expected in zip(outputs(model, x), before, strict=True):
-        assert actual.stride() == expected.stride()
-        assert largest_error(actual, expected) < EXACT
+    assert_folding_changes_nothing(model, x)
     assert formats(model) == before_formats
 
 
@@ -200,13 +204,9 @@ def test_a_pair_is_left_alone(name: str) -> None:
     unit = cast(Any, build("SKUnit"))
     LEAVE[name](unit)
     modules = [*unit.reduce]
-    x = image(unit)
-    (before,) = outputs(unit, x)
-    fuse_bn(unit)
+    assert_folding_changes_nothing(unit, image(unit))
     assert all(a is b for a, b in zip(unit.reduce, modules, strict=True))
     assert isinstance(unit.increase.bn, nn.Identity)
-    (after,) = outputs(unit, x)
-    assert largest_error(after, before) < EXACT
 
 
 def around(unit: Any) -> None:
@@ -231,11 +231,8 @@ def test_norms_of_other_kinds_and_their_surroundings(name: str) -> None:
     unit = scramble(SKUnit(16, 8, G=2)).double().eval()
     unit = cast(Any, FOLDED[name](unit) or unit)
     model = nn.Sequential(unit, unit) if name == "used twice" else unit
-    x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
-    (before,) = outputs(model, x)
-    (after,) = outputs(fuse_bn(model.eval()), x)
+    assert_folding_changes_nothing(model.eval(), torch.randn(2, 16, 6, 5, dtype=torch.float64))
     assert isinstance(unit.reduce.bn, nn.Identity)
-    assert largest_error(after, before) < EXACT
 
 
 # --- training mode ------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 import copy
 import importlib
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,8 @@ def timm() -> Any:
     return module
 
 
-def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """Allows float64 an average over space in another order."""
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+# Allows float64 an average over space in another order.
+assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
 def twins(timm: Any, name: str = "sknet26.triton", **kwargs: Any) -> tuple[Any, SKNet]:
@@ -46,17 +45,6 @@ def twins(timm: Any, name: str = "sknet26.triton", **kwargs: Any) -> tuple[Any, 
 
 def images(channels: int = 3) -> Tensor:
     return torch.randn(2, channels, 64, 48, dtype=torch.float64)
-
-
-# Without timm
-
-
-def test_without_timm_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("timm", "timm.layers", "timm.models"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "sknet_triton.timm", raising=False)
-    with pytest.raises(ImportError, match=r"needs timm: pip install 'sknet-triton\[timm\]'"):
-        importlib.import_module("sknet_triton.timm")
 
 
 # Names and arguments
