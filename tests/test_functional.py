@@ -1,4 +1,4 @@
-"""The functional stages: argument checks, stacked branches, and the values on the CPU path."""
+"""The functional stages: argument checks and stacked branches."""
 
 import functools
 from collections.abc import Callable
@@ -41,26 +41,23 @@ BAD_VALUES: tuple[tuple[Any, str], ...] = (
         "branches[1]: expected the dtype of branches[0], torch.float32, got torch.bfloat16",
     ),
     ([GOOD, GOOD.to("meta")], "branches[1]: expected the device of branches[0], cpu, got meta"),
-    (
-        [maps(2, 4)] * 2,
-        "branches: expected [B, C, *spatial] with 1, 2 or 3 spatial axes, got shape (2, 4)",
-    ),
-    (
-        [maps(2, 4, 1, 1, 1, 1)] * 2,
-        "branches: expected [B, C, *spatial] with 1, 2 or 3 spatial axes, "
-        "got shape (2, 4, 1, 1, 1, 1)",
+    *(
+        (
+            [maps(*shape)] * 2,
+            f"branches: expected [B, C, *spatial] with 1, 2 or 3 spatial axes, got shape {shape}",
+        )
+        for shape in ((2, 4), (2, 4, 1, 1, 1, 1))
     ),
     (
         [maps(2, 4, 0, 3)] * 2,
         "branches: the average needs at least one position, got shape (2, 4, 0, 3)",
     ),
-    (
-        {"branches": maps(2, 2, 4, 3, 3), "branch_dim": 5},
-        "branch_dim: expected an axis of a tensor with 5 axes, got 5",
-    ),
-    (
-        {"branches": maps(2, 2, 4, 3, 3), "branch_dim": -6},
-        "branch_dim: expected an axis of a tensor with 5 axes, got -6",
+    *(
+        (
+            {"branches": maps(2, 2, 4, 3, 3), "branch_dim": dim},
+            f"branch_dim: expected an axis of a tensor with 5 axes, got {dim}",
+        )
+        for dim in (5, -6)
     ),
     (
         {"branches": maps(2, 0, 4, 3, 3), "branch_dim": 1},
@@ -97,39 +94,44 @@ def test_bad_branches_are_named_with_their_rule_and_value(
     assert message_of(error, lambda: STAGES[stage](**arguments)) == message
 
 
-BAD_LOGITS: tuple[tuple[Any, str], ...] = (
+# What is other than in a right call of a stage, and what is said of it.
+BAD_OPTIONS: tuple[tuple[str, dict[str, Any], str], ...] = (
     *(
         (
-            torch.zeros(shape),  # the third and the fourth would broadcast without a word
+            "sk_select",
+            {"logits": torch.zeros(shape)},  # the third and the fourth would broadcast
             f"logits: expected shape [B, M, C] = (2, 3, 4), got {shape}",
         )
         for shape in ((2, 4, 3), (2, 2, 4), (2, 3, 1), (1, 3, 4), (2, 12))
     ),
     (
-        torch.zeros(2, 3, 4, device="meta"),
+        "sk_select",
+        {"logits": torch.zeros(2, 3, 4, device="meta")},
         "logits: expected the device of the branches, cpu, got meta",
     ),
-    (torch.zeros(2, 3, 4, dtype=torch.int32), "logits: expected a floating dtype, got torch.int32"),
-    ([0.0], "logits: expected a tensor, got list"),
+    (
+        "sk_select",
+        {"logits": torch.zeros(2, 3, 4, dtype=torch.int32)},
+        "logits: expected a floating dtype, got torch.int32",
+    ),
+    ("sk_select", {"logits": [0.0]}, "logits: expected a tensor, got list"),
+    (
+        "sk_select",
+        {"logits": torch.zeros(2, 3, 4), "activation": "none"},
+        "activation: expected 'softmax', 'sigmoid' or None, got 'none'",
+    ),
+    ("sk_fuse", {"reduction": "none"}, "reduction: expected 'mean' or 'sum', got 'none'"),
 )
 
 
 @pytest.mark.parametrize(
-    ("logits", "message"), BAD_LOGITS, ids=lambda x: x if isinstance(x, str) else ""
+    ("stage", "options", "message"), BAD_OPTIONS, ids=lambda x: x if isinstance(x, str) else ""
 )
-def test_bad_logits_are_named_with_their_rule_and_value(logits: Any, message: str) -> None:
+def test_bad_options_are_named_with_their_rule_and_value(
+    stage: str, options: dict[str, Any], message: str
+) -> None:
     error = TypeError if "dtype" in message or "a tensor" in message else ValueError
-    assert message_of(error, lambda: functional.sk_select([GOOD] * 3, logits)) == message
-
-
-def test_an_unknown_activation_or_reduction_is_named() -> None:
-    bad: Any = "none"
-    assert message_of(ValueError, lambda: STAGES["sk_select"]([GOOD] * 2, activation=bad)) == (
-        "activation: expected 'softmax', 'sigmoid' or None, got 'none'"
-    )
-    assert message_of(ValueError, lambda: STAGES["sk_fuse"]([GOOD], reduction=bad)) == (
-        "reduction: expected 'mean' or 'sum', got 'none'"
-    )
+    assert message_of(error, lambda: STAGES[stage]([GOOD] * 3, **options)) == message
 
 
 def test_more_branches_than_the_kernels_take_are_refused_on_the_triton_path_only() -> None:
@@ -142,26 +144,6 @@ def test_more_branches_than_the_kernels_take_are_refused_on_the_triton_path_only
     )
     with use_backend("reference"):
         assert torch.equal(functional.sk_fuse(branches), torch.full((1, 2), 9.0))
-
-
-# Values. The kernels have their own tests; these hold the definition still on the CPU path.
-
-
-def test_sk_fuse_is_the_mean_over_space_of_the_sum_over_branches() -> None:
-    first = torch.arange(12.0).view(1, 2, 3, 2)
-    second = torch.full((1, 2, 3, 2), 10.0)
-    assert functional.sk_fuse([first, second]).tolist() == [[12.5, 18.5]]
-
-
-def test_sk_select_weighs_by_the_softmax_over_the_branches() -> None:
-    # Weights 3/4 and 1/4 in channel 0, 1/4 and 3/4 in channel 1, up to one rounding of log 3.
-    log3 = torch.tensor(3.0, dtype=torch.float64).log()
-    logits = torch.stack([torch.stack([log3, -log3]), torch.zeros(2, dtype=torch.float64)])[None]
-    first = torch.full((1, 2, 2, 2), 4.0, dtype=torch.float64)
-    second = torch.full((1, 2, 2, 2), 8.0, dtype=torch.float64)
-    out = functional.sk_select([first, second], logits)
-    expected = torch.tensor([5.0, 7.0], dtype=torch.float64).view(1, 2, 1, 1).expand(1, 2, 2, 2)
-    assert (out - expected).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("spatial", [(5,), (3, 2), (2, 3, 2)], ids=["1d", "2d", "3d"])
@@ -185,14 +167,3 @@ def test_a_stacked_tensor_gets_its_gradient() -> None:
     torch.autograd.backward(functional.sk_fuse(stacked, branch_dim=1).sum())
     assert stacked.grad is not None
     assert torch.equal(stacked.grad, torch.full_like(stacked, 1 / 6))
-
-
-@pytest.mark.parametrize("others", [1, 2], ids=["M=2", "M=3"])
-def test_a_second_branch_in_another_layout_does_not_change_the_layout(others: int) -> None:
-    first = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last)
-    rest = [torch.randn(2, 4, 3, 5) for _ in range(others)]
-    logits = torch.randn(2, 1 + others, 4)
-    out = functional.sk_select([first, *rest], logits)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    out = functional.sk_select([*rest, first], logits)
-    assert out.is_contiguous()

@@ -1,31 +1,22 @@
 """Sizes at the edges: more than 2^31 elements, grids of a million rows, one of everything, none."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sknet_kernels.config import LaunchConfig, cdiv
-from sknet_kernels.launch import Launch
+from perf.static.specialisations import LAYOUTS, Setting, streaming_kernel
+from sknet_kernels.config import DeviceFacts, LaunchConfig, cdiv
 from sknet_kernels.norms import Norms
-from sknet_kernels.sk_fuse import sk_fuse_fwd, sk_fuse_launch
-from sknet_kernels.sk_fuse_select import (
-    sk_fuse_select_dx,
-    sk_fuse_select_dx_launch,
-    sk_fuse_select_sums,
-    sk_fuse_select_sums_launch,
-)
-from sknet_kernels.sk_moments import sk_moments, sk_moments_launch
-from sknet_kernels.sk_select import (
-    sk_select_bwd,
-    sk_select_bwd_launch,
-    sk_select_fwd,
-    sk_select_fwd_launch,
-)
+from sknet_kernels.sk_fuse import sk_fuse_fwd
+from sknet_kernels.sk_fuse_select import sk_fuse_select_dx, sk_fuse_select_sums
+from sknet_kernels.sk_moments import sk_moments
+from sknet_kernels.sk_select import sk_select_bwd, sk_select_fwd
 from sknet_triton import Backend, SKConv, functional, reference, use_backend
 from sknet_triton.reference import steps
 from tests.address_arithmetic import narrow_offsets
@@ -35,8 +26,10 @@ from tests.helpers import (
     Seen,
     assert_same,
     averaged,
+    beside_branches,
     outcome,
     run_python,
+    trained,
     weighed,
     weights,
 )
@@ -224,42 +217,10 @@ def test_a_32_bit_product_is_found_through_a_loop() -> None:
 
 # --- grids --------------------------------------------------------------------------------------
 
-ONE_AXIS = 2**31 - 1
-OTHER_AXES = 65_535
+H100 = DeviceFacts(multiprocessors=132, warp_size=32)
 
 
-class Recorder:
-    """Stands in for a kernel and keeps the grid it is launched with."""
-
-    def __init__(self) -> None:
-        self.grid: tuple[int, ...] = ()
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        self.grid = grid
-        return lambda **arguments: None
-
-
-def every_launch(x: Tensor) -> list[Launch]:
-    """Returns what each kernel is launched with for two branches like ``x`` [B, C, S]."""
-    (B, C, _), xs = x.shape, (x, x)
-
-    def small(*shape: int) -> Tensor:
-        return torch.empty(shape, device=x.device)
-
-    logits, norms = small(B, 2, C), ((small(C), small(C)),) * 4
-    launches = [
-        sk_moments_launch(small(1), xs),
-        sk_select_bwd_launch(x, xs, small(1), xs, logits, ACTIVATION="softmax"),
-        sk_fuse_select_sums_launch(small(1), x, xs, norms, EPS=0.0),
-        sk_fuse_select_dx_launch(x, xs, xs, norms, logits, small(B, C), small(2, 2, C), EPS=0.0),
-    ]
-    for given in (None, norms):
-        launches.append(sk_fuse_launch(small(1), xs, given, EPS=0.0))
-        launches.append(sk_select_fwd_launch(x, xs, logits, given, ACTIVATION="softmax", EPS=0.0))
-    return launches
-
-
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -274,24 +235,19 @@ def every_launch(x: Tensor) -> list[Launch]:
     ],
     ids=str,
 )
-def test_grids_stay_within_their_limits(shape: tuple[int, int, int], channels_last: bool) -> None:
+def test_grids_stay_within_their_limit(shape: tuple[int, int, int], layout: str) -> None:
     B, C, S = shape
-    x = torch.empty(B, C, S, dtype=torch.bfloat16, device="meta")
-    if channels_last:
-        x = torch.empty(B, S, C, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-    for launch in every_launch(x):
-        recorder = Recorder()
-        dataclasses.replace(launch, kernel=recorder).run()
-        first, *others = recorder.grid
-        assert 1 <= first <= ONE_AXIS, (launch.kernel, recorder.grid)
-        assert all(size <= OTHER_AXES for size in others), (launch.kernel, recorder.grid)
+    launches = Setting(2, layout, torch.bfloat16, shape).launches(H100)
+    for launch in launches:
+        assert 1 <= launch.programs < 2**31, launch.kernel
+    for launch in filter(streaming_kernel, launches):
         tile, splits = launch.constants["TILE"], launch.scalars["splits"]
         blocks, covered = cdiv(C, tile.block_c), launch.scalars["tiles"] * splits * tile.block_s
         if launch.kernel.__name__ == "_sk_moments_kernel":
-            assert first == blocks * splits
+            assert launch.programs == blocks * splits
             assert covered >= B * S
         else:
-            assert first == B * blocks * splits, launch.kernel
+            assert launch.programs == B * blocks * splits, launch.kernel
             assert covered >= S, launch.kernel
 
 
@@ -339,31 +295,24 @@ def test_stages_of_nothing_and_of_one_position(shape: tuple[int, ...], backend: 
 def test_fuse_select_with_little_or_nothing(
     shape: tuple[int, ...], batch_stats: bool, backend: Backend
 ) -> None:
-    (B, C), d = shape[:2], 2
     xs = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
-    ones, zeros = (f(max(C, d), device=DEVICE) for f in (torch.ones, torch.zeros))
-    norm = functional.BatchNormArgs(None, None, zeros[:C], ones[:C], batch_stats=batch_stats)
-    fc1_norm = functional.BatchNormArgs(None, None, zeros[:d], ones[:d], batch_stats=batch_stats)
-    fc1 = torch.randn(d, C, device=DEVICE, requires_grad=True)
-    fc2 = torch.randn(2 * C, d, device=DEVICE, requires_grad=True)
-
-    def fuse_select() -> Tensor:
-        with use_backend(backend):
-            return functional.sk_fuse_select(xs, [norm, norm], fc1, fc1_norm, fc2).out
-
-    if batch_stats and B < 2:
-        with pytest.raises(ValueError, match="batch"):
-            fuse_select()
+    some = shape[1] > 0  # torch's batch norm of no channels takes no weight
+    options: dict[str, Any] = {"affine": some, "biases": some, "dtype": torch.float32}
+    arguments = beside_branches(2, shape[1], batch_stats=batch_stats, **options)
+    leaves = [*xs, *trained(arguments)]
+    refused = batch_stats and shape[0] < 2
+    raised = pytest.raises(ValueError, match="batch") if refused else nullcontext()
+    with use_backend(backend), raised:
+        out = functional.sk_fuse_select(xs, **arguments).out
+    if refused:
         return
-    out = fuse_select()
-    grads = torch.autograd.grad(out.square().sum(), [*xs, fc1, fc2])
+    grads = torch.autograd.grad(out.square().sum(), leaves)
     assert out.shape == shape
     assert out.isfinite().all()
-    for grad, leaf in zip(grads, (*xs, fc1, fc2), strict=True):
+    for grad, leaf in zip(grads, leaves, strict=True):
         assert grad.shape == leaf.shape
         assert grad.isfinite().all()
-    if 0 in shape:
-        assert all((grad == 0).all() for grad in grads)
+        assert not (0 in shape and grad.any())
 
 
 @pytest.mark.parametrize("size", [(0, 5, 5), (2, 1, 1), (1, 1, 1)], ids=str)
@@ -383,22 +332,14 @@ def test_skconv_in_eval_mode_with_little_or_nothing(size: tuple[int, int, int]) 
 @both
 def test_an_empty_batch_in_training_is_what_it_is_to_batch_norm(backend: Backend) -> None:
     sk = SKConv(4, 8, G=2, d=4, device=DEVICE).train()
-    x = torch.randn(0, 4, 5, 5, device=DEVICE, requires_grad=True)
-    bn, y = nn.BatchNorm2d(8, device=DEVICE).train(), torch.empty(0, 8, 5, 5, device=DEVICE)
-    bn(y)
+    x = torch.randn(0, 4, 5, 5, device=DEVICE)
+    bn = nn.BatchNorm2d(8, device=DEVICE).train()
+    bn(torch.empty(0, 8, 5, 5, device=DEVICE))
     with use_backend(backend):
-        out = sk(x)
-        torch.autograd.backward(out.sum())
-    assert out.shape == (0, 8, 5, 5)
-    assert x.grad is not None
+        seen = outcome(sk, sk, x)
+    assert seen["out"].shape == (0, 8, 5, 5)
     for branch in sk.branches:
         for name, buffer in bn.named_buffers():
             assert torch.equal(branch.get_submodule("bn").get_buffer(name), buffer), name
-    assert all(p.grad is not None and (p.grad == 0).all() for p in sk.parameters())
-
-
-@both
-def test_an_image_of_one_position_cannot_train(backend: Backend) -> None:
-    sk = SKConv(4, 8, G=2, d=4, device=DEVICE).train()
-    with use_backend(backend), pytest.raises(ValueError, match=r"batch of at least 2|more than 1"):
-        sk(torch.randn(1, 4, 1, 1, device=DEVICE))
+    for name, _ in sk.named_parameters():
+        assert not seen[f"grad {name}"].any(), name

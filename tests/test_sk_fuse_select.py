@@ -532,16 +532,6 @@ def test_the_statistics_of_pytorchs_operators_are_batch_norms_to_the_bit() -> No
             assert torch.equal(cast(Tensor, kept)[i], cast(Tensor, running))
 
 
-def test_an_empty_batch_gives_an_empty_map_and_gradients_of_zero() -> None:
-    xs = [torch.randn(0, 4, 3, 4, dtype=torch.float64).requires_grad_() for _ in range(2)]
-    arguments = beside_branches(2, 4, batch_stats=False)
-    leaves = [*xs, *trained(arguments)]
-    with use_backend("reference"):
-        out = functional.sk_fuse_select(xs, **arguments).out
-    assert out.shape == xs[0].shape
-    assert not any(g.any() for g in torch.autograd.grad(out.sum(), leaves))
-
-
 class Subclass(Tensor):
     """A tensor that may have rules of its own."""
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from sknet_kernels.config import LaunchConfig
 from sknet_triton import Backend, functional, use_backend
 from tests.helpers import (
+    BACKENDS,
     Case,
+    assert_close,
     assert_matches,
     every_case,
     laid_out,
@@ -29,13 +31,6 @@ def textbook(branches: list[Tensor], logits: Tensor, activation: str | None = "s
     return weighed(branches, weights(logits, activation))
 
 
-def textbook_grads(dout: Tensor, branches: list[Tensor], logits: Tensor) -> list[Tensor]:
-    """What autograd makes of `textbook`."""
-    leaves = [t.detach().clone().requires_grad_() for t in (*branches, logits)]
-    out = textbook(leaves[:-1], leaves[-1])
-    return list(torch.autograd.grad(out, leaves, dout))
-
-
 def spread(logits: Tensor) -> float:
     """The error of a weight in units of its rounding: it grows with its logit's distance."""
     return 1.0 + (logits.amax(1) - logits.amin(1)).max().item() if logits.numel() else 1.0
@@ -50,7 +45,9 @@ def check_forward(out: Tensor, xs: list[Tensor], logits: Tensor) -> None:
 def check_backward(
     grads: tuple[list[Tensor], Tensor], dout: Tensor, xs: list[Tensor], logits: Tensor
 ) -> None:
-    *dxs, dlogits = textbook_grads(dout.double(), wide(xs), logits.double())
+    *exact_xs, exact_logits = leaves = [t.requires_grad_() for t in wide([*xs, logits])]
+    out = textbook(exact_xs, exact_logits)
+    *dxs, dlogits = torch.autograd.grad(out, leaves, dout.double())
     for i, (dx, exact) in enumerate(zip(grads[0], dxs, strict=True)):
         assert_matches(dx, exact, exact.abs(), ROUNDINGS * spread(logits), f"dx{i}")
     # The sum of magnitudes: no difference is taken.
@@ -62,26 +59,32 @@ def check_backward(
 
 
 @every_case
-def test_forward_matches_float64(case: Case, device: torch.device) -> None:
-    xs, logits = case.branches(device), case.logits(device)
+def test_forward_and_backward_match_float64(case: Case, device: torch.device) -> None:
+    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
     out = select(xs, logits)
     assert out.dtype == case.dtype
     check_forward(out, xs, logits)
-
-
-@every_case
-def test_backward_matches_float64(case: Case, device: torch.device) -> None:
-    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
     check_backward(select_bwd(dout, xs, logits), dout, xs, logits)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
-def test_output_has_the_layout_of_the_first_branch(layout: str, device: torch.device) -> None:
-    case = Case((2, 8, 6, 5), layout=layout)
-    xs, logits = case.branches(device), case.logits(device)
-    xs[1] = xs[1].contiguous()
-    expected = torch.empty_like(xs[0]).stride() if layout != "transposed" else (240, 30, 5, 1)
-    assert select(xs, logits).stride() == expected
+@pytest.mark.parametrize("M", [2, 3])
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    [
+        *(("triton", layout) for layout in ("contiguous", "channels_last", "sliced", "transposed")),
+        *(("reference", layout) for layout in ("contiguous", "channels_last")),
+    ],
+)
+def test_output_has_the_layout_of_the_first_branch(
+    backend: Backend, layout: str, M: int, device: torch.device
+) -> None:
+    first, *rest = Case((2, 8, 6, 5), M, layout).branches(device)
+    other = "channels_last" if layout == "contiguous" else "contiguous"
+    xs = [first, *(laid_out(x.contiguous(), other) for x in rest)]
+    with use_backend(backend):
+        out = functional.sk_select(xs, torch.randn(2, M, 8, device=device))
+    expected = torch.empty_like(first).stride() if layout != "transposed" else (240, 30, 5, 1)
+    assert out.stride() == expected
 
 
 @pytest.mark.parametrize(
@@ -152,8 +155,7 @@ def test_gradients_that_arrive_with_any_stride(
     with use_backend("triton"):
         grads = torch.autograd.grad(loss(functional.sk_select(leaves[:-1], leaves[-1])), leaves)
     expected = torch.autograd.grad(loss(textbook(leaves[:-1], leaves[-1])), leaves)
-    for grad, exact in zip(grads, expected, strict=True):
-        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
+    assert_close(grads, expected, bound=1e-12)
 
 
 def test_saved_for_the_backward_is_the_branches_and_the_logits(device: torch.device) -> None:
@@ -174,7 +176,7 @@ ACTIVATIONS = (*get_args(functional.Activation)[1:], None)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "case",
     [
@@ -211,5 +213,4 @@ def test_gradients_of_other_activations(
         out = functional.sk_select(leaves[:-1], leaves[-1], activation=activation)
         grads = torch.autograd.grad(out, leaves, dout)
     expected = torch.autograd.grad(textbook(leaves[:-1], leaves[-1], activation), leaves, dout)
-    for grad, exact in zip(grads, expected, strict=True):
-        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
+    assert_close(grads, expected, bound=1e-12)
