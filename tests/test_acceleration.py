@@ -248,25 +248,6 @@ class TwoOutputs(rebuilt.SKConv):
         return out, out
 
 
-LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "sigmoid first": (lambda: SKConvWithSigmoid(8, 4), "computes something else"),
-    "unknown": (SKAttention, "no known family has its structure"),
-    "two outputs": (lambda: TwoOutputs(8, 4), "returns a tuple"),
-    "ours": (lambda: skt.SKConv(8, 4, G=2), "computes with the stages already"),
-}
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_what_does_not_fit_is_left_with_the_reason(name: str) -> None:
-    build, reason = LEFT[name]
-    model = nn.Sequential(build())
-    (row,) = skt.accelerate(model)
-    assert row.status == "left"
-    assert row.path == "0"
-    assert reason in row.reason
-    assert type(model[0]) is type(build())
-
-
 def test_the_report_of_a_network() -> None:
     report = skt.accelerate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
     assert (len(report), str(report)) == (0, "no selective-kernel module found")

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -384,15 +385,12 @@ class Sharper(SelectiveKernel):
 
 
 ONE = bright(1)
+summing = partial(skt.SKConv, 32, 32, aggregate="sum")
+traced = partial(torch.jit.trace, nn.Identity(), ONE)
 # A model, what the loader yields, and what is said.
 REFUSED: dict[str, tuple[Callable[[], Any], list[Any], type[Exception], str]] = {
     "no unit": (lambda: nn.Linear(1, 1), [ONE], ValueError, "model: .* got Linear with none$"),
-    "a sum": (
-        lambda: skt.SKConv(32, 32, aggregate="sum"),
-        [ONE],
-        ValueError,
-        r"the model: SKConv\(aggregate='sum'\) has no weights",
-    ),
+    "a sum": (summing, [ONE], ValueError, r"the model: SKConv\(aggregate='sum'\) has no weights"),
     "another formula": (
         lambda: nn.Sequential(Sharper(8, 4)),
         [ONE],
@@ -412,12 +410,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[Any], type[Exception], str]] = 
         "each of 2 images in 'sk', got 6",
     ),
     "no model": (lambda: by_hand, [ONE], TypeError, r"expected a torch\.nn\.Module, got function"),
-    "traced": (
-        lambda: cast(Any, torch.jit).trace(nn.Identity(), torch.zeros(1)),
-        [ONE],
-        TypeError,
-        "got a TorchScript module",
-    ),
+    "traced": (traced, [ONE], TypeError, "got a TorchScript module"),
     "no batch": (by_hand, [], ValueError, "loader: expected at least one image, got none"),
     "no image": (by_hand, [bright()], ValueError, "loader: expected at least one image, got none"),
     "a dict": (by_hand, [{"image": ONE}], TypeError, "loader: .*got dict$"),

@@ -26,7 +26,7 @@ from sknet_triton.checkpoints import (
     read_checkpoint,
 )
 from sknet_triton.checkpoints.layouts import LAYOUTS, LayoutName
-from tests.helpers import EXACT_NETWORK, assert_same, outcome, unchanged
+from tests.helpers import EXACT_NETWORK, assert_same, message_of, outcome, unchanged
 from tests.peer_networks import PEERS, UNITS, Sizes, published
 from tests.plain_sknet import largest_error, scramble
 
@@ -289,16 +289,15 @@ def test_every_layout_is_told_by_its_mark_and_no_other() -> None:
 
 
 def test_what_was_looked_for_is_said() -> None:
-    with pytest.raises(ValueError, match="no layout of an SKNet found") as refusal:
-        convert_state_dict(nn.Linear(2, 3).state_dict())
-    for layout in LAYOUTS.values():
-        assert f"{layout.name}: {layout.mark}" in str(refusal.value)
-    assert "in 2 keys: weight, bias" in str(refusal.value)
+    other = nn.Linear(2, 3).state_dict()
+    said = message_of(ValueError, lambda: convert_state_dict(other))
+    assert "no layout of an SKNet found" in said
+    assert "in 2 keys: weight, bias" in said
+    assert all(f"{layout.name}: {layout.mark}" in said for layout in LAYOUTS.values())
     # A named source is not guessed.
-    with pytest.raises(ValueError, match="source='ports'") as refusal:
-        convert_state_dict(peer("timm").state_dict(), "ports")
-    assert LAYOUTS["ports"].mark in str(refusal.value)
-    assert LAYOUTS["timm"].mark not in str(refusal.value)
+    said = message_of(ValueError, lambda: convert_state_dict(peer("timm").state_dict(), "ports"))
+    assert "source='ports'" in said
+    assert [name for name in LAYOUTS if LAYOUTS[name].mark in said] == ["ports"]
 
 
 @pytest.mark.parametrize(
@@ -512,11 +511,7 @@ def test_an_encoder_loads_with_timms_shapes_and_with_its_own_all_74_are_named() 
     assert len(diff.keys("different")) == 74
     assert diff.keys("unexpected") == ["decoder.blocks.0.conv.weight"]
     assert diff.keys("missing") == []
-    assert {key.split(".sk.")[1].split(".")[0] for key in diff.keys("different")} == {
-        "branches",
-        "fc1",
-        "fc2",
-    }
+    assert {key.split(".")[4] for key in diff.keys("different")} == {"branches", "fc1", "fc2"}
 
 
 # Files

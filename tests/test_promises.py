@@ -34,7 +34,7 @@ from sknet_triton.layers import parts
 from tests.helpers import BACKENDS, EXACT
 from tests.plain_sknet import scramble
 from tests.processes import needs_gloo
-from tests.test_acceleration import Blend, blend_family
+from tests.test_acceleration import Blend, SKAttention, SKConvWithSigmoid, TwoOutputs, blend_family
 
 Body = Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Any]
 
@@ -367,7 +367,7 @@ def test_maps_of_several_dtypes_are_promoted(
     torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
 
 
-# A module that cannot be compared.
+# What does not fit or cannot be compared.
 
 
 class Conv1dPort(nn.Module):
@@ -401,7 +401,11 @@ def changed(
 
 
 NO_COPY, REPLACED_FC1 = "no copy of it can be made", "the forward of fc1 was replaced on the"
-UNCHECKABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "sigmoid first": (lambda: SKConvWithSigmoid(8, 4), "computes something else"),
+    "unknown": (SKAttention, "no known family has its structure"),
+    "two outputs": (lambda: TwoOutputs(8, 4), "returns a tuple"),
+    "ours": (lambda: skt.SKConv(8, 4, G=2), "computes with the stages already"),
     "1-D": (Conv1dPort, "holds no Conv2d"),
     "pruned": (
         changed(lambda module: cast(Any, prune).l1_unstructured(module.fc2, "weight", 0.5)),
@@ -434,13 +438,14 @@ UNCHECKABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", UNCHECKABLE)
-def test_a_module_that_cannot_be_compared_is_a_row_and_the_others_are_swapped(name: str) -> None:
-    build, reason = UNCHECKABLE[name]
+@pytest.mark.parametrize("name", LEFT)
+def test_what_does_not_fit_is_a_row_and_the_others_are_swapped(name: str) -> None:
+    build, reason = LEFT[name]
     model = nn.Sequential(rebuilt.SKConv(8, 4), build(), rebuilt.SKFF(8))
     first, middle, last = skt.accelerate(model)
     assert (first.status, middle.status, last.status) == ("accelerated", "left", "accelerated")
     assert reason in middle.reason
+    assert type(model[1]) is type(build())
 
 
 class DoublesEverything(TorchFunctionMode):
