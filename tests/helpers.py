@@ -198,6 +198,11 @@ def laid_out(x: Tensor, layout: Layout) -> Tensor:
 Seen = dict[str, Tensor]
 
 
+def ramp(out: Tensor) -> Tensor:
+    """Returns a gradient for ``out``, of both signs."""
+    return torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+
+
 def outcome(
     run: Callable[..., Tensor],
     module: nn.Module,
@@ -207,22 +212,26 @@ def outcome(
 ) -> Seen:
     """Runs forward and backward of ``run``, a module or what was made of it, once.
 
-    Where ``x`` is a list it is passed as one; the default of ``dout`` has values of both signs;
-    only the forward is run in ``forward``. Returns "out"; "dx", or "dx0", "dx1", ... for a list;
+    Where ``x`` is a list it is passed as one; the default of ``dout`` is `ramp`; only the forward
+    is run in ``forward``. Returns "out"; "dx", or "dx0", "dx1", ... for a list;
     "grad NAME" of every parameter of ``module`` that got one; and every buffer by its name.
     """
     leaves = [t.detach().requires_grad_() for t in ([x] if isinstance(x, Tensor) else x)]
     module.zero_grad()
     with forward or nullcontext():
         out = run(leaves[0] if isinstance(x, Tensor) else leaves)
-    if dout is None:
-        dout = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
-    torch.autograd.backward([out], [dout])
+    torch.autograd.backward([out], [ramp(out) if dout is None else dout])
     names = ["dx"] if isinstance(x, Tensor) else [f"dx{i}" for i in range(len(leaves))]
     seen = {"out": out.detach()}
     seen |= {name: cast(Tensor, leaf.grad) for name, leaf in zip(names, leaves, strict=True)}
     seen |= {f"grad {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
     return {name: t.clone() for name, t in {**seen, **dict(module.named_buffers())}.items()}
+
+
+def state_of(model: nn.Module) -> Seen:
+    """Returns every gradient that there is, parameter and buffer."""
+    seen = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return seen | {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
 def assert_same(actual: Seen, expected: Seen, bound: float = EXACT, least: float = 0.0) -> None:

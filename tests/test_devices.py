@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sknet_kernels import launch as launching
 from sknet_kernels.launch import Launch, launch, planned
-from sknet_triton import backend, functional, use_backend
+from sknet_triton import functional, use_backend
 from sknet_triton.backend import Backend
 from sknet_triton.reference.steps import Steps
 from tests.helpers import (
@@ -30,11 +30,13 @@ from tests.helpers import (
     DEVICE,
     Seen,
     assert_same,
+    call_one_by_one,
     images,
     laid_out,
     outcome,
     small_conv,
     small_network,
+    state_of,
 )
 from tests.plain_sknet import for_norms
 
@@ -59,23 +61,11 @@ class Stages(nn.Module):
         return functional.sk_select(branches, logits, activation=self.activation)
 
 
-def hooked(**factory: Any) -> nn.Module:
-    sk = small_conv(**factory)
-    sk.fc2.register_forward_hook(lambda *_: None)
-    return sk
-
-
 def synced(**factory: Any) -> nn.Module:
     """In one process: `sk_fuse_select` in plain PyTorch too."""
     return cast(
         nn.Module, cast(Any, nn.SyncBatchNorm).convert_sync_batchnorm(small_conv(**factory))
     )
-
-
-def cumulative(**factory: Any) -> nn.Module:
-    sk = small_conv(**factory)
-    for_norms(lambda bn: setattr(bn, "momentum", None))(sk)
-    return sk
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ PATHS = {
     "SKConv": Path(small_conv),
     "SKConv eval": Path(small_conv, training=False),
     "SKConv channels_last M3": Path(partial(small_conv, M=3), "channels_last"),
-    "SKConv hooked": Path(hooked),
+    "SKConv hooked": Path(lambda **factory: call_one_by_one(small_conv(**factory))),
     "SKConv synced": Path(synced),
     "SKConv layer": Path(partial(small_conv, fc_norm="layer")),
     "SKNet": Path(small_network, size=(16, 12)),
@@ -118,10 +108,6 @@ on_both = pytest.mark.parametrize("chosen", BACKENDS)
 
 def kinds(tensors: Seen) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (t.shape, t.dtype) for name, t in tensors.items()}
-
-
-def strides(tensors: Seen) -> dict[str, tuple[int, ...]]:
-    return {name: t.stride() for name, t in tensors.items()}
 
 
 # --- tensors without memory ---------------------------------------------------------------------
@@ -146,7 +132,7 @@ def test_fake_tensors_tell_what_a_step_would_give(path: Path, chosen: Backend) -
         with FakeTensorMode():
             seen = path.step(DEVICE, torch.float32)
     assert kinds(seen) == kinds(expected)
-    assert strides(seen) == strides(expected)
+    assert all(seen[name].stride() == t.stride() for name, t in expected.items())
 
 
 # --- nothing waits for a device -----------------------------------------------------------------
@@ -157,12 +143,7 @@ WAITING = {
     *(aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select),
     *(aten._unique2, aten.unique_consecutive, aten.bincount),
 }
-
-
-OPERATORS = (
-    *("sk_fuse", "sk_select", "sk_select_bwd"),
-    *(f"sk_{step.name}" for step in fields(Steps)),
-)
+OPERATORS = ("sk_fuse", "sk_select", "sk_select_bwd", *(f"sk_{s.name}" for s in fields(Steps)))
 
 
 class NoSynchronisation(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own hook
@@ -208,8 +189,8 @@ def refusing_to_wait() -> Iterator[NoSynchronisation]:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts the kernels and lets none of them run."""
+def kernels_for_meta(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Sends tensors without memory along the way of those on a GPU; counts the launches."""
     counts: Counter[str] = Counter()
 
     def counted(first: Launch) -> Callable[..., None]:
@@ -221,19 +202,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     monkeypatch.setattr(launching, "_PLANS", {})
     monkeypatch.setattr(launching, "_compiled", counted)
-    return counts
-
-
-STEMS = ("sk_fuse", "sk_select", "steps")
-
-
-@pytest.fixture
-def kernels_for_meta(launched: Counter[str], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Sends tensors without memory along the way of those on a GPU, up to the launches."""
-    for module in (backend, *(importlib.import_module(f"sknet_triton.ops.{n}") for n in STEMS)):
-        monkeypatch.setattr(module, "has_kernels", lambda _: True)
     monkeypatch.setattr(launching, "current", lambda device: nullcontext())
-    return launched
+    for stem in ("backend", "ops.sk_fuse", "ops.sk_select", "ops.steps"):
+        module = importlib.import_module(f"sknet_triton.{stem}")
+        monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    return counts
 
 
 @every_path
@@ -252,8 +225,8 @@ def test_the_cumulative_average_waits_for_nothing_on_the_kernels(
     kernels_for_meta: Counter[str],
 ) -> None:
     # torch's own batch norm with momentum None reads its counter.
-    path = Path(cumulative)
-    module, x = path.module(META), path.x(META)
+    module, x = small_conv(device=META), images(device=META)
+    for_norms(lambda bn: setattr(bn, "momentum", None))(module)
     with use_backend("triton"), refusing_to_wait():
         outcome(module, module, x)
     assert kernels_for_meta["_sk_moments_kernel"] == 1
@@ -354,11 +327,6 @@ def train_step(module: nn.Module, x: Tensor) -> None:
             p.sub_(cast(Tensor, p.grad), alpha=0.05)
 
 
-def state(module: nn.Module) -> Seen:
-    grads = {f"grad {n}": cast(Tensor, p.grad) for n, p in module.named_parameters()}
-    return grads | {name: t.detach() for name, t in module.state_dict().items()}
-
-
 def captured(
     call: Callable[[nn.Module, Tensor], Any], fresh: nn.Module, module: nn.Module, x: Tensor
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -387,7 +355,7 @@ def test_inference_and_a_training_step_in_cuda_graphs(path: Path, chosen: Backen
             graph.replay()
             twin.zero_grad()
             train_step(twin, x)
-            assert_same(state(module), state(twin))
+            assert_same(state_of(module), state_of(twin))
         with torch.no_grad():
             module.eval()
             graph, out = captured(lambda m, x: m(x), module, module, x)

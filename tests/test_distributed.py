@@ -25,7 +25,16 @@ from perf.peers import rebuilt
 from sknet_triton import SKConv, SKUnit, use_backend
 from sknet_triton.acceleration.swap import Accelerated
 from sknet_triton.backend import Backend
-from tests.helpers import BACKENDS, DEVICE, Seen, assert_same, images, is_plain, small_network
+from tests.helpers import (
+    BACKENDS,
+    DEVICE,
+    Seen,
+    assert_same,
+    images,
+    is_plain,
+    small_network,
+    state_of,
+)
 from tests.plain_sknet import largest_error, scramble
 from tests.processes import WORLD, in_two_processes, needs_gloo
 
@@ -98,19 +107,13 @@ def descend(model: nn.Module) -> None:
                 p.sub_(p.grad, alpha=RATE)
 
 
-def state(model: nn.Module) -> Seen:
-    """Returns every gradient, parameter and buffer."""
-    seen = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return seen | {name: t.detach().clone() for name, t in model.state_dict().items()}
-
-
 def alone(model: nn.Module, xs: list[Tensor]) -> list[Seen]:
     """One process takes a step a joint batch; the gradients are means over processes."""
     for x in xs:
         model.zero_grad()
         torch.autograd.backward(loss(model(x)) / WORLD)
         descend(model)
-    return [state(model)] * WORLD
+    return [state_of(model)] * WORLD
 
 
 def alone_by_shares(model: nn.Module, xs: list[Tensor], broadcast: bool) -> list[Seen]:
@@ -132,7 +135,7 @@ def alone_by_shares(model: nn.Module, xs: list[Tensor], broadcast: bool) -> list
                 p.grad = mean.clone()
         for replica in replicas:
             descend(replica)
-    return [state(replica) for replica in replicas]
+    return [state_of(replica) for replica in replicas]
 
 
 # --- DistributedDataParallel --------------------------------------------------------------------
@@ -225,7 +228,7 @@ def run_parallel(case: Parallel, backend: Backend, rank: int) -> Seen:
                 with nullcontext() if i == len(micro) - 1 else parallel.no_sync():
                     torch.autograd.backward(loss(run(part)))
             descend(parallel)
-    return state(model)
+    return state_of(model)
 
 
 # --- FSDP2 --------------------------------------------------------------------------------------
@@ -293,7 +296,7 @@ def first_conv(model: nn.Module) -> SKConv:
 
 
 def whole_state(model: nn.Module) -> Seen:
-    """As `state`, with every shard gathered."""
+    """As `state_of`, with every shard gathered."""
     gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     grads = {
         f"grad {n}": cast(Any, p.grad).full_tensor()

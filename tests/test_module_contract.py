@@ -28,6 +28,7 @@ from tests.helpers import (
     assert_same,
     images,
     outcome,
+    ramp,
     small_conv,
     small_network,
 )
@@ -334,8 +335,7 @@ def test_functional_call_takes_the_tensors_it_is_given(way: str) -> None:
     with WAYS[way].of(module):
         run = torch.compile(called, backend="aot_eager") if WAYS[way].compiled else called
         out = run(images())
-        dout = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device)
-        torch.autograd.backward(out, dout.view_as(out))
+        torch.autograd.backward(out, ramp(out))
     # The statistics that were handed in are those that moved.
     seen = {"out": out.detach(), "dx": expected["dx"]}
     seen |= {f"grad {name}": cast(Tensor, leaf.grad) for name, leaf in leaves.items()}
