@@ -187,17 +187,16 @@ def test_a_wrong_value_in_the_config_is_named(
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        *(
-            ("config.json", content, r"config\.json: expected JSON, got something else")
-            for content in (b"", b"[" * 100_000, b"\xff\xfe", b"__import__('os')")
-        ),
-        ("model.safetensors", b"\0" * 8, r"model\.safetensors: the safetensors file is damaged"),
-    ],
-    ids=range(5),
+    "content", [b"", b"[" * 100_000, b"\xff\xfe", b"__import__('os')"], ids=range(4)
 )
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", r"config\.json: expected JSON, got something else"),
+        ("model.safetensors", r"model\.safetensors: the safetensors file is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, message: str, content: bytes) -> None:
     small().save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):

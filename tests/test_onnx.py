@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -82,20 +83,15 @@ def test_the_kernels_refuse_and_say_what_to_do(tmp_path: Path) -> None:
         export(conv(), torch.randn(4, 8, 6, 5), tmp_path / "conv.onnx")
 
 
-class OnAGpu:
-    """Says it is on a GPU: the choice of the backend asks for nothing else."""
-
-    is_cuda = True
-
-
 @pytest.mark.parametrize("dynamo", [True, False], ids=["torch.export", "torchscript"])
 def test_auto_leaves_the_kernels_out_of_an_export_alone(dynamo: bool, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the triton backend is not installed")
-    choices = []
+    # The choice of the backend asks for nothing else.
+    choices, on_a_gpu = [], cast(Tensor, SimpleNamespace(is_cuda=True))
 
     class Asks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            choices.append(backend.takes_triton(cast(Tensor, OnAGpu())))
+            choices.append(backend.takes_triton(on_a_gpu))
             return x + 1
 
     module, x = Asks(), torch.ones(2)

@@ -56,6 +56,10 @@ def port() -> nn.Module:
     return rebuilt.SKConv(8, 4)
 
 
+def timm_kernel() -> nn.Module:
+    return rebuilt.SelectiveKernel(8, 4, groups=2)
+
+
 def images() -> Tensor:
     return torch.randn(3, 8, 6, 5, dtype=torch.float64)
 
@@ -124,20 +128,12 @@ def inside(context: Callable[[], Any]) -> Body:
     return inside
 
 
-def draws_of_torch(self: Any, x: Tensor, forward: Any) -> Any:
-    return forward(x) + 0 * torch.rand(())
-
-
-def draws_of_python(self: Any, x: Tensor, forward: Any) -> Any:
-    return forward(x) + 0 * random.random()
+def returning(change: Callable[[Tensor], Any]) -> Body:
+    return lambda self, x, forward: change(forward(x))
 
 
 def detached(self: Any, x: Tensor, forward: Any) -> Any:
     return forward(x.detach())
-
-
-def detached_result(self: Any, x: Tensor, forward: Any) -> Any:
-    return forward(x).detach()
 
 
 def detached_attention(self: Any, x: Tensor, forward: Any) -> Any:
@@ -149,10 +145,6 @@ def detached_attention(self: Any, x: Tensor, forward: Any) -> Any:
 
 def detached_in_training(self: Any, x: Tensor, forward: Any) -> Any:
     return detached_attention(self, x, forward) if self.training else forward(x)
-
-
-def other_without_gradients(self: Any, x: Tensor, forward: Any) -> Any:
-    return forward(x) * (1 if torch.is_grad_enabled() else 2)
 
 
 def writes_to_its_input(self: Any, x: Tensor, forward: Any) -> Any:
@@ -178,20 +170,20 @@ OTHER: dict[Body, str] = {
     warns: "more than return: warns calls _warnings.warn",
     inside(partial(torch.autograd.profiler.record_function, "sk")): "calls torch.autograd.profiler",
     inside(partial(torch.autocast, "cpu", enabled=False)): "calls torch.amp",
-    draws_of_torch: "its next random number differs",
-    draws_of_python: "more than return: draws_of_python calls random.random",
+    returning(lambda out: out + 0 * torch.rand(())): "its next random number differs",
+    returning(lambda out: out + 0 * random.random()): "calls random.random",
     detached: "it has no gradient of input 0, not a",
-    detached_result: "requires_grad of its output is False",
+    returning(lambda out: out.detach()): "requires_grad of its output is False",
     detached_attention: "its gradient of input 0 differs",
     detached_in_training: "its gradient of input 0 differs",
-    other_without_gradients: "its output differs",
+    returning(lambda out: out * (1 if torch.is_grad_enabled() else 2)): "its output differs",
     writes_to_its_input: "its input 0 afterwards differs",
     moves_a_buffer: "running_mean differs",
 }
 
 
 @pytest.mark.filterwarnings("ignore:called:UserWarning")
-@pytest.mark.parametrize("body", OTHER, ids=lambda body: body.__name__)
+@pytest.mark.parametrize("body", OTHER, ids=OTHER.get)
 def test_what_does_more_or_other_than_the_family_is_left(body: Body) -> None:
     module = Port(body)
     row = row_of(module)
@@ -258,10 +250,6 @@ class OtherAttention(nn.Module):
         return torch.full(stacked.shape[:3], 0.25, dtype=stacked.dtype)
 
 
-def other_mlp() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(4, 32, 1), nn.Tanh())
-
-
 class Configured(rebuilt.SKConv):
     def __init__(self) -> None:
         super().__init__(8, 4)
@@ -283,16 +271,12 @@ def sets(path: str, value: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 # What builds a module, what changes it, and whether the family still fits.
 REPLACED: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None], bool]] = {
-    "another attn": (
-        lambda: rebuilt.SelectiveKernel(8, 4, groups=2),
-        sets("attn", lambda _: OtherAttention()),
-        False,
-    ),
+    "another attn": (timm_kernel, sets("attn", lambda _: OtherAttention()), False),
     "none": (port, sets("global_pool", lambda _: nn.AdaptiveMaxPool2d(1)), False),
     "another axis": (port, sets("softmax.dim", lambda _: 2), False),
     "an attribute": (lambda: rebuilt.SplitAttn(8, 4), sets("rsoftmax.radix", lambda _: 1), False),
     "a norm inside": (port, sets("conv.0.1", lambda _: nn.Identity()), True),
-    "another MLP": (port, sets("fc1", lambda _: other_mlp()), True),
+    "another MLP": (port, sets("fc1", lambda port: nn.Sequential(port.fc1[0], nn.Tanh())), True),
     "a value in a dict": (Configured, lambda module: module.config.update(scale=2.0), False),
     "a value in a list": (Configured, lambda module: module.shift.append(1.0), False),
     "a method": (port, sets("attention", lambda module: MethodType(even, module)), False),
@@ -321,12 +305,7 @@ def test_a_child_replaced_afterwards_is_looked_at(
 PATCHED: dict[str, tuple[Callable[[], nn.Module], type, str, Any]] = {
     "forward": (port, rebuilt.SKConv, "forward", lambda self, x: x),
     "method": (port, rebuilt.SKConv, "attention", even),
-    "child's forward": (
-        lambda: rebuilt.SelectiveKernel(8, 4),
-        type(rebuilt.SelectiveKernel(8, 4).attn),
-        "forward",
-        OtherAttention.forward,
-    ),
+    "child": (timm_kernel, rebuilt.SelectiveKernelAttn, "forward", OtherAttention.forward),
 }
 
 
@@ -382,11 +361,8 @@ class Decorated(rebuilt.SKConv):
 
 
 class PicklesItself(rebuilt.SKConv):
-    def __init__(self) -> None:
-        super().__init__(8, 4)
-
     def __reduce__(self) -> Any:
-        return PicklesItself, (), self.__dict__
+        return PicklesItself, (8, 4), self.__dict__
 
 
 def changed(
@@ -416,10 +392,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         changed(sets("conv.0.0", lambda _: nn.LazyConv2d(4, 3))),
         "its parameters are UninitializedParameters",
     ),
-    "no attn": (
-        changed(sets("attn", lambda _: None), lambda: rebuilt.SelectiveKernel(8, 4)),
-        "its structure cannot be read",
-    ),
+    "no attn": (changed(sets("attn", lambda _: None), timm_kernel), "its structure cannot be read"),
     "own forward": (
         changed(sets("forward", lambda _: lambda x: x)),
         "its forward was replaced on the instance",
@@ -434,7 +407,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         REPLACED_FC1,
     ),
     "decorated": (lambda: Decorated(8, 4), "its forward is decorated"),
-    "pickle": (PicklesItself, "it is copied and pickled in a way of its own"),
+    "pickle": (lambda: PicklesItself(8, 4), "it is copied and pickled in a way of its own"),
 }
 
 
@@ -588,10 +561,7 @@ def test_a_garbage_collection_in_between_is_not_its_doing(threshold: int) -> Non
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "not full"])
-@pytest.mark.parametrize(
-    "build",
-    [lambda: rebuilt.SelectiveKernel(8, 4, groups=2), lambda: rebuilt.SplitAttn(8, 4), port],
-)
+@pytest.mark.parametrize("build", [timm_kernel, lambda: rebuilt.SplitAttn(8, 4), port])
 @pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 def test_a_backward_hook_anywhere_sees_what_it_saw(
     build: Callable[[], nn.Module], full: bool
@@ -698,7 +668,7 @@ def test_what_is_made_of_an_accelerated_module_computes_the_same(
 
 
 @needs_gloo
-@pytest.mark.parametrize("build", [port, lambda: rebuilt.SelectiveKernel(8, 4)])
+@pytest.mark.parametrize("build", [port, timm_kernel])
 def test_statistics_of_several_processes_are_no_hindrance(
     build: Callable[[], nn.Module], one_process: None
 ) -> None:
