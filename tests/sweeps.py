@@ -3,21 +3,25 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from torch import Tensor, nn
 
 from perf.__main__ import main
+from perf.peers import baseline
+from perf.rows import env, schema
 from perf.rows.schema import Case, Result
 from perf.rows.store import open_store
-from perf.rows.typed_csv import Values
-from perf.sweep import sweep
+from perf.rows.typed_csv import Values, values_of
+from perf.sweep import measure, sweep, workloads
 from perf.sweep.contest import Conditions, measure_case
-from perf.sweep.providers import Provider
+from perf.sweep.providers import PROVIDERS, Provider
 from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
 
@@ -25,6 +29,18 @@ Patch = pytest.MonkeyPatch
 Printed = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
+PLAIN, OURS = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
+REPORTS = ROOT / "perf" / "reports"
+
+# Rows that are made up
+ENV = env.snapshot(CPU, seed=3, ranks=1)
+CASE = make_case("sk_conv", "train", batch=8, resolution=64, stage=2)
+
+
+def row(provider: str = PLAIN.name, case: Case = CASE, **result: object) -> Values:
+    """Returns a row that is ok and took 1.5 ms, where ``result`` says nothing else."""
+    found = Result(**{"status": "ok", "ms_p50": 1.5, **result})  # type: ignore[arg-type]  # by name
+    return values_of(case, found, ENV, provider=provider)
 
 
 @dataclass
@@ -49,6 +65,33 @@ def make_up(monkeypatch: Patch, seconds: float = 0.0) -> MadeUp:
     made_up = MadeUp(seconds)
     monkeypatch.setattr(sweep, "measure_case", made_up)
     return made_up
+
+
+def plant(
+    monkeypatch: Patch, workload: str, ours: nn.Module | Callable[..., Tensor], **changes: Any
+) -> None:
+    """Puts a module or a function in the place of our module of a workload."""
+    module = ours if isinstance(ours, nn.Module) else baseline.Function(ours)
+    changed = replace(workloads.WORKLOADS[workload], ours=lambda case: module, **changes)
+    monkeypatch.setitem(workloads.WORKLOADS, workload, changed)
+
+
+def take_times(monkeypatch: Patch, ms: list[float], call_ms: Iterable[float] = ()) -> list[str]:
+    """Lets every run take times that are made up, and returns the names of those that did."""
+    timed: list[str] = []
+
+    def made_up(runs: dict[str, object], *_: object) -> tuple[dict[str, measure.Times], Any]:
+        timed.extend(runs)
+        return {name: measure.Times(env.switches(), ms, [*call_ms]) for name in runs}, {}
+
+    monkeypatch.setattr(measure, "interleaved", made_up)
+    return timed
+
+
+def stub_cuda(monkeypatch: Patch, **stubs: Callable[..., object]) -> None:
+    """Puts what answers in the place of functions of `torch.cuda`."""
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
 
 
 def small(workload: str, mode: str, **axes: object) -> Case:
@@ -88,7 +131,8 @@ def in_a_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess
     )
 
 
-def write_report(path: Path, rows: Iterable[Values]) -> None:
-    """Writes a new report of ``rows``."""
+def write_report(path: Path, rows: Iterable[Values]) -> pd.DataFrame:
+    """Writes a new report of ``rows``, and returns it as it is read."""
     with open_store(path, resume=False) as store:
         store.append(rows)
+    return schema.read(path)
