@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 CONDITIONS = Conditions(CPU, seed=0, seconds=0.002, rounds=2)
 PLAIN, OURS = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 REPORTS = ROOT / "perf" / "reports"
+TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
 
 # Rows that are made up
 ENV = env.snapshot(CPU, seed=3, ranks=1)

@@ -76,8 +76,8 @@ def test_heuristics_and_candidates_are_legal_and_few(
         assert first.block_c * first.block_s <= 4 * device.warp_size * first.access, problem
         assert len(set(found)) == len(found) <= 17, problem
         for config in found:
-            for size in (config.block_c, config.block_s, config.num_warps, config.access):
-                assert is_power_of_two(size), problem
+            sizes = (config.block_c, config.block_s, config.num_warps, config.access)
+            assert all(map(is_power_of_two, sizes)), problem
             assert config.block_c <= next_power_of_two(problem.C), problem
             assert config.block_s <= next_power_of_two(problem.row), problem
             assert config.access <= problem.align, problem
@@ -247,13 +247,12 @@ def test_how_many_elements_are_read_at_once_and_where(
 
 
 def test_alignment_drops_with_the_least_aligned_tensor() -> None:
-    x = torch.empty(2, 8, 16, dtype=torch.bfloat16, device="meta")
-    odd_rows = torch.empty(2, 8, 17, dtype=torch.bfloat16, device="meta")[:, :, :16]
+    x, odd_rows = branch(2, 8, 16, 2, False), branch(2, 8, 17, 2, False)[:, :, :16]
     assert problem_of([x], 1).align == 8
     assert problem_of([x, odd_rows], 2).align == 1
     assert problem_of([x, x.sum().expand(2, 8, 16)], 2).align == 8
 
 
 def test_rows_with_gaps_between_them_are_not_read_across() -> None:
-    gaps = torch.empty(2, 8, 50, dtype=torch.bfloat16, device="meta")[:, :, :49]
+    gaps = branch(2, 8, 50, 2, False)[:, :, :49]
     assert problem_of([gaps], 1) == Problem(2, 8, 49, 1, 2, False, 1)

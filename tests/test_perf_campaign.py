@@ -18,7 +18,7 @@ from perf.__main__ import INTERRUPTED, IO_ERROR, main
 from perf.commands import campaign as command
 from perf.commands.campaign import GRACE, LEAST, Part, parts, plan, share
 from perf.rows import schema
-from tests.helpers import ROOT
+from tests.helpers import ROOT, source_environment
 from tests.sweeps import Patch, Printed, in_a_process, refusal, state, write_report
 
 
@@ -128,12 +128,6 @@ def test_a_part_that_fails_is_said_and_the_rest_runs(
     assert "found" in log.splitlines()
 
 
-def test_the_log_is_never_the_report(run: Run, tmp_path: Path) -> None:
-    for name in ("a.log", "a", ".log", "a.csv.log"):
-        assert run(tmp_path / name, python("print(1)")) == 0
-        assert schema.read(tmp_path / name).empty
-
-
 ENDINGS = {signal.SIGTERM: command.TERMINATED, signal.SIGINT: INTERRUPTED}
 # Starts another process, and both write their numbers.
 FAMILY = """
@@ -161,9 +155,8 @@ def test_what_a_part_has_started_ends_with_the_campaign(
         "campaign.parts = lambda **_: (part,); from perf.__main__ import main; "
         f"sys.exit(main(['campaign', '--device', 'cpu', '--out', {str(tmp_path / 'a.csv')!r}]))"
     )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     process = subprocess.Popen(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path
+        [sys.executable, "-c", script], env=source_environment(), cwd=tmp_path
     )
     while not all(pid.exists() and pid.read_text().endswith(" ") for pid in pids):
         assert process.poll() is None
@@ -207,7 +200,13 @@ def test_a_full_disk_ends_a_campaign_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
-@pytest.mark.parametrize("name", ["bytes\udcff 測定[2].csv", "new\nline.csv", "-a", ".csv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bytes\udcff 測定[2].csv", "new\nline.csv", "-a", ".csv"),
+        *("a.log", "a", ".log", "a.csv.log"),  # the log is never the report
+    ],
+)
 def test_a_campaign_takes_any_name(name: str, run: Run, tmp_path: Path) -> None:
     out = tmp_path / name
     named = Part("part", "is told the file", (sys.executable, "-c", "import sys; sys.exit(3)"), 9.0)
@@ -217,10 +216,13 @@ def test_a_campaign_takes_any_name(name: str, run: Run, tmp_path: Path) -> None:
 
 
 def test_a_part_that_appends_rows_gets_a_budget_below_its_time() -> None:
-    args = argparse.Namespace(out=Path("a.csv"), device="cuda")
-    swept = next(part for part in parts() if part.name == "fuse-select")
-    line = command.command(swept, args, 100.0)
-    assert line[-4:] == ("--out=a.csv", "--resume", "--budget", f"{100 - 2 * GRACE:.0f}")
+    args = argparse.Namespace(out=Path("b/a.csv"), device="cuda")
+    *_, last = parts(which=lambda name: None)
+    (swept,) = (part for part in parts() if part.name == "fuse-select")
+    assert last.command == (*command.PERF, "tune")
+    budget = ("--resume", "--budget", f"{100 - 2 * GRACE:.0f}")
+    assert command.command(swept, args, 100.0)[-4:] == ("--out=b/a.csv", *budget)
+    assert command.command(last, args, 100.0)[-4:] == ("--out=b/a-tuned.csv", *budget)
     args.device = "cpu"
     assert command.command(swept, args, 100.0)[-6:] == (*("--device", "cpu"), *command.REHEARSAL)
 

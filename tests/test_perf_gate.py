@@ -1,7 +1,7 @@
 """The gate lets what is right pass and stops what is wrong: ops, passes, networks, families."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import sknet_triton as skt
 from perf.peers import baseline, families, rebuilt
 from perf.peers.families import FAMILIES, Family
-from perf.rows import env
 from perf.rows.schema import Case, Result
 from perf.static.bytes import saved
 from perf.sweep import contest, gate, measure, workloads
@@ -23,29 +22,15 @@ from perf.sweep.workloads import make_case
 from sknet_triton import SKConv, SKUnit, sknet26
 from sknet_triton.acceleration import families as known
 from sknet_triton.acceleration.swap import Accelerated
-from tests.sweeps import CONDITIONS, CPU, Patch, measured, small
-
-EAGER, REFERENCE = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
+from tests.sweeps import CONDITIONS, CPU, OURS, PLAIN, Patch, measured, plant, small, take_times
 
 Forward = Callable[..., Tensor]
-Plant = Callable[[str, Forward], None]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def plant(monkeypatch: Patch) -> Plant:
-    """Puts a wrong computation in the place of our module of a workload."""
-
-    def put(workload: str, forward: Forward) -> None:
-        wrong = replace(workloads.WORKLOADS[workload], ours=lambda case: baseline.Function(forward))
-        monkeypatch.setitem(workloads.WORKLOADS, workload, wrong)
-
-    return put
 
 
 def both(workload: str, mode: str, **axes: object) -> list[Result]:
     """Measures plain PyTorch and ours."""
-    return measured(small(workload, mode, **axes), EAGER, REFERENCE)
+    return measured(small(workload, mode, **axes), PLAIN, OURS)
 
 
 def average_without_division(*branches: Tensor) -> Tensor:
@@ -84,28 +69,22 @@ def nan_in_one_place(*branches: Tensor) -> Tensor:
     ],
 )
 def test_planted_wrong_provider_is_unverified_and_never_timed(
-    plant: Plant, monkeypatch: Patch, workload: str, forward: Forward, dtype: str
+    monkeypatch: Patch, workload: str, forward: Forward, dtype: str
 ) -> None:
-    plant(workload, forward)
-    timed: list[str] = []
-
-    def spy(runs: Mapping[str, object], *_: object) -> tuple[dict[str, measure.Times], Any]:
-        timed.extend(runs)
-        return {name: measure.Times(env.switches(), [1.0]) for name in runs}, {}
-
-    monkeypatch.setattr(measure, "interleaved", spy)
+    plant(monkeypatch, workload, forward)
+    timed = take_times(monkeypatch, [1.0])
     plain, ours = both(workload, "infer", dtype=dtype)
     assert (plain.status, ours.status, ours.ms_p50) == ("ok", "unverified", None)
     assert "output off by" in ours.reason
-    assert timed == [EAGER.name]
+    assert timed == [PLAIN.name]
 
 
-def test_right_output_with_wrong_gradient_is_unverified(plant: Plant) -> None:
+def test_right_output_with_wrong_gradient_is_unverified(monkeypatch: Patch) -> None:
     def no_gradient_for_logits(logits: Tensor, *branches: Tensor) -> Tensor:
         out = baseline.plain_select(logits, *branches)
         return out + 1e-2 * (logits - logits.detach()).sum()
 
-    plant("sk_select", no_gradient_for_logits)
+    plant(monkeypatch, "sk_select", no_gradient_for_logits)
     _, ours = both("sk_select", "train")
     assert ours.status == "unverified"
     assert "gradient off by" in ours.reason
@@ -123,13 +102,6 @@ def test_a_gradient_that_is_zero_is_measured_by_the_largest() -> None:
     assert gate.gradient_errors(halved, small)["bias"] == pytest.approx(0.5)
     nothing = {"weight": torch.zeros(1)}
     assert gate.gradient_errors(nothing, nothing) == {"weight": 0.0}
-
-
-def test_a_bias_before_a_batch_norm_does_not_widen_the_bounds() -> None:
-    result, _ = both("resnest_split_attention", "train")
-    assert result.status == "ok"
-    assert result.grad_err_bound is not None
-    assert result.grad_err_bound < 0.2
 
 
 def normalised(averages: Tensor) -> Tensor:
@@ -187,7 +159,7 @@ def test_what_hardly_magnifies_hardly_widens_the_bound(workload: str) -> None:
     ],
 )
 def test_failing_provider_is_a_row_with_one_line_of_reason(
-    error: Exception, status: str, calls: int, plant: Plant
+    error: Exception, status: str, calls: int, monkeypatch: Patch
 ) -> None:
     left = itertools.count(calls, -1)
 
@@ -196,7 +168,7 @@ def test_failing_provider_is_a_row_with_one_line_of_reason(
             raise error
         return baseline.plain_fuse(*branches)
 
-    plant("sk_fuse", fail)
+    plant(monkeypatch, "sk_fuse", fail)
     plain, ours = both("sk_fuse", "infer")
     assert (plain.status, ours.status) == ("ok", status)
     assert ours.reason == f"{type(error).__name__}: first line"
@@ -255,14 +227,14 @@ class _BackwardOnce(torch.autograd.Function):
         return grads
 
 
-def test_provider_that_cannot_run_backward_again_is_unsupported_in_bwd(plant: Plant) -> None:
-    plant("sk_fuse", lambda *branches: _BackwardOnce.apply(*branches))  # type: ignore[no-untyped-call]
+def test_provider_that_cannot_run_backward_again_is_unsupported_in_bwd(monkeypatch: Patch) -> None:
+    plant(monkeypatch, "sk_fuse", lambda *branches: _BackwardOnce.apply(*branches))  # type: ignore[no-untyped-call]
     plain, ours = both("sk_fuse", "bwd")
     assert (plain.status, ours.status) == ("ok", "unsupported")
     assert "backward through the graph a second time" in ours.reason
 
 
-def test_wrong_second_backward_is_unverified_in_bwd(plant: Plant) -> None:
+def test_wrong_second_backward_is_unverified_in_bwd(monkeypatch: Patch) -> None:
     factors = itertools.chain([1], itertools.repeat(2))
 
     def hooked(*branches: Tensor) -> Tensor:
@@ -271,21 +243,21 @@ def test_wrong_second_backward_is_unverified_in_bwd(plant: Plant) -> None:
             out.register_hook(lambda dout: next(factors) * dout)  # type: ignore[no-untyped-call]
         return out
 
-    plant("sk_fuse", hooked)
+    plant(monkeypatch, "sk_fuse", hooked)
     assert both("sk_fuse", "bwd")[1].status == "unverified"
 
 
-def test_bwd_times_the_backward_pass_alone(plant: Plant) -> None:
+def test_bwd_times_the_backward_pass_alone(monkeypatch: Patch) -> None:
     forwards = itertools.count()
 
     def counted(logits: Tensor, *branches: Tensor) -> Tensor:
         next(forwards)
         return baseline.plain_select(logits, *branches)
 
-    plant("sk_select", counted)
+    plant(monkeypatch, "sk_select", counted)
     for seconds in (0.002, 0.05):
         conditions = replace(CONDITIONS, seconds=seconds)
-        contest.measure_case(small("sk_select", "bwd"), (REFERENCE,), conditions)
+        contest.measure_case(small("sk_select", "bwd"), (OURS,), conditions)
     # The graph that is judged and timed, and the count of what is saved, however long.
     assert next(forwards) == 2 * 2
 
@@ -328,7 +300,7 @@ def test_impossible_case_is_unsupported_with_a_reason(
     reason = workloads.unsupported(small(workload, mode, **axes), CPU)
     assert str(said) in str(reason)
     if said:
-        (result,) = measured(small(workload, mode, **axes), EAGER)
+        (result,) = measured(small(workload, mode, **axes), PLAIN)
         assert (result.status, result.reason) == ("unsupported", reason)
 
 
@@ -393,15 +365,9 @@ def test_one_gradient_that_is_no_number_is_the_worst(wrong: str, value: float) -
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_error_or_a_bound_that_is_no_number_is_no_proof(value: float) -> None:
     assert gate.Verdict(0.0, 1.0, 0.0, 1.0).passed
-    for verdict in (
-        gate.Verdict(value, 1.0, 0.0, 1.0),
-        gate.Verdict(0.0, value, 0.0, 1.0),
-        gate.Verdict(value, value, None, None),
-        gate.Verdict(0.0, 1.0, value, 1.0),
-        gate.Verdict(0.0, 1.0, 0.0, value),
-        gate.Verdict(0.0, 1.0, value, value),
-    ):
-        assert not verdict.passed
+    for output in ((value, 1.0), (0.0, value), (value, value)):
+        assert not gate.Verdict(*output, None, None).passed
+        assert not gate.Verdict(0.0, 1.0, *output).passed
 
 
 def test_providers_that_are_ready_are_timed_when_the_budget_is_spent(monkeypatch: Patch) -> None:
@@ -437,12 +403,12 @@ def test_a_pass_is_the_kernels_launch_and_moves_what_it_counts(workload: str, la
 
 def test_a_copy_reads_and_writes_and_a_pass_belongs_to_one_provider() -> None:
     case = small("copy", "infer")
-    result, other = measured(case, EAGER, REFERENCE)
+    result, other = measured(case, PLAIN, OURS)
     assert (result.status, result.images_per_s, other.status) == ("ok", None, "unsupported")
     assert result.bytes_needed == 2 * 4 * case.B * case.C * case.H * case.W
     assert result.gbps is not None
     assert result.pct_copy is not None
-    results = measured(small("moments", "infer"), EAGER, PROVIDERS["ours-triton-eager"])
+    results = measured(small("moments", "infer"), PLAIN, PROVIDERS["ours-triton-eager"])
     assert {result.status for result in results} == {"unsupported"}
     assert results[0].reason == "moments is a pass of ours-triton-eager"
 
@@ -502,18 +468,18 @@ def test_before_is_the_module_itself_and_after_the_same_module_accelerated(name:
 @pytest.mark.parametrize(("mode", "layout"), [("train", "nchw"), ("infer", "channels_last")])
 @every_family
 def test_both_pass_the_gate_and_are_timed(name: str, mode: str, layout: str) -> None:
-    for result in measured(family(name, mode, layout=layout), EAGER, REFERENCE):
+    for result in measured(family(name, mode, layout=layout), PLAIN, OURS):
         assert (result.status, result.reason) == ("ok", "")
         assert result.ms_p50
         if mode == "infer":
             assert (result.saved_mb, result.saved_own_mb) == (None, None)
             continue
-        # A bound near one would let any gradient pass.
+        # A bound near one, as of a bias before a batch norm, would let any gradient pass.
         assert cast(float, result.grad_err_bound) < 0.2
         assert cast(float, result.saved_own_mb) <= cast(float, result.saved_mb)
 
 
-class Wrong(nn.Module):
+class _BranchesReversed(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.module = families.accelerated(case)
@@ -527,9 +493,9 @@ def test_what_accelerate_computes_wrongly_is_unverified(monkeypatch: Patch) -> N
     def before(ours: nn.Module) -> nn.Module:
         return families.original(ours.get_submodule("module"))
 
-    wrong = replace(workloads.WORKLOADS["mirnet_skff"], ours=Wrong, plain=before)
-    monkeypatch.setitem(workloads.WORKLOADS, "mirnet_skff", wrong)
-    plain, ours = measured(family("mirnet_skff", "infer"), EAGER, REFERENCE)
+    case = family("mirnet_skff", "infer")
+    plant(monkeypatch, "mirnet_skff", _BranchesReversed(case), plain=before)
+    plain, ours = measured(case, PLAIN, OURS)
     assert (plain.status, ours.status, ours.ms_p50) == ("ok", "unverified", None)
 
 
@@ -539,7 +505,7 @@ def test_a_module_that_accelerate_leaves_is_an_error(monkeypatch: Patch) -> None
             return super().attention(wide.sigmoid())
 
     monkeypatch.setitem(FAMILIES, "port_sk_conv", Family(lambda case: Other(case.C, case.C), C=128))
-    results = measured(family("port_sk_conv", "infer"), EAGER, REFERENCE)
+    results = measured(family("port_sk_conv", "infer"), PLAIN, OURS)
     assert {result.status for result in results} == {"error"}
     assert "expected one accelerated module, got: 1 left" in results[1].reason
 
@@ -602,7 +568,7 @@ def test_what_is_needed_is_the_passes_of_the_mathematics(
 
 
 def test_the_backward_pass_of_a_family_is_measured_alone() -> None:
-    results = measured(family("dehazeformer_sk_fusion", "bwd"), EAGER, REFERENCE)
+    results = measured(family("dehazeformer_sk_fusion", "bwd"), PLAIN, OURS)
     assert {result.status for result in results} == {"ok"}
 
 

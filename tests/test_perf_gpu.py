@@ -29,26 +29,23 @@ from perf.sweep.contest import DeviceLostError
 from perf.sweep.providers import PROVIDERS, Call, Provider, captured, evaluate, recorded, settings
 from perf.sweep.sweep import Rank
 from perf.sweep.workloads import make_case
-from tests.sweeps import CPU, Patch, Printed, make_up, measured, refusal, small
+from tests.sweeps import (
+    CPU,
+    OURS,
+    PLAIN,
+    Patch,
+    Printed,
+    make_up,
+    measured,
+    plant,
+    refusal,
+    small,
+    stub_cuda,
+    take_times,
+)
 
 GPU = torch.device("cuda", 0)
-PLAIN, OURS = PROVIDERS["plain-eager"], PROVIDERS["ours-pytorch-eager"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def planted(workload: str, ours: nn.Module, monkeypatch: Patch, **changes: Any) -> None:
-    """Puts a module in the place of our module of a workload."""
-    changed = replace(workloads.WORKLOADS[workload], ours=lambda case: ours, **changes)
-    monkeypatch.setitem(workloads.WORKLOADS, workload, changed)
-
-
-def timed(monkeypatch: Patch, ms: list[float], call_ms: list[float]) -> None:
-    """Lets every run take times that are made up."""
-
-    def made_up(runs: dict[str, object], *_: object) -> tuple[dict[str, measure.Times], Any]:
-        return {name: measure.Times(env.switches(), ms, call_ms) for name in runs}, {}
-
-    monkeypatch.setattr(measure, "interleaved", made_up)
 
 
 # Switches
@@ -162,7 +159,7 @@ def test_a_fault_beyond_the_judged_images_is_seen(monkeypatch: Patch) -> None:
     def plain(ours: nn.Module) -> nn.Module:
         return baseline.with_plain_convs(ours.get_submodule("net"))
 
-    planted("sknet26", _WrongInTheLastImage(), monkeypatch, plain=plain)
+    plant(monkeypatch, "sknet26", _WrongInTheLastImage(), plain=plain)
     (result,) = measured(small("sknet26", "infer", batch=16), OURS)
     assert result.status == "unverified"
 
@@ -207,15 +204,14 @@ class _Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
 def graphs(monkeypatch: Patch) -> None:
     """Puts CUDA graphs and streams that work on CPU tensors in the place of CUDA's."""
     stream = SimpleNamespace(wait_stream=lambda other: None)  # there is one order on a CPU
-    stubs: dict[str, Callable[..., Any]] = {
-        "CUDAGraph": _Graph,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "graph": lambda graph: graph,
-        "stream": lambda stream: nullcontext(),
-    }
-    for name, stub in stubs.items():
-        monkeypatch.setattr(torch.cuda, name, stub)
+    stub_cuda(
+        monkeypatch,
+        CUDAGraph=_Graph,
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        graph=lambda graph: graph,
+        stream=lambda stream: nullcontext(),
+    )
 
 
 def call_of(case: Case) -> Call:
@@ -311,7 +307,7 @@ def test_the_timed_step_runs_on_the_judged_tensors(monkeypatch: Patch) -> None:
         seen.update(x.data_ptr() for x in branches)
         return baseline.plain_fuse(*branches)
 
-    planted("sk_fuse", baseline.Function(spy), monkeypatch)
+    plant(monkeypatch, "sk_fuse", spy)
     case = small("sk_fuse", "train")
     assert measured(case, OURS)[0].status == "ok"
     assert len(seen) == case.M
@@ -356,7 +352,7 @@ def test_only_a_first_call_that_compiles_has_its_time_in_the_row(monkeypatch: Pa
 def test_small_batches_are_judged_from_call_to_call(
     monkeypatch: Patch, tmp_path: Path, batch: int, ms: float
 ) -> None:
-    timed(monkeypatch, [1.0, 2.0, 3.0], [4.0])
+    take_times(monkeypatch, [1.0, 2.0, 3.0], [4.0])
     out = tmp_path / "a.csv"
     run = ["run", "--preset", "gpu-conv", "--layout", "nchw", "--mode", "infer", "--device", "cpu"]
     size = ["--batch", str(batch), "--resolution", "32", "--stage", "1"]
@@ -388,14 +384,13 @@ def test_what_a_profile_counts_as_a_launch(monkeypatch: Patch) -> None:
 
 def test_peak_memory_is_the_steps_own(monkeypatch: Patch) -> None:
     peaks = [9 * MEBI]
-    stubs: dict[str, Callable[[torch.device], object]] = {
-        "synchronize": lambda device: None,
-        "memory_allocated": lambda device: 5 * MEBI,
-        "reset_peak_memory_stats": lambda device: peaks.append(5 * MEBI),
-        "max_memory_allocated": lambda device: peaks[-1],
-    }
-    for name, stub in stubs.items():
-        monkeypatch.setattr(torch.cuda, name, stub)
+    stub_cuda(
+        monkeypatch,
+        synchronize=lambda device: None,
+        memory_allocated=lambda device: 5 * MEBI,
+        reset_peak_memory_stats=lambda device: peaks.append(5 * MEBI),
+        max_memory_allocated=lambda device: peaks[-1],
+    )
     assert measure.peak_memory_mb(lambda: peaks.append(peaks[-1] + 3 * MEBI), GPU) == 3.0
 
 
@@ -495,9 +490,11 @@ def test_what_nvidia_smi_answers(
     program.write_text(ANSWERS.format(clock=clock, driver=driver))
     program.chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    properties = SimpleNamespace(uuid="0123-45")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 MIG 1g.10gb")
+    stub_cuda(
+        monkeypatch,
+        get_device_properties=lambda device: SimpleNamespace(uuid="0123-45"),
+        get_device_name=lambda device: "NVIDIA H100 MIG 1g.10gb",
+    )
     monkeypatch.setattr(env, "_driver", env._driver.__wrapped__)
     monkeypatch.setattr(env, "ANSWER_SECONDS", 1.0)
     start = time.monotonic()
@@ -538,15 +535,15 @@ def test_a_copy_on_a_gpu_is_large_and_timed_by_events(monkeypatch: Patch) -> Non
 
 def test_memory_is_given_back_after_running_out(monkeypatch: Patch) -> None:
     emptied: list[bool] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    stub_cuda(
+        monkeypatch, synchronize=lambda device: None, empty_cache=lambda: emptied.append(True)
+    )
     assert contest.failure(torch.OutOfMemoryError("no room"), GPU).status == "oom"
     assert emptied == [True]
 
 
 def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    stub_cuda(monkeypatch, is_available=lambda: True, device_count=lambda: 2)
     second = Rank(index=1, local=1, count=2)
     assert chosen_device(None, second) == chosen_device("cuda", second) == torch.device("cuda", 1)
     assert chosen_device("cpu", second) == CPU

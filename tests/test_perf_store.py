@@ -19,41 +19,39 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
 
 from perf.__main__ import IO_ERROR, main
-from perf.rows import StopError, UsageError, env, schema
-from perf.rows.schema import Result
+from perf.rows import StopError, UsageError, schema
 from perf.rows.store import Store, collect, open_store
-from perf.rows.typed_csv import Values, values_of
+from perf.rows.typed_csv import Key, Values
 from perf.sweep import sweep
 from perf.sweep.sweep import Rank, part_of, parts_of
-from perf.sweep.workloads import make_case
 from tests.helpers import ROOT
-from tests.sweeps import Patch, Printed, in_a_process, make_up, refusal, write_report
+from tests.sweeps import (
+    OURS,
+    PLAIN,
+    TINY,
+    Patch,
+    Printed,
+    in_a_process,
+    make_up,
+    refusal,
+    row,
+    write_report,
+)
 
-ENV = env.snapshot(torch.device("cpu"), seed=0, ranks=1)
-CASE = make_case("sk_conv", "train", batch=8, resolution=64)
-PROVIDER = "ours-pytorch-eager"
-TINY = ["run", "--level", "op", "--batch", "2", "--resolution", "32", "--mode", "infer"]
-SWEEP = ["run", "--level", "op", "--batch", "1:8:1", "--provider", "plain-eager", PROVIDER]
+SWEEP = ["run", "--level", "op", "--batch", "1:8:1", "--provider", PLAIN.name, OURS.name]
 
 
 def rows_of(count: int) -> list[Values]:
-    result = Result("ok", ms_p50=1.0, ms_p20=0.9, ms_p80=1.1)
-    return [row_of(result, B=B) for B in range(1, count + 1)]
-
-
-def row_of(result: Result, **changes: object) -> Values:
-    return {**values_of(CASE, result, ENV, provider=PROVIDER), **changes}
+    return [{**row(ms_p20=1.4, ms_p80=1.6), "B": B} for B in range(1, count + 1)]
 
 
 FIRST, SECOND = rows_of(1), rows_of(2)[1:]
 
 
-def keys_in(path: Path) -> list[tuple[object, ...]]:
-    frame = schema.read(path)
-    return sorted(frame[list(schema.KEY_COLUMNS)].itertuples(index=False, name=None))
+def keys_in(path: Path) -> list[Key]:
+    return sorted(schema.SCHEMA.rows(path.read_bytes(), path))
 
 
 @pytest.fixture
@@ -76,13 +74,13 @@ def store(path: Path) -> Iterator[Store]:
     "value", [float("nan"), float("inf"), float("-inf"), 1.7e308, 5e-324, -0.0, 0.1 + 0.2, 1e20]
 )
 def test_any_number_is_written_and_read_back(value: float, path: Path) -> None:
-    row = row_of(Result("unverified", "output off", out_err=value, grad_err_bound=value))
-    write_report(path, [row])
-    frame = schema.read(path)
-    assert frame.out_err.tolist() == pytest.approx([value], rel=1e-5, nan_ok=True)
-    assert frame.grad_err_bound.tolist() == pytest.approx([value], rel=1e-5, nan_ok=True)
+    written = row(out_err=value, grad_err_bound=value)
+    (read,) = write_report(path, [written]).itertuples()
+    expected = pytest.approx(value, rel=1e-5, nan_ok=True)
+    assert read.out_err == expected
+    assert read.grad_err_bound == expected
     with open_store(path, resume=True) as store:
-        assert store.keys == {schema.SCHEMA.key_of(row)}
+        assert store.keys == {schema.SCHEMA.key_of(written)}
 
 
 @pytest.mark.parametrize(
@@ -94,9 +92,9 @@ def test_any_number_is_written_and_read_back(value: float, path: Path) -> None:
     ],
 )
 def test_any_text_is_one_field_of_one_line(text: str, path: Path) -> None:
-    write_report(path, [row_of(Result("error", text), gpu=text), *rows_of(1)])
-    assert path.read_bytes().count(b"\n") == 3
-    reason = schema.read(path).reason[0]
+    failed = {**row(status="error", reason=text), "gpu": text}
+    reason = write_report(path, [failed, *SECOND]).reason[0]
+    assert lines_in(path) == 3
     assert reason.isprintable()
     assert (reason == text) == (text.isprintable() and len(text) < 1000)
     with open_store(path, resume=True) as store:
@@ -107,7 +105,7 @@ def test_what_a_column_cannot_hold_is_an_error_before_it_is_written(path: Path) 
     with open_store(path, resume=False) as store:
         for name, value in (("n", 2**63), ("launches", float("nan")), ("status", "bad")):
             with pytest.raises(ValueError, match=f"^{name}: expected"):
-                store.append([*rows_of(1), row_of(Result("ok"), **{name: value})])
+                store.append([*FIRST, {**row(), name: value}])
         assert store.keys == set()
     assert schema.read(path).empty
 
@@ -127,8 +125,8 @@ def full_after(size: int) -> Iterator[None]:
 
 
 def append_one_by_one(store: Store, rows: list[Values]) -> None:
-    for row in rows:
-        store.append([row])
+    for values in rows:
+        store.append([values])
 
 
 def test_disk_that_is_full_at_any_byte_leaves_whole_rows_to_resume(
@@ -161,18 +159,11 @@ def test_disk_that_is_full_from_the_start_is_said_before_anything_is_measured(
     assert list(tmp_path.iterdir()) == []
 
 
-Fail = Callable[..., int]
-
-
-def raising(code: int) -> Fail:
+def raising(code: int) -> Callable[..., int]:
     def fail(*arguments: object) -> int:
         raise OSError(code, os.strerror(code))
 
     return fail
-
-
-def write_little(descriptor: int, data: bytes, offset: int, write: Fail = os.pwrite) -> int:
-    return write(descriptor, data[:7], offset)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
@@ -195,10 +186,12 @@ def test_failing_write_is_undone_and_said(
 def test_interrupt_in_the_middle_of_a_write_waits_for_its_end(
     number: signal.Signals, store: Store, monkeypatch: Patch
 ) -> None:
+    write = os.pwrite
+
     def interrupted(descriptor: int, data: bytes, offset: int) -> int:
         os.kill(os.getpid(), number)
         time.sleep(0.01)  # another thread may take it
-        return write_little(descriptor, data, offset)
+        return write(descriptor, data[:7], offset)
 
     ended = threading.Event()
     threading.Thread(target=ended.wait).start()
@@ -352,8 +345,7 @@ def test_name_of_a_report_is_a_name_and_no_pattern(
         for other in others:
             other.write_text("not ours")
         for index in (0, 1, 10):
-            rows = [{**row, "provider": "plain-eager"} for row in rows_of(index + 1)]
-            write_report(part_of(path, Rank(index, index, 11)), rows)
+            write_report(part_of(path, Rank(index, index, 11)), rows_of(index + 1))
         assert len(parts_of(path)) == 3
         assert main([*TINY, "--provider", "plain-eager", f"--out={path}", "--resume"]) == 0
         assert parts_of(path) == []
@@ -365,7 +357,7 @@ def test_name_of_a_report_is_a_name_and_no_pattern(
 
 # Kills: a sweep that is killed, raced or starved and resumed ends as the undisturbed one
 
-LONG = ["run", "--level", "op", "--batch", "1:40:1", "--provider", "plain-eager", PROVIDER]
+LONG = ["run", "--level", "op", "--batch", "1:40:1", "--provider", PLAIN.name, OURS.name]
 ROWS = 480
 KILLS = 10
 PATIENCE = 60.0
@@ -538,34 +530,16 @@ def test_mistake_under_ranks_is_said_once_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_parts_of_a_rank_that_died_are_collected_on_resume(
-    whole: Path, folder: Path, tmp_path: Path, capsys: Printed
-) -> None:
-    out = tmp_path / "out.csv"
-    lines = whole.read_text().splitlines(keepends=True)
-    ranks = [Rank(index, index, 2) for index in range(2)]
-    write_report(out, [])
-    part_of(out, ranks[0]).write_text("".join(lines[:50]))
-    part_of(out, ranks[1]).write_text(lines[0] + "".join(lines[40:90]) + lines[90][:30])
-    refusal(capsys, *LONG, "--out", str(out))
-    assert main([*LONG, "--out", str(out), "--resume"]) == 0
-    assert keys_in(out) == keys_in(whole)
-    assert out.read_text().splitlines(keepends=True)[:90] == lines[:90]
-    assert parts_of(out) == []
-
-
-@pytest.mark.slow
 def test_torchrun_shares_the_cases_of_a_sweep(tmp_path: Path) -> None:
     out = tmp_path / "h100[2].csv"
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "perf", "run"]
-    axes = ["--level", "op", "--batch", "1", "2", "--resolution", "32", "--mode", "infer"]
-    chosen = [*axes, "--provider", "ours-pytorch-eager", "--out", str(out)]
+    chosen = [*TINY[1:], "--provider", OURS.name, "--out", str(out)]
     done = in_a_process(*torchrun, *chosen, stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out)
     assert done.stdout.count("% of copy") == 1
     frame = schema.read(out)
-    assert len(frame) == 6
+    assert len(frame) == 3
     assert set(frame.ranks) == {2}
     assert set(frame.status) == {"ok"}
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
@@ -599,5 +573,5 @@ def test_writers_that_start_at_once_leave_each_row_once(folder: Path, path: Path
         codes = set(map(status, runs))
         assert 0 in codes
         assert codes <= {0, 2}
-        assert len(keys_in(path)) == len(set(keys_in(path))) == 96
+        assert len(keys_in(path)) == 96
         path.unlink()

@@ -1,6 +1,5 @@
 """Tuning: candidates are judged, timed and kept; without a GPU they are listed as modelled."""
 
-import argparse
 import dataclasses
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,12 +12,9 @@ import torch
 from torch import Tensor
 
 from perf.__main__ import main
-from perf.commands import campaign as campaign_command
 from perf.commands import tune as command
-from perf.commands.campaign import parts
 from perf.rows import env
 from perf.rows import schema as rows
-from perf.rows.env import Environment
 from perf.rows.schema import Timing
 from perf.rows.store import open_store
 from perf.rows.typed_csv import values_of
@@ -40,7 +36,7 @@ from sknet_kernels.config import (
 )
 from sknet_kernels.launch import Launch
 from sknet_kernels.small import FUSE_COMBINE, LOGITS, SMALL_KERNELS
-from tests.sweeps import CONDITIONS, CPU, refusal
+from tests.sweeps import CONDITIONS, CPU, ENV, Patch, Printed, refusal
 
 Shape = tuple[int, int, int]
 H200 = DeviceFacts(multiprocessors=132, warp_size=32, name="NVIDIA H200")
@@ -57,7 +53,7 @@ def small(
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: Patch) -> Iterator[Path]:
     """Where tables are, instead of in the package; nothing of it is remembered."""
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
     (tmp_path / "tuned").mkdir()
@@ -76,9 +72,8 @@ def described(launch: Launch) -> tuple[Any, ...]:
 
 
 def written(subject: Subject, config: AnyConfig, path: Path) -> None:
-    where = Environment("H200", 0, "", "", "", 0, 0, 1, "", "", "", "", "", "", False, 0, "")
-    problem = subject.problem(H200)
-    row = values_of(problem, config, Timing(2.0, 1.0, 9, 1), where, kernel=subject.kernel.name)
+    problem, timing = subject.problem(H200), Timing(2.0, 1.0, 9, 1)
+    row = values_of(problem, config, timing, ENV, kernel=subject.kernel.name)
     with open_store(path, resume=True, columns=rows.TUNED) as store:
         store.append([row])
 
@@ -144,11 +139,7 @@ def test_a_damaged_table_is_named_by_line() -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     "kernel",
-    [
-        SELECT,
-        LOGITS,
-        *(pytest.param(k, marks=pytest.mark.slow) for k in KERNELS if k not in (SELECT, LOGITS)),
-    ],
+    [k if k in (SELECT, LOGITS) else pytest.param(k, marks=pytest.mark.slow) for k in KERNELS],
     ids=lambda kernel: kernel.name,
 )
 def test_every_candidate_of_every_kernel_is_right(kernel: AnyKernel) -> None:
@@ -166,7 +157,7 @@ def test_every_candidate_of_every_kernel_is_right(kernel: AnyKernel) -> None:
     ("whose", "fault"), [("heuristics", 1.0), ("candidate", 1.0), ("candidate", 4e-6)]
 )
 def test_what_is_wrong_is_refused_before_it_is_timed(
-    whose: str, fault: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    whose: str, fault: float, monkeypatch: Patch, capsys: Printed
 ) -> None:
     subject = small(SELECT)[0]
     problem: Any = subject.problem(FEW)
@@ -200,7 +191,7 @@ def test_the_choice_is_faster_beyond_the_noise() -> None:
     assert tuning.fastest({first: steady}) == (first, 1.0, 1.0)
 
 
-def test_every_other_round_runs_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_other_round_runs_backwards(monkeypatch: Patch) -> None:
     order: list[object] = []
 
     def sample(run: Any, *_: object) -> list[float]:
@@ -221,7 +212,7 @@ def test_every_other_round_runs_backwards(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.interpreter
 def test_small_kernels_join_as_many_parts_as_the_table_just_written_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(measure, "sample", lambda run, device, seconds: [1.0, 1.0])
     path, (pass_, joining) = tmp_path / "a.csv", small(FUSE, FUSE_COMBINE)
@@ -238,9 +229,7 @@ def test_small_kernels_join_as_many_parts_as_the_table_just_written_says(
 
 @pytest.mark.slow
 @pytest.mark.interpreter
-def test_what_was_timed_stays_wherever_tuning_is_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_timed_stays_wherever_tuning_is_cut(tmp_path: Path, monkeypatch: Patch) -> None:
     chosen, path = small(FUSE, SELECT, MOMENTS), tmp_path / "a.csv"
     endings = iter([None, KeyboardInterrupt, None, BudgetSpentError, DeviceLostError("gone"), None])
     done: list[Subject] = []
@@ -267,21 +256,16 @@ def test_what_was_timed_stays_wherever_tuning_is_cut(
 # The command
 
 
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the command take the interpreter on a CPU for a GPU called NVIDIA H200."""
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(command, "chosen_device", lambda *_: gpu)
+@pytest.mark.interpreter
+def test_on_a_gpu_the_table_is_where_the_kernels_read_it(
+    folder: Path, monkeypatch: Patch, capsys: Printed
+) -> None:
+    # The interpreter on a CPU is taken for a GPU of that name.
+    monkeypatch.setattr(command, "chosen_device", lambda *_: torch.device("cuda", 0))
     monkeypatch.setattr(env, "gpu_name", lambda device: H200.name)
     monkeypatch.setattr(command, "Conditions", lambda device, *rest: Conditions(CPU, *rest))
     monkeypatch.setattr(tuning, "subjects", lambda kernels, *_, **__: small(*kernels))
     monkeypatch.setattr(measure, "sample", lambda run, device, seconds: [1.0, 1.0])
-
-
-@pytest.mark.interpreter
-def test_on_a_gpu_the_table_is_where_the_kernels_read_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    on_a_gpu(monkeypatch)
     folder.rmdir()  # there is none in a fresh copy
     arguments = ["tune", "--kernel", "sk_fuse"]
     assert main(arguments) == 0
@@ -295,16 +279,8 @@ def test_on_a_gpu_the_table_is_where_the_kernels_read_it(
 
 
 def test_what_moves_most_is_tuned_first() -> None:
-    chosen = tuning.subjects(
-        KERNELS,
-        ("nchw", "channels_last"),
-        (1, 4),
-        (32, 128),
-        resolution=224,
-        M=2,
-        dtype="bf16",
-        device="meta",
-    )
+    axes: dict[str, Any] = {"resolution": 224, "M": 2, "dtype": "bf16", "device": "meta"}
+    chosen = tuning.subjects(KERNELS, ("nchw", "channels_last"), (1, 4), (32, 128), **axes)
     assert len(chosen) == (6 + 7) * 2 * 2 * 2
     moved = [subject.bytes_moved for subject in chosen]
     assert moved == sorted(moved, reverse=True)
@@ -316,7 +292,7 @@ def test_what_moves_most_is_tuned_first() -> None:
 
 
 def test_without_a_gpu_candidates_are_listed_in_their_modelled_order(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+    monkeypatch: Patch, capsys: Printed, folder: Path
 ) -> None:
     compiled = Compiled(Resources(40, 0, 0, 0, 16, 16, tf32=False), "", None)
     vars(compiled)["sass"] = ""
@@ -330,22 +306,9 @@ def test_without_a_gpu_candidates_are_listed_in_their_modelled_order(
     assert said.startswith("modelled, not measured")
     assert "sk_fuse contiguous bfloat16 M=2 [32, 256, 784]" in said
     assert "sk_fuse channels_last bfloat16 M=2 [32, 256, 784]" in said
-    subject = small(FUSE)[0]
-    listed = list(trials.modelled(subject))
-    ceilings = [row["tb_s"] for row in listed]
-    assert ceilings == sorted(ceilings, reverse=True)
-    assert sum(row["heuristic"] for row in listed) == 1
-    joined = list(trials.modelled(small(LOGITS)[0]))
-    assert joined == sorted(joined, key=lambda row: row["read_kb"])
-    assert sum(row["heuristic"] for row in joined) == 1
-    assert len(joined) > 1
+    streaming, joining = (pd.DataFrame(trials.modelled(each)) for each in small(FUSE, LOGITS))
+    assert streaming.tb_s.is_monotonic_decreasing
+    assert joining.read_kb.is_monotonic_increasing
+    assert streaming.heuristic.sum() == joining.heuristic.sum() == 1
+    assert len(joining) > 1
     assert list(folder.iterdir()) == []
-
-
-def test_the_campaign_tunes_last_and_keeps_the_table_beside_its_report() -> None:
-    part = parts(which=lambda name: None)[-1]
-    assert part.name == "tune"
-    assert part.command[-1] == "tune"
-    arguments = argparse.Namespace(out=Path("b/a.csv"), device="cuda")
-    line = campaign_command.command(part, arguments, 100.0)
-    assert line[-4:-1] == ("--out=b/a-tuned.csv", "--resume", "--budget")
