@@ -18,7 +18,7 @@ from perf.rows import schema
 from perf.rows.schema import SCHEMA
 from perf.rows.store import open_store
 from perf.sweep import measure
-from tests.sweeps import CASE, ENV, Patch, Printed, plant, refusal, row, write_report
+from tests.sweeps import CASE, ENV, OURS, Patch, Printed, plant, refusal, row, write_report
 
 
 def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
@@ -69,11 +69,9 @@ def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> 
 
 
 def test_pairs_are_of_providers_that_are_called_alike(tmp_path: Path) -> None:
-    before = {"ms_p50": 4.0, "ms_p20": 3.0, "ms_p80": 5.0, "saved_mb": 8.0, "saved_own_mb": 6.0}
-    after = {"ms_p50": 2.0, "ms_p20": 1.5, "ms_p80": 2.5, "saved_mb": 4.0, "saved_own_mb": 2.0}
     rows = [
-        row("plain-eager", **before),
-        row("ours-pytorch-eager", **after),
+        row(ms_p50=4.0, ms_p20=3.0, ms_p80=5.0, saved_mb=8.0, saved_own_mb=6.0),
+        row(OURS.name, ms_p50=2.0, ms_p20=1.5, ms_p80=2.5, saved_mb=4.0, saved_own_mb=2.0),
         row("ours-pytorch-compile", ms_p50=1.0),
         row("plain-compile", status="unverified", reason="output off", ms_p50=None),
     ]
