@@ -29,8 +29,6 @@ from tests.processes import needs_gloo
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
-PNG = b"\x89PNG\r\n"
-
 # Weights lie in [0, 1]: logits of float64 through two batch norms and sums of at most 300 products
 # in another order are off by some hundred eps.
 EXACT = 1e-12
@@ -387,6 +385,8 @@ class Sharper(SelectiveKernel):
 ONE = bright(1)
 summing = partial(skt.SKConv, 32, 32, aggregate="sum")
 traced = partial(torch.jit.trace, nn.Identity(), ONE)
+idle = partial(Calling, by_hand(), lambda sk, x: x)
+frames = partial(Calling, by_hand(), lambda sk, x: sk(x.repeat(3, 1, 1, 1)))
 # A model, what the loader yields, and what is said.
 REFUSED: dict[str, tuple[Callable[[], Any], list[Any], type[Exception], str]] = {
     "no unit": (lambda: nn.Linear(1, 1), [ONE], ValueError, "model: .* got Linear with none$"),
@@ -397,18 +397,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[Any], type[Exception], str]] = 
         ValueError,
         "; 0: timm SelectiveKernel: it computes something else",
     ),
-    "not called": (
-        lambda: Calling(by_hand(), lambda sk, x: x),
-        [ONE],
-        ValueError,
-        "got Calling, which called none of its 1",
-    ),
-    "frames": (
-        lambda: Calling(by_hand(), lambda sk, x: sk(x.repeat(3, 1, 1, 1))),
-        [bright(1, 2)],
-        ValueError,
-        "each of 2 images in 'sk', got 6",
-    ),
+    "idle": (idle, [ONE], ValueError, "got Calling, which called none of its 1"),
+    "frames": (frames, [bright(1, 2)], ValueError, "each of 2 images in 'sk', got 6"),
     "no model": (lambda: by_hand, [ONE], TypeError, r"expected a torch\.nn\.Module, got function"),
     "traced": (traced, [ONE], TypeError, "got a TorchScript module"),
     "no batch": (by_hand, [], ValueError, "loader: expected at least one image, got none"),
@@ -604,10 +594,9 @@ def test_units_are_drawn_as_a_line_for_each_scale(sizes: pd.DataFrame, tmp_path:
     of_scale = means[means.scale == 1.0]
     assert low == pytest.approx(of_scale.difference.min())
     assert high == pytest.approx(of_scale.difference.max())
-    path = tmp_path / "units.png"
-    analysis.save_figure(figure, path)
-    assert path.read_bytes().startswith(PNG)
-    assert list(tmp_path.iterdir()) == [path]
+    analysis.save_figure(figure, tmp_path / "units.png")
+    (written,) = tmp_path.iterdir()
+    assert written.read_bytes().startswith(b"\x89PNG")
 
 
 def test_classes_are_drawn_in_a_panel_for_each_unit(sizes: pd.DataFrame, tmp_path: Path) -> None:
