@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,27 +26,18 @@ DOCUMENTS = (README, *sorted((ROOT / "sknet_triton").rglob("README.md")))
 class Example:
     """A block of code, and the text block after it if nothing but blank lines stands between."""
 
-    document: Path
-    heading: str
+    name: str
     code: str
     printed: str
 
-    def __str__(self) -> str:
-        return f"{self.document.parent.name}-{self.heading}".replace(" ", "-")
 
-
-def examples(document: Path) -> list[Example]:
+def examples(document: Path) -> Iterator[Example]:
     text = document.read_text()
     found = re.finditer(r"```python\n(.*?)```\n(?:\s*```text\n(.*?)```)?", text, re.DOTALL)
-    return [
-        Example(
-            document,
-            re.findall(r"^#+ (.*)$", text[: match.start()], re.MULTILINE)[-1],
-            match[1],
-            match[2] or "",
-        )
-        for match in found
-    ]
+    for match in found:
+        heading = re.findall(r"^#+ (.*)$", text[: match.start()], re.MULTILINE)[-1]
+        name = f"{document.parent.name}-{heading}".replace(" ", "-")
+        yield Example(name, match[1], match[2] or "")
 
 
 EXAMPLES = [example for document in DOCUMENTS for example in examples(document)]
@@ -58,7 +50,7 @@ def _the_package_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_the_code_prints_what_the_document_says(example: Example) -> None:
     code = example.code
     if "torch.compile" in code and not (shutil.which("g++") or shutil.which("clang++")):
@@ -67,7 +59,7 @@ def test_the_code_prints_what_the_document_says(example: Example) -> None:
         pytest.importorskip("timm", reason="timm cannot be imported")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(compile(code, str(example.document), "exec"), {"__name__": "__main__"})
+        exec(compile(code, example.name, "exec"), {"__name__": "__main__"})
     assert out.getvalue() == example.printed
 
 
