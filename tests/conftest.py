@@ -73,15 +73,9 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.fixture
-def device() -> torch.device:
-    """The device that kernels run on: a GPU, or the CPU under the interpreter."""
-    return torch.device("cpu" if INTERPRETED else "cuda")
-
-
-@pytest.fixture
-def on_the_device(device: torch.device) -> Iterator[None]:
+def on_the_device() -> Iterator[None]:
     """Makes tensors and modules where kernels run, in tests that do not say where."""
-    with nullcontext() if INTERPRETED else device:
+    with nullcontext() if INTERPRETED else torch.device("cuda"):
         yield
 
 

@@ -62,17 +62,17 @@ class Case:
         size = "x".join(map(str, self.shape))
         return f"{size}-M{self.M}-{self.layout}-{str(self.dtype).removeprefix('torch.')}"
 
-    def tensor(self, device: torch.device, seed: int = 0) -> Tensor:
+    def tensor(self, seed: int = 0, device: torch.device = DEVICE) -> Tensor:
         """Returns one random tensor of the case."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
         return laid_out(x.to(self.dtype).to(device), self.layout)
 
-    def branches(self, device: torch.device) -> list[Tensor]:
+    def branches(self, device: torch.device = DEVICE) -> list[Tensor]:
         """Returns M random branches; each differs from the others."""
-        return [self.tensor(device, seed=1 + i) for i in range(self.M)]
+        return [self.tensor(1 + i, device) for i in range(self.M)]
 
-    def logits(self, device: torch.device) -> Tensor:
+    def logits(self, device: torch.device = DEVICE) -> Tensor:
         """Returns random logits [B, M, C], wide enough for weights far from 1 / M."""
         B, C = self.shape[:2]
         return 2 * torch.randn(B, self.M, C, dtype=self.dtype, device=device)

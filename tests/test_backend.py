@@ -4,7 +4,8 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from sknet_triton import Backend, backend, functional, set_backend, use_backend
 from tests.helpers import assert_close, message_of
 from tests.processes import needs_gloo
 
+# The choice of the backend asks for nothing else.
+ON_A_GPU = cast(Tensor, SimpleNamespace(is_cuda=True))
 BRANCHES = [torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]
 
 
@@ -176,12 +179,6 @@ def test_the_interpreter_counts_as_triton_counts_it(
     assert backend.interpreting() == backend.has_kernels(BRANCHES[0]) == knobs.runtime.interpret
 
 
-class OnAGpu(torch.Tensor):
-    """A tensor that says it is on a GPU: the choice asks for nothing else."""
-
-    is_cuda = True
-
-
 @pytest.mark.parametrize(
     ("name", "on_a_gpu", "taken"),
     [
@@ -195,9 +192,8 @@ class OnAGpu(torch.Tensor):
 def test_gpu_tensors_take_triton_unless_told_otherwise(
     name: Backend, on_a_gpu: bool, taken: bool
 ) -> None:
-    x = torch.ones(1).as_subclass(OnAGpu) if on_a_gpu else BRANCHES[0]
     with use_backend(name):
-        assert backend.takes_triton(x) is taken
+        assert backend.takes_triton(ON_A_GPU if on_a_gpu else BRANCHES[0]) is taken
 
 
 @needs_gloo
@@ -223,8 +219,7 @@ def test_without_triton_auto_falls_back_and_triton_says_what_is_missing(
 ) -> None:
     # test_packaging.py does this again where triton is really absent; here the tensor is a GPU's.
     monkeypatch.setattr(backend, "_triton_installed", lambda: False)
-    tensor = torch.ones(1).as_subclass(OnAGpu)
     with use_backend("auto"):
-        assert not backend.takes_triton(tensor)
+        assert not backend.takes_triton(ON_A_GPU)
     with use_backend("triton"), pytest.raises(ImportError, match="needs the package triton"):
-        backend.takes_triton(tensor)
+        backend.takes_triton(ON_A_GPU)

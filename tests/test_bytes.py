@@ -27,8 +27,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_passes_of_the_stages_by_themselves(case: Case, device: torch.device) -> None:
-    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=9)
+def test_passes_of_the_stages_by_themselves(case: Case) -> None:
+    xs, logits, dout = case.branches(), case.logits(), case.tensor(seed=9)
     calls: list[tuple[Callable[[], object], int]] = [
         (lambda: fuse(xs, config=WHOLE), case.M),
         (lambda: select(xs, logits), case.M + 1),

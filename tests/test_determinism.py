@@ -95,8 +95,8 @@ def test_processes_give_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_memory_that_no_kernel_has_written_is_nan(dtype: torch.dtype, device: torch.device) -> None:
-    x = torch.empty(64, dtype=dtype, device=device)
+def test_memory_that_no_kernel_has_written_is_nan(dtype: torch.dtype) -> None:
+    x = torch.empty(64, dtype=dtype, device=DEVICE)
     for fresh in (x, torch.empty_like(x), x.new_empty(3, 5)):
         assert fresh.isnan().all()
 
@@ -109,9 +109,9 @@ def test_the_kernels_use_no_atomics() -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
-def test_the_rows_here_are_split(channels_last: bool, device: torch.device) -> None:
+def test_the_rows_here_are_split(channels_last: bool) -> None:
     B, C, height, width = SUBJECTS["sk_select"][1]
     problem = Problem(B, C, height * width, 2, 4, channels_last, align=4)
-    facts = DeviceFacts.of(device)
+    facts = DeviceFacts.of(DEVICE)
     for kernel in (FUSE, SELECT_BWD):
         assert kernel.heuristic(problem, facts).splits > 1

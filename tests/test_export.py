@@ -2,7 +2,6 @@
 
 import copy
 import io
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from sknet_triton import (
     SKNetFeatures,
     SKUnit,
     StageSpec,
-    functional,
     use_backend,
 )
 from tests.helpers import (
@@ -32,7 +30,7 @@ from tests.helpers import (
     assert_same,
     needs_compiler,
     outcome,
-    source_environment,
+    run_python,
 )
 from tests.plain_sknet import largest_error, scramble
 
@@ -234,42 +232,20 @@ def test_a_trace_is_the_module_at_any_size_also_after_save_and_load(
 LOAD = """
 import sys, torch, sknet_triton
 program = torch.export.load(sys.argv[1])
-inputs, expected = torch.load(sys.argv[2])
-torch.testing.assert_close(program.module()(*inputs), expected)
+x, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(program.module()(x), expected)
 """
 
 
-class Stages(nn.Module):
-    """The functions alone."""
-
-    def forward(self, xs: list[Tensor], weight: Tensor) -> Tensor:
-        pooled = functional.sk_fuse(xs)
-        logits = (pooled @ weight).reshape(-1, len(xs), pooled.shape[1])
-        return functional.sk_select(xs, logits)
-
-
-def stage_inputs(B: int, S: int) -> tuple[list[Tensor], Tensor]:
-    xs = [torch.randn(B, 3, S, 4, dtype=torch.float64) for _ in range(2)]
-    return xs, torch.randn(3, 6, dtype=torch.float64)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_saved_program_of_the_functions_loads_after_one_import(
-    backend: Backend, tmp_path: Path
-) -> None:
-    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
-    with use_backend(backend):
-        program = torch.export.export(
-            Stages(), stage_inputs(2, 5), dynamic_shapes={"xs": [free, free], "weight": None}
-        )
-    names = {"sknet_triton.sk_fuse.default", "sknet_triton.sk_select.default"}
-    assert our_operators(program) == (names if backend == "triton" else set())
+def test_a_saved_program_with_our_operators_loads_after_one_import(tmp_path: Path) -> None:
+    module, (x, other) = CONV.module(), CONV.images()
+    with use_backend("triton"):
+        program = torch.export.export(module, (x,), dynamic_shapes=EVERY_SIZE)
+    assert our_operators(program)
     torch.export.save(program, tmp_path / "program.pt2")
-    other = stage_inputs(4, 3)
-    torch.save((other, Stages()(*other)), tmp_path / "tensors.pt")
-    files = [str(tmp_path / name) for name in ("program.pt2", "tensors.pt")]
-    subprocess.run([sys.executable, "-c", LOAD, *files], env=source_environment(), check=True)
+    torch.save((other, module(other)), tmp_path / "tensors.pt")
+    run_python("-c", LOAD, tmp_path / "program.pt2", tmp_path / "tensors.pt")
 
 
 TRACED: dict[str, Callable[[], nn.Module]] = {
@@ -308,10 +284,3 @@ def test_torch_jit_script_is_refused_by_name(module: nn.Module) -> None:
         "SKConv: torch.jit.script cannot compile this module; use torch.export.export, or "
         "torch.jit.trace of the model in eval mode"
     )
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.script itself
-def test_torch_jit_script_refuses_the_functions() -> None:
-    for function in (functional.sk_fuse, functional.sk_select, functional.sk_fuse_select):
-        with pytest.raises(torch.jit.frontend.NotSupportedError):
-            torch.jit.script(function)

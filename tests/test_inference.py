@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sknet_triton import SKConv, SKNet, SKNetFeatures, SKUnit, StageSpec, fuse_bn, use_backend
-from tests.helpers import EXACT, is_plain, laid_out, unchanged
+from tests.helpers import DEVICE, EXACT, is_plain, laid_out, unchanged
 from tests.plain_sknet import largest_error, scramble
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
@@ -279,9 +279,9 @@ def test_a_model_can_be_folded_before_and_after_it_is_compiled(
     assert norms(model) != norms(build(name))
 
 
-def test_the_kernels_take_a_folded_model(device: torch.device) -> None:
-    model = build("SKUnit").to(device)
-    x = image(model)[..., :6, :5].to(device)
+def test_the_kernels_take_a_folded_model() -> None:
+    model = build("SKUnit").to(DEVICE)
+    x = image(model)[..., :6, :5].to(DEVICE)
     with use_backend("reference"):
         (before,) = outputs(model, x)
     with use_backend("triton"):

@@ -43,9 +43,8 @@ def fuse_select(xs: list[Tensor], logits: Tensor) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiled_fuse_select_equals_eager(layout: str, device: torch.device) -> None:
-    case = Case((2, 4, 5, 3), M=2, layout=layout)
-    xs, logits = tensors(case, device, grad=True)
+def test_compiled_fuse_select_equals_eager(layout: str) -> None:
+    xs, logits = tensors(Case((2, 4, 5, 3), M=2, layout=layout), DEVICE, grad=True)
     with use_backend("triton"):
         compiled = torch.compile(fuse_select, fullgraph=True)
         out = compiled(xs, logits)
@@ -58,18 +57,16 @@ def test_compiled_fuse_select_equals_eager(layout: str, device: torch.device) ->
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_leaves_the_dtypes_alone(
-    dtype: torch.dtype, backend: Backend, device: torch.device
-) -> None:
-    xs, logits = Case((2, 4, 5, 3), dtype=dtype).branches(device), torch.randn(2, 2, 4)
-    with use_backend(backend), torch.autocast(device.type, dtype):
+def test_autocast_leaves_the_dtypes_alone(dtype: torch.dtype, backend: Backend) -> None:
+    xs, logits = Case((2, 4, 5, 3), dtype=dtype).branches(), torch.randn(2, 2, 4, device=DEVICE)
+    with use_backend(backend), torch.autocast(DEVICE.type, dtype):
         assert functional.sk_fuse(xs).dtype == dtype
-        assert functional.sk_select(xs, logits.to(device)).dtype == dtype
+        assert functional.sk_select(xs, logits).dtype == dtype
 
 
 def test_reference_backward_formulas_are_what_autograd_finds() -> None:
     case, cpu = Case((2, 3, 4, 2), M=3, dtype=torch.float64), torch.device("cpu")
-    (xs, logits), dout = tensors(case, cpu, grad=True), case.tensor(cpu, seed=9)
+    (xs, logits), dout = tensors(case, cpu, grad=True), case.tensor(9, cpu)
     expected = torch.autograd.grad(reference.sk_select(xs, logits), [*xs, logits], dout)
     dxs, dlogits = reference.sk_select_bwd(dout, xs, logits)
     torch.testing.assert_close((*dxs, dlogits), expected, rtol=1e-12, atol=1e-12)
@@ -109,7 +106,7 @@ def test_the_stages(case: Case, kernels: bool, place: torch.device) -> None:
         check(ops.sk_fuse, (xs, "mean"), kernels)
         check(ops.sk_select, (xs, logits, "softmax"), kernels)
     xs, logits = tensors(case, place, grad=False)
-    check(ops.sk_select_bwd, (case.tensor(place), xs, logits, "softmax"), kernels)
+    check(ops.sk_select_bwd, (case.tensor(device=place), xs, logits, "softmax"), kernels)
 
 
 @pytest.mark.slow
@@ -121,7 +118,7 @@ def test_the_other_activations_and_the_sum(activation: str, place: torch.device)
     opcheck(ops.sk_fuse, (xs, "sum"))
     opcheck(ops.sk_select, (xs, logits, activation))
     xs, logits = tensors(case, place, grad=False)
-    opcheck(ops.sk_select_bwd, (case.tensor(place), xs, logits, activation))
+    opcheck(ops.sk_select_bwd, (case.tensor(device=place), xs, logits, activation))
 
 
 @pytest.mark.slow
@@ -180,7 +177,7 @@ def test_every_step_of_fuse_select(
     trained(arguments)
     with Recorded() as recorded:
         out = functional.sk_fuse_select(xs, **arguments).out
-        torch.autograd.backward(out, case.tensor(place, seed=9))
+        torch.autograd.backward(out, case.tensor(9, place))
     steps = {"sk_hidden", "sk_logits", "sk_out", "sk_hidden_bwd", "sk_channels_bwd", "sk_dx"}
     assert set(recorded.calls) == steps | (set() if "batch_stats" in options else {"sk_moments"})
     for operator, args in recorded.calls.values():

@@ -7,6 +7,7 @@ from sknet_triton import Backend, functional, use_backend
 from sknet_triton.functional import Reduction
 from tests.helpers import (
     BACKENDS,
+    DEVICE,
     Case,
     assert_matches,
     averaged,
@@ -28,8 +29,8 @@ def check(out: Tensor, xs: list[Tensor], positions: int = 1) -> None:
 
 
 @every_case
-def test_forward_matches_float64(case: Case, device: torch.device) -> None:
-    xs = case.branches(device)
+def test_forward_matches_float64(case: Case) -> None:
+    xs = case.branches()
     out = fuse(xs)
     assert out.dtype == case.dtype
     check(out, xs)
@@ -39,17 +40,17 @@ def test_forward_matches_float64(case: Case, device: torch.device) -> None:
 @pytest.mark.parametrize("splits", [1, 2, 3, 5, 7])  # the last of 5 splits has no positions
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_split_over_programs_is_right_and_repeatable(
-    layout: str, splits: int, reduction: str, device: torch.device
+    layout: str, splits: int, reduction: str
 ) -> None:
-    xs = Case((2, 5, 7, 8), M=3, layout=layout, dtype=torch.bfloat16).branches(device)
+    xs = Case((2, 5, 7, 8), M=3, layout=layout, dtype=torch.bfloat16).branches()
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
     out = fuse(xs, reduction, config=config)
     check(out, xs, positions=56 if reduction == "sum" else 1)
     assert torch.equal(out, fuse(xs, reduction, config=config))
 
 
-def test_branches_of_different_layouts(device: torch.device) -> None:
-    xs = Case((2, 4, 3, 5), M=3).branches(device)
+def test_branches_of_different_layouts() -> None:
+    xs = Case((2, 4, 3, 5), M=3).branches()
     xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
     check(fuse(xs), xs)
 
@@ -64,10 +65,9 @@ def test_the_gradient_is_a_share_of_what_arrives(
     dtype: torch.dtype,
     layout: str,
     backend: Backend,
-    device: torch.device,
 ) -> None:
-    xs = [x.requires_grad_() for x in Case((2, 3, 5, 4), 3, layout, dtype).branches(device)]
-    dout = torch.randn(2, 3, dtype=dtype, device=device)
+    xs = [x.requires_grad_() for x in Case((2, 3, 5, 4), 3, layout, dtype).branches()]
+    dout = torch.randn(2, 3, dtype=dtype, device=DEVICE)
     with use_backend(backend):
         out = functional.sk_fuse(xs, reduction=reduction)
     check(out, xs, 20 // positions)

@@ -22,7 +22,7 @@ from sknet_kernels.sk_fuse_mlp import (
     sk_logits,
 )
 from sknet_kernels.small import CHANNELS_BWD, HIDDEN, HIDDEN_BWD, LOGITS, SmallConfig
-from tests.helpers import assert_matches
+from tests.helpers import DEVICE, assert_matches
 
 EPS = 1e-5
 S = 6
@@ -83,15 +83,15 @@ EMPTY = MLPCase(0, 24, 5, 2, splits=2)
 class Given:
     """Random tensors of a case: parameters in their dtype, the rest in the accumulation dtype."""
 
-    def __init__(self, case: MLPCase, device: torch.device) -> None:
+    def __init__(self, case: MLPCase) -> None:
         B, C, d, M = case.B, case.C, case.d, case.M
         self.case = case
 
         def small(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=case.acc, device=device)
+            return torch.randn(shape, dtype=case.acc, device=DEVICE)
 
         def parameter(size: int, present: bool) -> Tensor | None:
-            drawn = torch.randn(size, dtype=torch.float64, device=device)
+            drawn = torch.randn(size, dtype=torch.float64, device=DEVICE)
             return drawn.to(case.dtype) if present else None
 
         def weight(rows: int, columns: int) -> Tensor:
@@ -135,8 +135,8 @@ def assert_close(name: str, got: Tensor, exact: Tensor, magnitude: Tensor) -> No
 
 
 @pytest.fixture(params=CASES, ids=str)
-def given(request: pytest.FixtureRequest, device: torch.device) -> Given:
-    return Given(request.param, device)
+def given(request: pytest.FixtureRequest) -> Given:
+    return Given(request.param)
 
 
 def test_hidden(given: Given) -> None:
@@ -221,17 +221,17 @@ def test_channels_bwd(given: Given) -> None:
 
 
 @pytest.mark.slow
-def test_many_tiles(device: torch.device) -> None:
-    given = Given(MLPCase(17, 36, 20, 2, splits=3), device)
+def test_many_tiles() -> None:
+    given = Given(MLPCase(17, 36, 20, 2, splits=3))
     for test in (test_hidden, test_logits, test_hidden_bwd, test_channels_bwd):
         with chosen(TILES):
             test(given)
 
 
-def test_running_statistics_move_once_in_many_tiles(device: torch.device) -> None:
-    given = Given(MLPCase(17, 36, 20, 2), device)
-    mean, var = torch.zeros(20, device=device), torch.ones(20, device=device)
-    tracked = torch.tensor(3, device=device)
+def test_running_statistics_move_once_in_many_tiles() -> None:
+    given = Given(MLPCase(17, 36, 20, 2))
+    mean, var = torch.zeros(20, device=DEVICE), torch.ones(20, device=DEVICE)
+    tracked = torch.tensor(3, device=DEVICE)
     running = Running((mean,), (var,), (tracked,), 0.25)
     fc2 = (given.fc2_weight, given.fc2_bias)
     with chosen(TILES):
@@ -245,8 +245,8 @@ def test_running_statistics_move_once_in_many_tiles(device: torch.device) -> Non
     assert tracked == 4
 
 
-def test_an_empty_batch_has_gradients_of_zero(device: torch.device) -> None:
-    given = Given(EMPTY, device)
+def test_an_empty_batch_has_gradients_of_zero() -> None:
+    given = Given(EMPTY)
     pooled, hidden = sk_hidden(given.partials, S, given.fc1_weight, given.fc1_bias)
     logits, stats, kept = sk_logits(
         hidden, given.fc1_norm, given.fc2_weight, given.fc2_bias, EMPTY.M
@@ -276,10 +276,8 @@ def everything(given: Given) -> list[Tensor]:
 @pytest.mark.parametrize(
     "case", [CASES[0], pytest.param(CASES[1], marks=pytest.mark.slow)], ids=str
 )
-def test_results_repeat_to_the_bit_with_weights_of_any_strides(
-    case: MLPCase, device: torch.device
-) -> None:
-    given = Given(case, device)
+def test_results_repeat_to_the_bit_with_weights_of_any_strides(case: MLPCase) -> None:
+    given = Given(case)
     strided = copy.copy(given)
     strided.fc1_weight = given.fc1_weight.t().contiguous().t()
     strided.fc2_weight = given.fc2_weight.t().contiguous().t()

@@ -63,15 +63,15 @@ every_case = pytest.mark.parametrize("case", PASS_CASES, ids=str)
 in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
-def given(case: Case, device: torch.device) -> tuple[list[Tensor], Tensor, Norms]:
+def given(case: Case) -> tuple[list[Tensor], Tensor, Norms]:
     """Returns branches, the gradient of V, and norms."""
-    norms = launchers.random_norms(case.M, case.shape[1], case.tensor(device))
-    return case.branches(device), case.tensor(device, 99), norms
+    norms = launchers.random_norms(case.M, case.shape[1], case.tensor())
+    return case.branches(), case.tensor(seed=99), norms
 
 
 @every_case
-def test_moments(case: Case, device: torch.device) -> None:
-    xs = case.branches(device)
+def test_moments(case: Case) -> None:
+    xs = case.branches()
     mean, var, unbiased = launchers.moments(xs)
     exact_mean, exact_var = steps.moments(wide(xs))[0]
     scale = torch.stack([x.double().abs().amax() for x in xs])[:, None]
@@ -84,10 +84,8 @@ def test_moments(case: Case, device: torch.device) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("splits", [1, 5])
-def test_moments_of_a_large_mean_keep_their_digits(
-    splits: int, layout: str, device: torch.device
-) -> None:
-    xs = [x + 1e4 for x in Case((4, 6, 5, 7), layout=layout).branches(device)]
+def test_moments_of_a_large_mean_keep_their_digits(splits: int, layout: str) -> None:
+    xs = [x + 1e4 for x in Case((4, 6, 5, 7), layout=layout).branches()]
     config = LaunchConfig(block_c=4, block_s=8, splits=splits, num_warps=1)
     mean, var, _ = launchers.moments(xs, config=config)
     exact_mean, exact_var = steps.moments(wide(xs))[0]
@@ -98,8 +96,8 @@ def test_moments_of_a_large_mean_keep_their_digits(
 
 
 @every_case
-def test_sums(case: Case, device: torch.device) -> None:
-    xs, dout, norms = given(case, device)
+def test_sums(case: Case) -> None:
+    xs, dout, norms = given(case)
     got = launchers.sums(dout, xs, norms)
     exact, magnitude, ones = (
         steps.sums(d, wide(xs), norms)
@@ -112,8 +110,8 @@ def test_sums(case: Case, device: torch.device) -> None:
     assert not bad.any(), [int(row.sum()) for row in bad]
 
 
-def test_sums_split_over_programs(device: torch.device) -> None:
-    xs, dout, norms = given(Case((2, 5, 6, 4), M=3, dtype=torch.float64), device)
+def test_sums_split_over_programs() -> None:
+    xs, dout, norms = given(Case((2, 5, 6, 4), M=3, dtype=torch.float64))
     config = LaunchConfig(block_c=4, block_s=8, splits=3, num_warps=1)
     got = launchers.sums(dout, xs, norms, config=config)
     assert_close(got, steps.sums(dout, xs, norms))
@@ -128,8 +126,8 @@ def random_share(case: Case, norms: Norms) -> tuple[Tensor, Tensor]:
 
 @in_both_modes
 @every_case
-def test_gradients(case: Case, training: bool, device: torch.device) -> None:
-    (xs, dout, norms), logits = given(case, device), case.logits(device)
+def test_gradients(case: Case, training: bool) -> None:
+    (xs, dout, norms), logits = given(case), case.logits()
     share, drift = random_share(case, norms)
     got = launchers.dx(dout, xs, norms, logits, share, drift if training else None)
 
@@ -148,9 +146,9 @@ def test_gradients(case: Case, training: bool, device: torch.device) -> None:
 
 
 @in_both_modes
-def test_an_input_at_exactly_zero_passes_no_gradient(training: bool, device: torch.device) -> None:
+def test_an_input_at_exactly_zero_passes_no_gradient(training: bool) -> None:
     case = Case((2, 4, 3, 4), dtype=torch.float64)
-    (xs, dout, norms), logits = given(case, device), case.logits(device)
+    (xs, dout, norms), logits = given(case), case.logits()
     norms = norms._replace(bias=(None,) * case.M)
     for x, mean in zip(xs, norms.mean, strict=True):
         x[:, :, 1] = cast(Tensor, mean)[:, None]  # y = (x - mean) * scale + 0 is 0 there
@@ -173,8 +171,8 @@ def way_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return "triton" if request.param == "kernels" else "reference"
 
 
-def test_every_backend_has_its_way(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    sk, x = SKConv(3, 4, G=1, d=5, device=device), torch.randn(2, 3, 4, 4, device=device)
+def test_every_backend_has_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    sk, x = SKConv(3, 4, G=1, d=5, device=DEVICE), torch.randn(2, 3, 4, 4, device=DEVICE)
     run, ways = parts.run, []
 
     def recorded(found: parts.Parts, maps: list[Tensor], way: fused.Way) -> Tensor:
@@ -348,10 +346,10 @@ BETWEEN_STEPS = (
 )
 
 
-def build(device: torch.device, dtype: torch.dtype) -> SKConv:
+def build(dtype: torch.dtype) -> SKConv:
     """Returns a layer whose norms have weights of both signs, biases and statistics that matter."""
     torch.manual_seed(0)
-    sk = SKConv(3, 4, M=2, G=1, d=5, dtype=dtype, device=device)
+    sk = SKConv(3, 4, M=2, G=1, d=5, dtype=dtype, device=DEVICE)
     for name, tensor in sk.state_dict().items():
         if "bn" in name and tensor.is_floating_point():
             nn.init.uniform_(tensor, 0.5, 2.0) if "var" in name else nn.init.normal_(tensor)
@@ -360,7 +358,7 @@ def build(device: torch.device, dtype: torch.dtype) -> SKConv:
 
 def assert_equals_its_modules(name: str, backend: Backend, compiled: bool = False) -> None:
     def changed() -> SKConv:
-        sk = build(DEVICE, torch.float64)
+        sk = build(torch.float64)
         (VARIANTS | OTHERS)[name](sk)
         return sk.double().to(DEVICE)
 
@@ -393,16 +391,14 @@ def test_skconv_equals_its_modules_under_compile(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BETWEEN_STEPS)
-def test_running_statistics_move_as_the_modules_move_them(
-    name: str, way_backend: Backend, device: torch.device
-) -> None:
-    sk = build(device, torch.float32)
+def test_running_statistics_move_as_the_modules_move_them(name: str, way_backend: Backend) -> None:
+    sk = build(torch.float32)
     twin = one_by_one(sk)
     for step in range(4):
         if step == 2:
             for module in (sk, twin):
                 VARIANTS[name](module)
-        x = torch.randn(3, 3, 4, 4, device=device)
+        x = torch.randn(3, 3, 4, 4, device=DEVICE)
         for module, chosen in ((sk, way_backend), (twin, "reference")):
             with use_backend(chosen):
                 module(x)
@@ -413,13 +409,13 @@ def test_running_statistics_move_as_the_modules_move_them(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_skconv_in_low_precision_is_as_close_as_its_modules(
-    layout: str, dtype: torch.dtype, way_backend: Backend, device: torch.device
+    layout: str, dtype: torch.dtype, way_backend: Backend
 ) -> None:
-    exact = build(device, torch.float64)
+    exact = build(torch.float64)
     sk = copy.deepcopy(exact).to(dtype)
     twin = one_by_one(sk)
-    x = Case((4, 3, 6, 6), 1, layout, dtype).tensor(device, 1)
-    dout = torch.randn(4, 4, 6, 6).to(device, dtype)
+    x = Case((4, 3, 6, 6), 1, layout, dtype).tensor(seed=1)
+    dout = torch.randn(4, 4, 6, 6).to(DEVICE, dtype)
     oracle = outcome(exact, exact, x.double(), dout.double())
     with use_backend(way_backend):
         actual = outcome(sk, sk, x, dout)
@@ -438,10 +434,8 @@ def test_skconv_in_low_precision_is_as_close_as_its_modules(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_as_in_the_modules(
-    value: float, way_backend: Backend, device: torch.device
-) -> None:
-    sk, x = build(device, torch.float32).eval(), torch.randn(2, 3, 7, 7, device=device)
+def test_what_is_not_finite_is_as_in_the_modules(value: float, way_backend: Backend) -> None:
+    sk, x = build(torch.float32).eval(), torch.randn(2, 3, 7, 7, device=DEVICE)
     x[1, 0, 3, 3] = value
     with use_backend("reference"):
         expected = one_by_one(sk)(x)
@@ -485,12 +479,12 @@ FUNCTION_CASES: tuple[tuple[Case, dict[str, Any]], ...] = (
 
 @pytest.mark.parametrize(("case", "options"), FUNCTION_CASES, ids=str)
 def test_the_function_equals_modules_in_a_row_with_every_gradient(
-    case: Case, options: dict[str, Any], way: str, device: torch.device
+    case: Case, options: dict[str, Any], way: str
 ) -> None:
-    xs = [x.detach().requires_grad_() for x in wide(case.branches(device))]
+    xs = [x.detach().requires_grad_() for x in wide(case.branches())]
     arguments = beside_branches(case.M, case.shape[1], **options)
     leaves = [*xs, *trained(arguments)]
-    dout = case.tensor(device, 99).double()
+    dout = case.tensor(seed=99).double()
     got = functional.sk_fuse_select(xs, **arguments)
     expected = plain_fuse_select(xs, **arguments)
     assert [x is None for x in got] == [x is None for x in expected]
@@ -506,13 +500,13 @@ def test_the_function_equals_modules_in_a_row_with_every_gradient(
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
 @in_both_modes
 def test_the_mlp_of_half_precision_is_float32(
-    training: bool, parameters: torch.dtype, way: str, device: torch.device
+    training: bool, parameters: torch.dtype, way: str
 ) -> None:
-    xs = Case((3, 4, 3, 4), 2, dtype=torch.bfloat16).branches(device)
+    xs = Case((3, 4, 3, 4), 2, dtype=torch.bfloat16).branches()
     xs = [x.requires_grad_() for x in xs]
     arguments = beside_branches(2, 4, batch_stats=training, dtype=parameters)
     leaves = [*xs, *trained(arguments)]
-    with torch.autocast(device.type, torch.bfloat16):  # which changes nothing
+    with torch.autocast(DEVICE.type, torch.bfloat16):  # which changes nothing
         got = functional.sk_fuse_select(xs, **arguments)
     assert {x.dtype for x in got[1:] if x is not None} == ({torch.float32} if training else set())
     assert got.out.dtype == torch.bfloat16
@@ -536,8 +530,8 @@ class Subclass(Tensor):
     """A tensor that may have rules of its own."""
 
 
-def test_launchers_run_on_plain_tensors_and_operators_in_graphs(device: torch.device) -> None:
-    xs = [x.double() for x in Case((2, 3, 4, 4)).branches(device)]
+def test_launchers_run_on_plain_tensors_and_operators_in_graphs() -> None:
+    xs = [x.double() for x in Case((2, 3, 4, 4)).branches()]
     arguments = beside_branches(2, 3, batch_stats=False)
     recorded: list[list[str]] = []
     for branches in (xs, [x.as_subclass(Subclass) for x in xs]):
@@ -550,12 +544,12 @@ def test_launchers_run_on_plain_tensors_and_operators_in_graphs(device: torch.de
 
 
 @in_both_modes
-def test_flops_are_those_of_the_modules(training: bool, device: torch.device) -> None:
-    sk, x = SKConv(4, 6, G=2, d=5, device=device).train(training), torch.randn(3, 4, 5, 5)
+def test_flops_are_those_of_the_modules(training: bool) -> None:
+    sk, x = SKConv(4, 6, G=2, d=5, device=DEVICE).train(training), torch.randn(3, 4, 5, 5)
     counted = []
     for backend in BACKENDS:
         with use_backend(backend), FlopCounterMode(display=False) as counter:
-            torch.autograd.backward(sk(x.to(device)).sum())
+            torch.autograd.backward(sk(x.to(DEVICE)).sum())
         counted.append(counter.get_total_flops())
     assert counted[0] == counted[1] > 0
 
@@ -572,12 +566,12 @@ INFERENCE_PASSES = {2: 5.1, 3: 7.1}
 SAVED_TENSORS = {2: 2.02, 3: 3.03}
 
 
-def operands(case: Case, device: torch.device, training: bool) -> dict[str, Any]:
+def operands(case: Case, training: bool) -> dict[str, Any]:
     """Returns all that `sk_fuse_select` takes, everything asking for a gradient."""
     C, dtype = case.shape[1], torch.float32
     arguments = beside_branches(case.M, C, d=4, batch_stats=training, dtype=dtype)
     trained(arguments)
-    return arguments | {"branches": [x.detach().requires_grad_() for x in case.branches(device)]}
+    return arguments | {"branches": [x.detach().requires_grad_() for x in case.branches()]}
 
 
 def one_pass(case: Case) -> int:
@@ -587,11 +581,11 @@ def one_pass(case: Case) -> int:
 @pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize("case", [TRAFFIC[0], TRAFFIC[-1]], ids=str)
-def test_traffic(case: Case, device: torch.device) -> None:
-    training, inference = (operands(case, device, mode) for mode in (True, False))
+def test_traffic(case: Case) -> None:
+    training, inference = (operands(case, mode) for mode in (True, False))
     with use_backend("triton"), counted_bytes() as count:
         out = functional.sk_fuse_select(**training).out
-        torch.autograd.backward(out, case.tensor(device, 99))
+        torch.autograd.backward(out, case.tensor(seed=99))
     assert 6 * case.M + 3 <= count.passes(one_pass(case)) <= TRAINING_PASSES[case.M]
     with use_backend("triton"), counted_bytes() as count, torch.no_grad():
         functional.sk_fuse_select(**inference)
@@ -612,11 +606,10 @@ def test_launches(
     layout: str,
     dtype: torch.dtype,
     operators: list[str],
-    device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sk = SKConv(4, 4, M=M, G=2, device=device, dtype=dtype)
-    x = Case((2, 4, 5, 5), 1, layout, dtype).tensor(device)
+    sk = SKConv(4, 4, M=M, G=2, device=DEVICE, dtype=dtype)
+    x = Case((2, 4, 5, 5), 1, layout, dtype).tensor()
     foreach: list[str] = []
 
     def recorded(call: Callable[..., Any], *args: Any) -> Any:
@@ -641,12 +634,12 @@ def test_launches(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", TRAFFIC, ids=str)
 def test_saved_for_the_backward(
-    case: Case, backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    case: Case, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is kept is no matter of values: no kernel runs.
     monkeypatch.setattr(launching, "_PLANS", {})
     monkeypatch.setattr(launching, "_compiled", lambda first: lambda *pointers: None)
-    arguments = operands(case, device, training=True)
+    arguments = operands(case, training=True)
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from sknet_kernels.config import LaunchConfig
 from sknet_triton import Backend, functional, use_backend
 from tests.helpers import (
     BACKENDS,
+    DEVICE,
     Case,
     assert_close,
     assert_matches,
@@ -59,8 +60,8 @@ def check_backward(
 
 
 @every_case
-def test_forward_and_backward_match_float64(case: Case, device: torch.device) -> None:
-    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
+def test_forward_and_backward_match_float64(case: Case) -> None:
+    xs, logits, dout = case.branches(), case.logits(), case.tensor(seed=99)
     out = select(xs, logits)
     assert out.dtype == case.dtype
     check_forward(out, xs, logits)
@@ -75,14 +76,12 @@ def test_forward_and_backward_match_float64(case: Case, device: torch.device) ->
         *(("reference", layout) for layout in ("contiguous", "channels_last")),
     ],
 )
-def test_output_has_the_layout_of_the_first_branch(
-    backend: Backend, layout: str, M: int, device: torch.device
-) -> None:
-    first, *rest = Case((2, 8, 6, 5), M, layout).branches(device)
+def test_output_has_the_layout_of_the_first_branch(backend: Backend, layout: str, M: int) -> None:
+    first, *rest = Case((2, 8, 6, 5), M, layout).branches()
     other = "channels_last" if layout == "contiguous" else "contiguous"
     xs = [first, *(laid_out(x.contiguous(), other) for x in rest)]
     with use_backend(backend):
-        out = functional.sk_select(xs, torch.randn(2, M, 8, device=device))
+        out = functional.sk_select(xs, torch.randn(2, M, 8, device=DEVICE))
     expected = torch.empty_like(first).stride() if layout != "transposed" else (240, 30, 5, 1)
     assert out.stride() == expected
 
@@ -91,11 +90,9 @@ def test_output_has_the_layout_of_the_first_branch(
     ("splits", "layout", "M"),
     [(2, "contiguous", 1), (3, "contiguous", 3), (2, "channels_last", 3), (3, "channels_last", 1)],
 )
-def test_backward_split_over_programs(
-    splits: int, layout: str, M: int, device: torch.device
-) -> None:
+def test_backward_split_over_programs(splits: int, layout: str, M: int) -> None:
     case = Case((2, 5, 7, 4), M=M, layout=layout, dtype=torch.bfloat16)
-    xs, logits, dout = case.branches(device), case.logits(device), case.tensor(device, seed=99)
+    xs, logits, dout = case.branches(), case.logits(), case.tensor(seed=99)
     config = LaunchConfig(block_c=4, block_s=4, splits=splits, num_warps=1)
     grads = select_bwd(dout, xs, logits, config=config)
     check_backward(grads, dout, xs, logits)
@@ -115,12 +112,12 @@ LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", LOGITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_logits_of_any_stride_and_in_float32_beside_half_branches(
-    dtype: torch.dtype, name: str, device: torch.device
+    dtype: torch.dtype, name: str
 ) -> None:
     case = Case((2, 5, 4, 4), M=3, dtype=dtype)
-    xs, dout = case.branches(device), case.tensor(device, seed=99)
+    xs, dout = case.branches(), case.tensor(seed=99)
     xs[1], xs[2] = laid_out(xs[1], "channels_last"), laid_out(xs[2], "sliced")
-    logits = LOGITS[name](case.logits(device))
+    logits = LOGITS[name](case.logits())
     check_forward(select(xs, logits), xs, logits)
     grads = select_bwd(dout, xs, logits)
     assert grads[1].dtype == logits.dtype
@@ -128,10 +125,10 @@ def test_logits_of_any_stride_and_in_float32_beside_half_branches(
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_logits_far_apart_choose_one_branch(activation: str, device: torch.device) -> None:
-    xs = Case((1, 2, 3, 3), M=3).branches(device)
+def test_logits_far_apart_choose_one_branch(activation: str) -> None:
+    xs = Case((1, 2, 3, 3), M=3).branches()
     third = 0.0 if activation == "softmax" else -1e4
-    logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4], [third, third]]], device=device)
+    logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4], [third, third]]], device=DEVICE)
     out = select(xs, logits, activation=activation)
     assert torch.equal(out[:, 0], xs[0][:, 0])
     assert torch.equal(out[:, 1], xs[1][:, 1])
@@ -147,20 +144,18 @@ def test_logits_far_apart_choose_one_branch(activation: str, device: torch.devic
     ],
     ids=["stride-0", "cat", "mean", "strided"],
 )
-def test_gradients_that_arrive_with_any_stride(
-    loss: Callable[[Tensor], Tensor], device: torch.device
-) -> None:
+def test_gradients_that_arrive_with_any_stride(loss: Callable[[Tensor], Tensor]) -> None:
     case = Case((2, 5, 4, 3), dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (*case.branches(device), case.logits(device))]
+    leaves = [t.requires_grad_() for t in (*case.branches(), case.logits())]
     with use_backend("triton"):
         grads = torch.autograd.grad(loss(functional.sk_select(leaves[:-1], leaves[-1])), leaves)
     expected = torch.autograd.grad(loss(textbook(leaves[:-1], leaves[-1])), leaves)
     assert_close(grads, expected, bound=1e-12)
 
 
-def test_saved_for_the_backward_is_the_branches_and_the_logits(device: torch.device) -> None:
+def test_saved_for_the_backward_is_the_branches_and_the_logits() -> None:
     case = Case((2, 4, 5, 5), M=3)
-    leaves = [t.requires_grad_() for t in (*case.branches(device), case.logits(device))]
+    leaves = [t.requires_grad_() for t in (*case.branches(), case.logits())]
     saved: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -187,9 +182,9 @@ ACTIVATIONS = (*get_args(functional.Activation)[1:], None)
     ids=str,
 )
 def test_other_activations_match_float64(
-    case: Case, backend: Backend, activation: functional.Activation | None, device: torch.device
+    case: Case, backend: Backend, activation: functional.Activation | None
 ) -> None:
-    xs, logits = case.branches(device), case.logits(device)
+    xs, logits = case.branches(), case.logits()
     with use_backend(backend):
         out = functional.sk_select(xs, logits, activation=activation)
     # Weights that do not sum to one: every branch is as large as its weight lets it be.
@@ -202,11 +197,11 @@ def test_other_activations_match_float64(
 @pytest.mark.parametrize("way", ["triton", "reference", "split"])
 @pytest.mark.parametrize("M", [1, 3])
 def test_gradients_of_other_activations(
-    M: int, way: str, activation: functional.Activation | None, device: torch.device
+    M: int, way: str, activation: functional.Activation | None
 ) -> None:
     case = Case((2, 5, 7, 4), M, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (*case.branches(device), case.logits(device))]
-    dout = case.tensor(device, seed=99)
+    leaves = [t.requires_grad_() for t in (*case.branches(), case.logits())]
+    dout = case.tensor(seed=99)
     split = LaunchConfig(block_c=4, block_s=4, splits=3, num_warps=1)
     backend: Backend = "reference" if way == "reference" else "triton"
     with use_backend(backend), tiled(split if way == "split" else None):

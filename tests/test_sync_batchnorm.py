@@ -254,7 +254,7 @@ def assert_joined(seen: list[Seen], expected: Seen) -> None:
     ("name", "backend"), [(name, b) for name, case in CASES.items() for b in case.backends]
 )
 def test_two_processes_equal_one_with_the_joined_batch(
-    name: str, backend: Backend, ranks: list[dict[str, Any]], device: torch.device
+    name: str, backend: Backend, ranks: list[dict[str, Any]]
 ) -> None:
     case = CASES[name]
     expected = modules_one_by_one(case.module(), *case.joined())
@@ -274,7 +274,7 @@ def test_in_groups_of_one_every_process_is_alone(
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_norms_that_disagree_are_called_and_a_frozen_norm_agrees_with_any_group(
-    name: str, ranks: list[dict[str, Any]], device: torch.device
+    name: str, ranks: list[dict[str, Any]]
 ) -> None:
     mixture, seen = MIXTURES[name], [process["mixtures"][name] for process in ranks]
     assert all(each["plain"] == mixture.plain for each in seen)
@@ -312,9 +312,7 @@ def test_values_are_counted_rather_than_images(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["unequal", "momentum None", "frozen fc1", "eval"])
-def test_without_a_process_group_it_is_batch_norm(
-    name: str, backend: Backend, device: torch.device
-) -> None:
+def test_without_a_process_group_it_is_batch_norm(name: str, backend: Backend) -> None:
     case = CASES[name]
     sk = case.module()
     expected = modules_one_by_one(sk, *case.joined())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -249,13 +250,10 @@ def test_the_triton_backend_refuses_by_name(name: str, transform: str) -> None:
 def test_auto_leaves_the_kernels_out_of_a_transform_alone() -> None:
     pytest.importorskip("triton", reason="the triton backend is not installed")
 
-    class OnAGpu:
-        is_cuda = True
-
-    choices = []
+    choices, on_a_gpu = [], cast(Tensor, SimpleNamespace(is_cuda=True))
 
     def asks(x: Tensor) -> Tensor:
-        choices.append(backend.takes_triton(cast(Tensor, OnAGpu())))
+        choices.append(backend.takes_triton(on_a_gpu))
         return x * 2
 
     x = random(2, 2)
