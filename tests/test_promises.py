@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import sknet_triton as skt
 from perf.peers import rebuilt
@@ -432,6 +433,7 @@ CONTEXTS: dict[str, Callable[[], Any]] = {
     "inference mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "fake tensors": FakeTensorMode,
+    "counter": lambda: FlopCounterMode(display=False),
     "function mode": DoublesEverything,
     "anomalies": torch.autograd.detect_anomaly,
     "saved on the CPU": torch.autograd.graph.save_on_cpu,
