@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import distributions
+from pathlib import Path
 from platform import python_version
 from typing import Any, cast
 
@@ -70,6 +71,12 @@ def one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=cast(Any, dist).HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a report can be written; there is none yet."""
+    return tmp_path / "a.csv"
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """Every kernel compiles for every architecture, without spills and with wide accesses."""
 
 import subprocess
-import sys
 
 import pandas as pd
 import pytest
 
-from tests.helpers import ROOT, source_environment
+from tests.helpers import source_environment
 from tests.launchers import kernel_names
+from tests.sweeps import in_a_process
 
 pytestmark = pytest.mark.slow
 
@@ -16,9 +16,8 @@ pytestmark = pytest.mark.slow
 def table(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     """What is at risk of the table of ``python -m perf kernels``; children do not interpret."""
     path = tmp_path_factory.mktemp("aot") / "kernels.csv"
-    command = [sys.executable, "-m", "perf", "kernels", "--at-risk", "--out", str(path)]
-    environment = source_environment(TRITON_INTERPRET="0")
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    options = {"env": source_environment(TRITON_INTERPRET="0"), "stdout": subprocess.DEVNULL}
+    done = in_a_process("perf", "kernels", "--at-risk", "--out", str(path), **options)
     found = pd.read_csv(path)
     assert done.returncode == int((found.spill_bytes + found.stack_bytes).any())
     return found

@@ -235,8 +235,6 @@ def test_a_part_that_appends_rows_gets_a_budget_below_its_time() -> None:
         (["--out", "tuned.csv"], "tuned-tuned.csv exists; go on with it by --resume"),
         (["--out", "there.csv", "--resume"], "there.csv:1: not the columns"),
         (["--out", "folder"], "folder is a folder"),
-        (["--out", ""], ". is a folder"),
-        (["--out", "/"], "/ is a folder"),
         (["--out", "a"], "a.log cannot be written: Is a directory"),
         (["--out", "b"], "b.log cannot be written: No such device"),
         (["--out", "x" * 250], "File name too long"),
@@ -259,14 +257,13 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.slow
 def test_a_short_campaign_on_a_processor_ends_in_time_with_a_readable_report(
-    tmp_path: Path,
+    path: Path,
 ) -> None:
-    out = tmp_path / "a.csv"
     start = time.perf_counter()
-    chosen = ["--part", "environment", "copy", "checks", "--minutes", "2", "--out", str(out)]
+    chosen = ["--part", "environment", "copy", "checks", "--minutes", "2", "--out", str(path)]
     assert in_a_process("perf", "campaign", "--device", "cpu", *chosen).returncode == 0
     assert time.perf_counter() - start < 130
-    rows = schema.read(out)
+    rows = schema.read(path)
     assert (rows[rows.status == "ok"].workload == "copy").any()
     assert set(rows.status) <= {"ok", "unsupported"}
 

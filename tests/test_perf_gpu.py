@@ -145,21 +145,10 @@ def test_a_network_is_judged_on_eight_images_once(monkeypatch: Patch, mode: str)
         assert (result.status, result.reason, result.judged_batch) == ("ok", "", 8)
 
 
-class _WrongInTheLastImage(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = skt.sknet26()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return torch.cat([out[:-1], 1.1 * out[-1:]])
-
-
 def test_a_fault_beyond_the_judged_images_is_seen(monkeypatch: Patch) -> None:
-    def plain(ours: nn.Module) -> nn.Module:
-        return baseline.with_plain_convs(ours.get_submodule("net"))
-
-    plant(monkeypatch, "sknet26", _WrongInTheLastImage(), plain=plain)
+    spoil = baseline.Function(lambda out: torch.cat([out[:-1], 1.1 * out[-1:]]))
+    wrong = nn.Sequential(skt.sknet26(), spoil)
+    plant(monkeypatch, "sknet26", wrong, plain=lambda ours: baseline.with_plain_convs(ours[0]))
     (result,) = measured(small("sknet26", "infer", batch=16), OURS)
     assert result.status == "unverified"
 
@@ -350,19 +339,18 @@ def test_only_a_first_call_that_compiles_has_its_time_in_the_row(monkeypatch: Pa
 
 @pytest.mark.parametrize(("batch", "ms"), [(8, 4.0), (16, 2.0)])
 def test_small_batches_are_judged_from_call_to_call(
-    monkeypatch: Patch, tmp_path: Path, batch: int, ms: float
+    monkeypatch: Patch, path: Path, batch: int, ms: float
 ) -> None:
     take_times(monkeypatch, [1.0, 2.0, 3.0], [4.0])
-    out = tmp_path / "a.csv"
     run = ["run", "--preset", "gpu-conv", "--layout", "nchw", "--mode", "infer", "--device", "cpu"]
     size = ["--batch", str(batch), "--resolution", "32", "--stage", "1"]
-    assert main([*run, *size, "--provider", PLAIN.name, "--out", str(out)]) == 0
-    shown = read_report(out)
+    assert main([*run, *size, "--provider", PLAIN.name, "--out", str(path)]) == 0
+    shown = read_report(path)
     assert shown.ms_p50.tolist() == [ms]
     assert shown.images_per_s.tolist() == pytest.approx([1e3 * batch / ms], rel=1e-3)
-    row = schema.read(out).loc[0]
+    row = schema.read(path).loc[0]
     assert (row.ms_p50, row.call_ms_p50, row.n) == (2.0, 4.0, 3)
-    assert ("from call to call" in tables.table(schema.read(out))) == (ms == 4.0)
+    assert ("from call to call" in tables.table(schema.read(path))) == (ms == 4.0)
 
 
 def test_launches_are_counted_once_a_provider(monkeypatch: Patch) -> None:
@@ -414,7 +402,7 @@ def test_an_error_that_stays_is_no_row(monkeypatch: Patch) -> None:
 
 
 def test_a_lost_device_ends_the_run_with_its_rows_safe(
-    monkeypatch: Patch, tmp_path: Path, capsys: Printed
+    monkeypatch: Patch, path: Path, capsys: Printed
 ) -> None:
     made_up = make_up(monkeypatch)
 
@@ -423,15 +411,14 @@ def test_a_lost_device_ends_the_run_with_its_rows_safe(
             raise DeviceLostError("an illegal memory access")
         return made_up(case, *rest)
 
-    out = tmp_path / "rows.csv"
-    run = ["run", "--level", "op", "--batch", "1", "2", "--provider", PLAIN.name, "--out", str(out)]
+    run = ["run", "--level", "op", "--batch", "1:2:1", "--provider", PLAIN.name, f"--out={path}"]
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "measure_case", lose)
         assert main(run) == 1
     assert "the device is lost: an illegal memory access" in capsys.readouterr().err
-    assert len(schema.read(out)) == 2
+    assert len(schema.read(path)) == 2
     assert main([*run, "--resume"]) == 0
-    assert len(schema.read(out)) == len(made_up.asked) == len(set(made_up.asked))
+    assert len(schema.read(path)) == len(made_up.asked) == len(set(made_up.asked))
 
 
 def test_a_check_says_that_the_device_is_lost(monkeypatch: Patch, capsys: Printed) -> None:

@@ -21,9 +21,9 @@ from perf.sweep import measure
 from tests.sweeps import CASE, ENV, OURS, Patch, Printed, plant, refusal, row, write_report
 
 
-def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
+def test_round_trip_keeps_values_and_types(path: Path) -> None:
     absent = row("ours-triton-eager", status="unsupported", reason="no GPU", ms_p50=None)
-    frame = write_report(tmp_path / "a.csv", [row(n=7, gbps=12.5), absent])
+    frame = write_report(path, [row(n=7, gbps=12.5), absent])
     assert tuple(frame.columns) == schema.SCHEMA.names
     assert frame.B.tolist() == [8, 8]
     assert frame.reason.tolist() == ["", "no GPU"]
@@ -35,10 +35,9 @@ def test_round_trip_keeps_values_and_types(tmp_path: Path) -> None:
 
 
 def test_report_torn_at_any_byte_resumes_with_its_whole_rows(
-    tmp_path: Path, monkeypatch: Patch
+    path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # this disk keeps its power
-    path = tmp_path / "a.csv"
     reasons = {"plain-eager": "", "ours-pytorch-eager": "a, b", "plain-compile": "Übersetzt: 编"}
     rows = [row(provider, reason=reason) for provider, reason in reasons.items()]
     write_report(path, rows)
@@ -52,7 +51,7 @@ def test_report_torn_at_any_byte_resumes_with_its_whole_rows(
         assert path.read_bytes() == whole
 
 
-def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> None:
+def test_table_compares_with_the_baseline_and_groups_reasons(path: Path) -> None:
     absent: dict[str, Any] = {"status": "unsupported", "reason": "no GPU", "ms_p50": None}
     rows = [
         row("plain-eager", ms_p50=4.0),
@@ -60,7 +59,7 @@ def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> 
         row("ours-triton-eager", **absent),
         row("ours-triton-eager", replace(CASE, B=1), **absent),
     ]
-    frame = write_report(tmp_path / "a.csv", rows)
+    frame = write_report(path, rows)
     text = tables.table(frame)
     assert text.count(CASE.label) == 1
     reference = next(line for line in text.splitlines() if "ours-pytorch-eager" in line)
@@ -68,14 +67,14 @@ def test_table_compares_with_the_baseline_and_groups_reasons(tmp_path: Path) -> 
     assert tables.not_measured(frame) == ["unsupported: ours-triton-eager (2 rows): no GPU"]
 
 
-def test_pairs_are_of_providers_that_are_called_alike(tmp_path: Path) -> None:
+def test_pairs_are_of_providers_that_are_called_alike(path: Path) -> None:
     rows = [
         row(ms_p50=4.0, ms_p20=3.0, ms_p80=5.0, saved_mb=8.0, saved_own_mb=6.0),
         row(OURS.name, ms_p50=2.0, ms_p20=1.5, ms_p80=2.5, saved_mb=4.0, saved_own_mb=2.0),
         row("ours-pytorch-compile", ms_p50=1.0),
         row("plain-compile", status="unverified", reason="output off", ms_p50=None),
     ]
-    frame = write_report(tmp_path / "a.csv", rows)
+    frame = write_report(path, rows)
     _, _, pair = tables.pairs(frame, markdown=True).splitlines()
     assert [cell.strip() for cell in pair.strip("|").split("|")] == [
         CASE.label,

@@ -16,7 +16,6 @@ import pytest
 
 from perf.__main__ import BROKEN_PIPE, SOFTWARE_ERROR, main
 from perf.rows import schema
-from perf.rows.schema import Case
 from perf.sweep import sweep
 from perf.sweep.presets import PRESETS, Grid, jobs
 from perf.sweep.providers import PROVIDERS
@@ -25,6 +24,7 @@ from tests.helpers import ROOT
 from tests.sweeps import (
     REPORTS,
     TINY,
+    MadeUp,
     Patch,
     Printed,
     in_a_process,
@@ -38,21 +38,20 @@ UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-ea
 
 
 @pytest.fixture
-def instant(monkeypatch: Patch) -> list[Case]:
-    """Replaces measuring by made-up rows and returns the list of cases that were asked for."""
-    return make_up(monkeypatch).asked
+def made_up(monkeypatch: Patch) -> MadeUp:
+    """Replaces measuring by rows that are made up."""
+    return make_up(monkeypatch)
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_small_sweep_end_to_end(tmp_path: Path, capsys: Printed) -> None:
-    out = tmp_path / "a.csv"
-    assert main([*TINY, *UNCOMPILED, "--out", str(out)]) == 0
+def test_a_small_sweep_end_to_end(path: Path, capsys: Printed) -> None:
+    assert main([*TINY, *UNCOMPILED, "--out", str(path)]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    assert said.out.splitlines()[-1] == str(out)
+    assert said.out.splitlines()[-1] == str(path)
     assert "\r" not in said.out
     assert "unsupported: ours-triton-eager (3 rows)" in said.out
-    frame = schema.read(out)
+    frame = schema.read(path)
     workloads_of_ops = ("sk_fuse", "sk_select", "sk_fuse_select")
     every = set(itertools.product(workloads_of_ops, UNCOMPILED[1:]))
     assert set(zip(frame.workload, frame.provider, strict=True)) == every
@@ -64,11 +63,10 @@ def test_a_small_sweep_end_to_end(tmp_path: Path, capsys: Printed) -> None:
 
 
 @pytest.mark.slow
-def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Path) -> None:
-    out = tmp_path / "a.csv"
+def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(path: Path) -> None:
     run = ["run", "--level", "op", "--batch", "1:64:1", *UNCOMPILED]
     process = subprocess.Popen(
-        [sys.executable, "-m", "perf", *run, "--out", str(out)],
+        [sys.executable, "-m", "perf", *run, "--out", str(path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -76,20 +74,20 @@ def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(tmp_path: Pat
         # A shell's background job ignores the signal, and its children would as well.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    while not (out.exists() and out.read_bytes().count(b"\n") > 3):
+    while not (path.exists() and path.read_bytes().count(b"\n") > 3):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert stderr == ""
-    rows = len(schema.read(out))
+    rows = len(schema.read(path))
     assert f"interrupted: {rows} of 1152 rows done; missing" in stdout
-    assert stdout.splitlines()[-1] == str(out)
+    assert stdout.splitlines()[-1] == str(path)
 
 
 def test_default_report_is_named_after_its_environment_and_not_overwritten(
-    instant: list[Case], tmp_path: Path, monkeypatch: Patch, capsys: Printed
+    made_up: MadeUp, tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--level", "op"]) == 0
@@ -101,36 +99,34 @@ def test_default_report_is_named_after_its_environment_and_not_overwritten(
     assert report.read_bytes() == before
 
 
-def test_resume_measures_only_what_is_missing(instant: list[Case], tmp_path: Path) -> None:
-    run = [*TINY, "--out", str(tmp_path / "a.csv"), "--provider", "plain-eager"]
+def test_resume_measures_only_what_is_missing(made_up: MadeUp, path: Path) -> None:
+    run = [*TINY, "--out", str(path), "--provider", "plain-eager"]
     assert main(run) == 0
-    first = list(instant)
+    first = list(made_up.asked)
     assert main([*run, "--resume"]) == 0
-    assert instant == first
+    assert made_up.asked == first
     assert main([*run, "ours-pytorch-eager", "--resume"]) == 0
-    assert sorted(map(str, instant[len(first) :])) == sorted(map(str, first))
-    assert len(schema.read(tmp_path / "a.csv")) == 2 * len(first)
+    assert sorted(map(str, made_up.asked[len(first) :])) == sorted(map(str, first))
+    assert len(schema.read(path)) == 2 * len(first)
 
 
 def test_budget_ends_in_the_middle_of_a_case_and_says_what_is_missing(
-    monkeypatch: Patch, tmp_path: Path, capsys: Printed
+    made_up: MadeUp, path: Path, capsys: Printed
 ) -> None:
-    make_up(monkeypatch).most = 3
+    made_up.most = 3
     start = time.perf_counter()
     grid = ["--batch", "1", "--stage", "1", "2", "--mode", "infer", "--provider", "plain-eager"]
-    out = tmp_path / "a.csv"
-    assert main(["run", "--level", "op", *grid, "--out", str(out), "--budget", "1"]) == 0
+    assert main(["run", "--level", "op", *grid, "--out", str(path), "--budget", "1"]) == 0
     assert time.perf_counter() - start < 20
     assert "the budget is spent: 3 of 6 rows done; missing" in capsys.readouterr().out
-    assert len(schema.read(out)) == 3
+    assert len(schema.read(path)) == 3
 
 
 def test_a_case_that_the_budget_cuts_ends_the_sweep_with_what_is_ready(
-    monkeypatch: Patch, tmp_path: Path, capsys: Printed
+    made_up: MadeUp, monkeypatch: Patch, path: Path, capsys: Printed
 ) -> None:
-    made_up = make_up(monkeypatch)
     monkeypatch.setattr(sweep, "measure_case", lambda case, two, *_: made_up(case, two[:1], *_))
-    assert main([*TINY, *UNCOMPILED[:3], "--out", str(tmp_path / "a.csv")]) == 0
+    assert main([*TINY, *UNCOMPILED[:3], "--out", str(path)]) == 0
     assert "the budget is spent: 1 of 6 rows done; missing" in capsys.readouterr().out
 
 
@@ -154,10 +150,10 @@ def test_a_case_that_the_budget_cuts_ends_the_sweep_with_what_is_ready(
     ],
 )
 def test_flags_pick_from_the_preset_or_replace_its_axes(
-    arguments: str, axes: dict[str, set[object]], instant: list[Case], tmp_path: Path
+    arguments: str, axes: dict[str, set[object]], made_up: MadeUp, path: Path
 ) -> None:
-    assert main(["run", *arguments.split(), "--out", str(tmp_path / "a.csv")]) == 0
-    assert {name: {getattr(case, name) for case in instant} for name in axes} == axes
+    assert main(["run", *arguments.split(), "--out", str(path)]) == 0
+    assert {name: {getattr(case, name) for case in made_up.asked} for name in axes} == axes
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -186,14 +182,13 @@ def test_stage_shapes_are_those_of_the_network() -> None:
 
 
 @pytest.mark.slow
-def test_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
-    out = tmp_path / "a.csv"
+def test_closed_pipe_ends_without_a_traceback(path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = in_a_process("perf", *TINY, "--provider", "plain-eager", "--out", str(out), stdout=write)
+    done = in_a_process("perf", *TINY, "--provider=plain-eager", f"--out={path}", stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
-    assert len(schema.read(out)) == 3
+    assert len(schema.read(path)) == 3
 
 
 def test_help_and_env_work(capsys: Printed) -> None:
@@ -225,9 +220,8 @@ def folder(tmp_path: Path, monkeypatch: Patch) -> Path:
 
 
 @pytest.fixture
-def refused(folder: Path, monkeypatch: Patch, capsys: Printed) -> Refused:
+def refused(folder: Path, made_up: MadeUp, capsys: Printed) -> Refused:
     """Runs a command that is to be refused, and returns its one line."""
-    made_up = make_up(monkeypatch)
 
     def run(*arguments: str) -> str:
         before = state(folder)
@@ -277,7 +271,6 @@ def test_run_says_where_it_cannot_write(out: str, refused: Refused) -> None:
     [
         (["--seed", str(2**63)], f"'{2**63}' is not a whole number from 0 to 4,294,967,295"),
         (["--seed", "-1"], "'-1' is not a whole number from 0"),
-        (["--seed", "1.5"], "'1.5' is not a whole number"),
         (["--seed", "9" * 5000], "is not a whole number from 0"),
         (["--threads", "0"], "'0' is not a whole number from 1"),
         (["--threads", str(10**12)], "is not a whole number from 1 to"),
@@ -290,21 +283,16 @@ def test_run_says_where_it_cannot_write(out: str, refused: Refused) -> None:
         (["--batch", "1:2:0"], "'0' is not a whole number from 1"),
         (["--batch", "8:1:1"], "range '8:1:1' is empty"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--workload", "mirnet_skff"], "the preset quick has no mirnet_skff cases"),
         (["--workload", "sk_conv"], "the preset quick has no sk_conv cases"),
         (["--batch", "1:2"], "'1:2' is neither a positive number nor a range"),
-        (["--batch", "1:2:3:4"], "is neither a positive number nor a range"),
         (["--batch", "٣x"], "is neither a positive number nor a range"),
         (["--batch", ""], "'' is neither a positive number nor a range"),
-        (["--batch", "1e3"], "'1e3' is neither"),
         (["--batch", "9" * 5000], "is not a whole number from 1 to"),
         (["--budget", "nan"], "'nan' is not a positive number of seconds"),
         (["--budget", "inf"], "'inf' is not a positive number of seconds"),
         (["--budget", "1e300"], "'1e300' is not a positive number of seconds"),
         (["--budget", "soon"], "'soon' is not a positive number of seconds"),
         (["--stage", "0"], "invalid choice: 0"),
-        (["--stage", "one"], "invalid int value"),
-        (["--provider"], "expected at least one argument"),
         (["--provider", "eager"], "invalid choice: 'eager'"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--what"], "unrecognized arguments: --what"),
@@ -401,9 +389,7 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
     "UTF-8 with mark": (b"\xef\xbb\xbf" + WHOLE, ":1: not the columns"),
     "compressed": (b"\x1f\x8b\x08\x00" + bytes(range(256)), ":1: not UTF-8"),
     "zeros": (bytes(100), ":1: the line is cut off"),
-    "text": (b"no report\n", ":1: not the columns"),
     "cut in the header": (WHOLE[:20], ":1: the line is cut off"),
-    "cut in the middle": (WHOLE[: len(WHOLE) // 2], ": the line is cut off"),
     "cut by a byte": (WHOLE[:-1], ": the line is cut off"),
     "cut and gone on": (third(LINES[2][:40] + LINES[3]), ":3: expected"),
     "missing field": (third(LINES[2].partition(b",")[2]), ":3: expected"),
@@ -411,7 +397,6 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
     "empty line": (third(b"\n", LINES[2]), ":3: expected"),
     "twice the header": (third(LINES[0], LINES[2]), ":3: level: expected one of"),
     "twice a row": (third(LINES[2], LINES[1]), ":4: the same key as in line 2"),
-    "decimal comma": (cell("ms_p50", "1,5"), ":3: expected"),
     "quoted comma": (cell("ms_p50", '"1,5"'), ":3: ms_p50: expected a number, got '1,5'"),
     "unit": (cell("ms_p50", "1.5 ms"), ":3: ms_p50: expected a number"),
     "missing time": (cell("ms_p50", ""), ":3: ms_p50: expected a time"),
@@ -421,7 +406,6 @@ DAMAGES: dict[str, tuple[bytes, str]] = {
     "time below zero": (cell("ms_p50", "-1"), ":3: ms_p50: expected a time"),
     "no time": (cell("ms_p50", "0"), ":3: ms_p50: expected a time"),
     "fraction": (cell("B", "8.0"), ":3: B: expected a whole number"),
-    "65 bits": (cell("B", "9" * 20), ":3: B: expected a whole number"),
     "64 bits": (cell("B", str(2**63)), ":3: B: expected a whole number"),
     "no size": (cell("B", ""), ":3: B: expected a whole number"),
     "no truth": (cell("git_dirty", "0"), ":3: git_dirty: expected True or"),

@@ -55,11 +55,6 @@ def keys_in(path: Path) -> list[Key]:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "a.csv"
-
-
-@pytest.fixture
 def store(path: Path) -> Iterator[Store]:
     """A new report with the first row."""
     with open_store(path, resume=False) as opened:
@@ -493,11 +488,10 @@ def test_ranks_write_one_report_whatever_it_is_called(
 @killing
 @pytest.mark.parametrize("limit", [{"most": 20}, {"room": 10_000}], ids=["killed", "full"])
 def test_rank_that_dies_ends_the_other_and_its_rows_are_collected(
-    limit: dict[str, int], whole: Path, folder: Path, tmp_path: Path
+    limit: dict[str, int], whole: Path, folder: Path, path: Path
 ) -> None:
-    out = tmp_path / "out.csv"
-    parts = [part_of(out, Rank(index, index, 2)) for index in range(2)]
-    first, second = start_ranks([*LONG, "--out", str(out)], folder, **limit)
+    parts = [part_of(path, Rank(index, index, 2)) for index in range(2)]
+    first, second = start_ranks([*LONG, "--out", str(path)], folder, **limit)
     wait_for_lines(parts[1], 5)
     if "most" in limit:
         second.kill()
@@ -506,9 +500,9 @@ def test_rank_that_dies_ends_the_other_and_its_rows_are_collected(
     assert "another rank is gone; --resume collects" in Path(first.name).read_text()
     done = sum(lines_in(part) - 1 for part in parts)
     assert ROWS // 2 < done < ROWS
-    assert main([*LONG, "--out", str(out), "--resume"]) == 0
-    assert keys_in(out) == keys_in(whole)
-    assert parts_of(out) == []
+    assert main([*LONG, "--out", str(path), "--resume"]) == 0
+    assert keys_in(path) == keys_in(whole)
+    assert parts_of(path) == []
 
 
 @killing

@@ -212,10 +212,10 @@ def test_every_other_round_runs_backwards(monkeypatch: Patch) -> None:
 
 @pytest.mark.interpreter
 def test_small_kernels_join_as_many_parts_as_the_table_just_written_says(
-    tmp_path: Path, monkeypatch: Patch
+    path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(measure, "sample", lambda run, device, seconds: [1.0, 1.0])
-    path, (pass_, joining) = tmp_path / "a.csv", small(FUSE, FUSE_COMBINE)
+    pass_, joining = small(FUSE, FUSE_COMBINE)
     assert joining.problem(FEW).parts != 5  # type: ignore[union-attr]  # it is a small kernel
     written(pass_, LaunchConfig(8, 8, splits=5), path)
     with open_store(path, resume=True, columns=rows.TUNED) as store:
@@ -229,8 +229,8 @@ def test_small_kernels_join_as_many_parts_as_the_table_just_written_says(
 
 @pytest.mark.slow
 @pytest.mark.interpreter
-def test_what_was_timed_stays_wherever_tuning_is_cut(tmp_path: Path, monkeypatch: Patch) -> None:
-    chosen, path = small(FUSE, SELECT, MOMENTS), tmp_path / "a.csv"
+def test_what_was_timed_stays_wherever_tuning_is_cut(path: Path, monkeypatch: Patch) -> None:
+    chosen = small(FUSE, SELECT, MOMENTS)
     endings = iter([None, KeyboardInterrupt, None, BudgetSpentError, DeviceLostError("gone"), None])
     done: list[Subject] = []
     measured = tuning.measured
