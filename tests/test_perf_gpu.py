@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -130,17 +131,11 @@ def test_float64_sees_few_images_of_a_network(
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_a_network_is_judged_on_eight_images_once(monkeypatch: Patch, mode: str) -> None:
-    consulted: list[int] = []
-    consult = gate.consult
-
-    def spy(make: object, case: Case, inputs: tuple[Tensor, ...], seed: int) -> gate.Oracle:
-        consulted.append(case.B)
-        assert len(inputs[0]) == case.B
-        return consult(make, case, inputs, seed)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(gate, "consult", spy)
+    consult = Mock(wraps=gate.consult)
+    monkeypatch.setattr(gate, "consult", consult)
     results = measured(small("sknet26", mode, batch=16), PLAIN, OURS)
-    assert consulted == [8]
+    ((_, judged, inputs, _),) = (call.args for call in consult.call_args_list)
+    assert judged.B == len(inputs[0]) == 8
     for result in results:
         assert (result.status, result.reason, result.judged_batch) == ("ok", "", 8)
 
@@ -154,15 +149,12 @@ def test_a_fault_beyond_the_judged_images_is_seen(monkeypatch: Patch) -> None:
 
 
 def test_an_oracle_that_fails_is_asked_once(monkeypatch: Patch) -> None:
-    asked = itertools.count(1)
-
-    def out_of_memory(*_: object) -> gate.Oracle:
-        raise torch.OutOfMemoryError(f"no room, {next(asked)}")
-
-    monkeypatch.setattr(gate, "consult", out_of_memory)
+    consult = Mock(side_effect=torch.OutOfMemoryError("no room"))
+    monkeypatch.setattr(gate, "consult", consult)
     for result in measured(small("sknet26", "infer", batch=16), PLAIN, OURS):
         assert result.status == "oom"
-        assert result.reason == "the check of 8 images: OutOfMemoryError: no room, 1"
+        assert result.reason == "the check of 8 images: OutOfMemoryError: no room"
+    consult.assert_called_once()
 
 
 # Graphs
@@ -272,20 +264,14 @@ def test_a_graph_has_no_peak_of_its_own(monkeypatch: Patch) -> None:
 def test_a_compiled_graph_is_told_that_inputs_stay(monkeypatch: Patch, mode: str) -> None:
     said: list[int] = []
     monkeypatch.setattr(torch._dynamo, "mark_static_address", lambda x: said.append(x.data_ptr()))
-    seen: list[int] = []
     case = small("sk_select", mode)
     call = call_of(case)
-    net = call.net
-
-    def spy(*inputs: Tensor) -> Tensor:
-        seen.extend(x.data_ptr() for x in inputs)
-        return net(*inputs)
-
-    call.net = spy
+    call.net = Mock(wraps=call.net)
     with settings(case):
         run = recorded(call)
         run()
         run()
+    seen = [x.data_ptr() for called in call.net.call_args_list for x in called.args]
     assert seen == 2 * said
 
 
@@ -354,8 +340,7 @@ def test_small_batches_are_judged_from_call_to_call(
 
 
 def test_launches_are_counted_once_a_provider(monkeypatch: Patch) -> None:
-    count = itertools.count(7)
-    monkeypatch.setattr(measure, "launches", lambda run, device: next(count))
+    monkeypatch.setattr(measure, "launches", Mock(side_effect=[7, 8]))
     results = measured(small("sk_fuse", "infer"), PLAIN, OURS)
     assert [result.launches for result in results] == [7, 8]
 
@@ -387,17 +372,12 @@ def test_peak_memory_is_the_steps_own(monkeypatch: Patch) -> None:
 
 def test_an_error_that_stays_is_no_row(monkeypatch: Patch) -> None:
     error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-    answers: list[Exception | None] = [error]
-
-    def synchronize(device: torch.device) -> None:
-        if answer := answers.pop() if len(answers) > 1 else answers[0]:
-            raise answer
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    stub_cuda(monkeypatch, synchronize=Mock(side_effect=error))
     with pytest.raises(DeviceLostError, match="illegal memory access"):
         contest.failure(error, GPU)
     assert contest.failure(error, CPU).status == "error"
-    answers[:] = [None, error]  # the first call tells of an error that is over with it
+    # The first call tells of an error that is over with it.
+    stub_cuda(monkeypatch, synchronize=Mock(side_effect=[error, None]))
     assert contest.failure(error, GPU).status == "error"
 
 
@@ -422,10 +402,8 @@ def test_a_lost_device_ends_the_run_with_its_rows_safe(
 
 
 def test_a_check_says_that_the_device_is_lost(monkeypatch: Patch, capsys: Printed) -> None:
-    def judge_case(*_: object) -> dict[str, Result]:
-        raise DeviceLostError("an illegal memory access")
-
-    monkeypatch.setattr(run_command, "judge_case", judge_case)
+    lost = Mock(side_effect=DeviceLostError("an illegal memory access"))
+    monkeypatch.setattr(run_command, "judge_case", lost)
     assert main(["check", "--device", "cpu"]) == 1
     said = capsys.readouterr().err
     assert said.endswith(": the device is lost: an illegal memory access\n")
@@ -433,11 +411,10 @@ def test_a_check_says_that_the_device_is_lost(monkeypatch: Patch, capsys: Printe
 
 
 def test_a_sweep_takes_its_own_gpu(monkeypatch: Patch) -> None:
-    taken: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    second = torch.device("cuda", 1)
+    second, take = torch.device("cuda", 1), Mock()
+    stub_cuda(monkeypatch, set_device=take)
     assert sweep.in_turn([], second, budget=None) == "complete"
-    assert taken == [second]
+    take.assert_called_once_with(second)
 
 
 @pytest.mark.slow
@@ -521,12 +498,10 @@ def test_a_copy_on_a_gpu_is_large_and_timed_by_events(monkeypatch: Patch) -> Non
 
 
 def test_memory_is_given_back_after_running_out(monkeypatch: Patch) -> None:
-    emptied: list[bool] = []
-    stub_cuda(
-        monkeypatch, synchronize=lambda device: None, empty_cache=lambda: emptied.append(True)
-    )
+    empty_cache = Mock()
+    stub_cuda(monkeypatch, synchronize=Mock(), empty_cache=empty_cache)
     assert contest.failure(torch.OutOfMemoryError("no room"), GPU).status == "oom"
-    assert emptied == [True]
+    empty_cache.assert_called_once_with()
 
 
 def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: Patch) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -467,10 +468,7 @@ def test_report_of_an_older_version_is_read_and_not_gone_on_with(
 
 
 def test_failure_of_the_harness_is_no_verdict(monkeypatch: Patch, capsys: Printed) -> None:
-    def fail(*arguments: object) -> None:
-        raise RuntimeError("unforeseen")
-
-    monkeypatch.setattr("perf.report.tables.compare", fail)
+    monkeypatch.setattr("perf.report.tables.compare", Mock(side_effect=RuntimeError("unforeseen")))
     assert main(["compare", str(REPORT), str(REPORT)]) == SOFTWARE_ERROR
     assert "RuntimeError: unforeseen" in capsys.readouterr().err
 
@@ -488,9 +486,7 @@ def test_plot_says_where_it_cannot_write(out: str, refused: Refused) -> None:
 def test_where_a_table_goes_is_checked_before_the_work(
     command: str, out: str, refused: Refused, monkeypatch: Patch
 ) -> None:
-    def work(*arguments: object) -> None:
-        raise AssertionError("worked first")
-
+    work = Mock(side_effect=AssertionError("worked first"))
     monkeypatch.setattr("perf.static.compiled.kernel_table", work)
     monkeypatch.setattr("perf.static.launches.launches_of", work)
     monkeypatch.setattr("perf.static.launches.install", work)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -154,11 +155,8 @@ def test_disk_that_is_full_from_the_start_is_said_before_anything_is_measured(
     assert list(tmp_path.iterdir()) == []
 
 
-def raising(code: int) -> Callable[..., int]:
-    def fail(*arguments: object) -> int:
-        raise OSError(code, os.strerror(code))
-
-    return fail
+def failing(code: int) -> Mock:
+    return Mock(side_effect=OSError(code, os.strerror(code)))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
@@ -168,7 +166,7 @@ def test_failing_write_is_undone_and_said(
 ) -> None:
     before = store.path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, raising(code))
+        patch.setattr(os, call, failing(code))
         with pytest.raises(StopError, match=os.strerror(code)):
             store.append(SECOND)
     assert store.path.read_bytes() == before
@@ -208,7 +206,7 @@ def test_write_that_cannot_even_be_undone_is_cut_off_on_resume(
     store: Store, monkeypatch: Patch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(os, "ftruncate", raising(errno.EIO))
+        patch.setattr(os, "ftruncate", failing(errno.EIO))
         with full_after(store.path.stat().st_size + 10), pytest.raises(StopError):
             store.append(SECOND)
         with pytest.raises(StopError):
