@@ -39,12 +39,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _from_the_same_state() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan() -> None:
     fill_fresh_memory_with_nan()
 
 

@@ -3,7 +3,7 @@
 Starting a pair takes longer than most cases do: a test file starts one and asks it everything.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from tests.interpreter import patch_the_language_once_a_launch
@@ -30,6 +31,11 @@ def in_two_processes(work: Callable[..., Any], folder: Path, *args: Any) -> list
     """
     cast(Any, spawn)(_process, (str(folder), work, args), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def share(x: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+    """Returns a process's images, of which each has its count."""
+    return x.narrow(0, sum(counts[:rank]), counts[rank])
 
 
 def fill_fresh_memory_with_nan() -> None:

@@ -36,7 +36,7 @@ from tests.helpers import (
     state_of,
 )
 from tests.plain_sknet import largest_error, scramble
-from tests.processes import WORLD, in_two_processes, needs_gloo
+from tests.processes import WORLD, in_two_processes, needs_gloo, share
 
 pytestmark = [pytest.mark.slow, needs_gloo]
 
@@ -90,10 +90,6 @@ def batches(device: torch.device = CPU, steps: int = 2) -> list[Tensor]:
     return [images(sum(SHARES), (6, 5), seed, device) for seed in range(steps)]
 
 
-def share(x: Tensor, rank: int) -> Tensor:
-    return x.narrow(0, sum(SHARES[:rank]), SHARES[rank])
-
-
 def loss(out: Tensor) -> Tensor:
     """A sum over images, so that shares of any size add up."""
     weight = torch.linspace(-1, 2, out[0].numel(), dtype=out.dtype, device=out.device)
@@ -128,7 +124,7 @@ def alone_by_shares(model: nn.Module, xs: list[Tensor], broadcast: bool) -> list
                 buffer.copy_(first)
         for rank, replica in enumerate(replicas):
             replica.zero_grad()
-            torch.autograd.backward(loss(replica(share(x, rank))))
+            torch.autograd.backward(loss(replica(share(x, SHARES, rank))))
         for pair in zip(*(r.parameters() for r in replicas), strict=True):
             mean = torch.stack([cast(Tensor, p.grad) for p in pair]).mean(0)
             for p in pair:
@@ -139,10 +135,6 @@ def alone_by_shares(model: nn.Module, xs: list[Tensor], broadcast: bool) -> list
 
 
 # --- DistributedDataParallel --------------------------------------------------------------------
-
-
-def unchanged(model: Any) -> Any:
-    return model
 
 
 def accelerated(model: Any) -> Any:
@@ -181,8 +173,8 @@ class Parallel:
 
     options: dict[str, Any] = field(default_factory=dict)
     build: Callable[[], nn.Module] = units
-    before: Callable[[Any], Any] = unchanged
-    after: Callable[[Any], Any] = unchanged
+    before: Callable[[Any], Any] = lambda model: model
+    after: Callable[[Any], Any] = lambda model: model
     training: bool = False
     accumulate: bool = False
     joint: bool = True
@@ -223,7 +215,7 @@ def run_parallel(case: Parallel, backend: Backend, rank: int) -> Seen:
     with use_backend(backend):
         for x in batches(DEVICE):
             parallel.zero_grad()
-            micro = torch.split(share(x, rank), 1 if case.accumulate else SHARES[rank])
+            micro = torch.split(share(x, SHARES, rank), 1 if case.accumulate else SHARES[rank])
             for i, part in enumerate(micro):
                 with nullcontext() if i == len(micro) - 1 else parallel.no_sync():
                     torch.autograd.backward(loss(run(part)))
@@ -246,7 +238,7 @@ class Sharded:
     paths: tuple[str | tuple[str, ...], ...] = ("",)
     plain: bool = True
     build: Callable[[], nn.Module] = units
-    before: Callable[[Any], Any] = unchanged
+    before: Callable[[Any], Any] = lambda model: model
     training: bool = False
     backends: tuple[Backend, ...] = FSDP_BACKENDS
 
@@ -312,7 +304,7 @@ def run_sharded(case: Sharded, backend: Backend, rank: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     with use_backend(backend):
         for x in batches(steps=1):
-            torch.autograd.backward(loss(model(share(x, rank))))
+            torch.autograd.backward(loss(model(share(x, SHARES, rank))))
             optimizer.step()
     return {"plain": plain, "state": whole_state(model)}
 
@@ -350,7 +342,7 @@ def run_mixed(name: str, backend: Backend, rank: int) -> Seen:
     sharded(model, ("0", "1"), mp_policy=BF16)
     sharded(model, ("",), mp_policy=policy)
     with use_backend(backend):
-        out = model(share(batches()[0], rank).float())
+        out = model(share(batches()[0], SHARES, rank).float())
     torch.autograd.backward(loss(out.float()))
     return {"out": out.detach()} | whole_state(model)
 
@@ -361,7 +353,7 @@ def run_mixed(name: str, backend: Backend, rank: int) -> Seen:
 def work(rank: int) -> dict[str, Any]:
     # A model here would fit whole into the first bucket, which torch makes of a megabyte.
     cast(Any, dist)._DEFAULT_FIRST_BUCKET_BYTES = 1
-    seen: dict[str, Any] = {"rank": rank, "late": accelerated_late()}
+    seen: dict[str, Any] = {"late": accelerated_late()}
     for name, parallel in PARALLEL.items():
         for backend in parallel.backends:
             seen[f"DDP {name} {backend}"] = run_parallel(parallel, backend, rank)
@@ -421,22 +413,18 @@ ROUNDINGS = 1 + 2 * 7 + 6 + 2 + 1 + 2 * 2
 HALF_EPS = torch.finfo(torch.bfloat16).eps / 2
 
 
-def exact(rank: int) -> Tensor:
-    model = built(units, CPU, True)
-    return cast(Tensor, model(share(batches()[0], rank)).detach())
-
-
 @pytest.mark.parametrize("backend", FSDP_BACKENDS)
 @pytest.mark.parametrize("name", MIXED)
 def test_mixed_precision_gives_the_dtypes_of_the_modules(
     name: str, backend: Backend, ranks: list[dict[str, Any]]
 ) -> None:
-    for seen in ranks:
+    for rank, seen in enumerate(ranks):
+        exact = built(units, CPU, True)(share(batches()[0], SHARES, rank)).detach()
         actual, modules = seen[f"mixed {name} {backend}"], seen[f"mixed {name} reference"]
         assert {n: t.dtype for n, t in actual.items()} == {n: t.dtype for n, t in modules.items()}
         assert actual["out"].dtype == MIXED[name][2]
         assert actual["grad 0.sk.fc2.weight"].dtype == torch.float32
-        assert largest_error(actual["out"], exact(seen["rank"])) < ROUNDINGS * HALF_EPS
+        assert largest_error(actual["out"], exact) < ROUNDINGS * HALF_EPS
 
 
 def test_a_sharded_model_is_left_by_accelerate_with_the_reason(ranks: list[dict[str, Any]]) -> None:

@@ -210,19 +210,6 @@ def noted(x: Tensor, seen: list[Tensor]) -> None:
     seen.append(x.detach().clone())  # because the ReLUs write in place
 
 
-def forward_hook(module: nn.Module, seen: list[Tensor]) -> Any:
-    return module.register_forward_hook(lambda _m, _args, out: noted(out, seen))
-
-
-def forward_pre_hook(module: nn.Module, seen: list[Tensor]) -> Any:
-    return module.register_forward_pre_hook(lambda _m, args: noted(args[0], seen))
-
-
-def replacing_hook(module: nn.Module, seen: list[Tensor]) -> Any:
-    forward_hook(module, seen)
-    return module.register_forward_hook(lambda _m, _args, out: out / 2)
-
-
 def replaced_forward(module: nn.Module, seen: list[Tensor]) -> Any:
     # What wrappers do that keep the type of the module they wrap.
     original = module.forward
@@ -235,10 +222,17 @@ def replaced_forward(module: nn.Module, seen: list[Tensor]) -> Any:
     module.forward = forward
 
 
+def noting(m: nn.Module, seen: list[Tensor]) -> Any:
+    return m.register_forward_hook(lambda _m, _args, out: noted(out, seen))
+
+
 HOOKS: dict[str, Callable[[nn.Module, list[Tensor]], Any]] = {
-    "forward": forward_hook,
-    "forward-pre": forward_pre_hook,
-    "replacing": replacing_hook,
+    "forward": noting,
+    "forward-pre": lambda m, seen: m.register_forward_pre_hook(lambda _m, x: noted(x[0], seen)),
+    "replacing": lambda m, seen: (
+        noting(m, seen),
+        m.register_forward_hook(lambda _m, _args, out: out / 2),
+    ),
     "replaced-forward": replaced_forward,
 }
 
