@@ -62,8 +62,7 @@ def test_cudnn_is_on_where_a_layer_is_timed(monkeypatch: Patch) -> None:
 
 def test_the_oracle_does_not_time_algorithms() -> None:
     seen: list[env.Switches] = []
-    case = small("sk_fuse", "infer")
-    module = baseline.Function(baseline.plain_fuse)
+    case, module = small("sk_fuse", "infer"), baseline.Function(baseline.plain_fuse)
     module.register_forward_pre_hook(lambda *_: seen.append(env.switches()))
     gate.consult(lambda case: module, case, workloads.inputs(case, 0, CPU), 0)
     assert {(now.cudnn, now.cudnn_benchmark) for now in seen} == {(True, False)}
@@ -184,15 +183,9 @@ class _Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
 @pytest.fixture
 def graphs(monkeypatch: Patch) -> None:
     """Puts CUDA graphs and streams that work on CPU tensors in the place of CUDA's."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)  # there is one order on a CPU
-    stub_cuda(
-        monkeypatch,
-        CUDAGraph=_Graph,
-        Stream=lambda: stream,
-        current_stream=lambda: stream,
-        graph=lambda graph: graph,
-        stream=lambda stream: nullcontext(),
-    )
+    streams = {"Stream": Mock(), "current_stream": Mock()}  # there is one order on a CPU
+    contexts = {"graph": lambda graph: graph, "stream": lambda stream: nullcontext()}
+    stub_cuda(monkeypatch, CUDAGraph=_Graph, **streams, **contexts)
 
 
 def call_of(case: Case) -> Call:
@@ -347,10 +340,9 @@ def test_launches_are_counted_once_a_provider(monkeypatch: Patch) -> None:
 
 def test_what_a_profile_counts_as_a_launch(monkeypatch: Patch) -> None:
     kinds = [SimpleNamespace(name=name) for name in ("CUDA", "CPU", "CUDA")]
-    events = [SimpleNamespace(device_type=kind) for kind in kinds]
-    profiler = SimpleNamespace(events=lambda: events)
+    profiler = SimpleNamespace(events=lambda: [SimpleNamespace(device_type=kind) for kind in kinds])
     monkeypatch.setattr(measure, "profile", lambda activities: nullcontext(profiler))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    stub_cuda(monkeypatch, synchronize=Mock())
     assert measure.launches(lambda: None, GPU) == 2
     assert measure.launches(lambda: None, CPU) is None
 
@@ -359,7 +351,7 @@ def test_peak_memory_is_the_steps_own(monkeypatch: Patch) -> None:
     peaks = [9 * MEBI]
     stub_cuda(
         monkeypatch,
-        synchronize=lambda device: None,
+        synchronize=Mock(),
         memory_allocated=lambda device: 5 * MEBI,
         reset_peak_memory_stats=lambda device: peaks.append(5 * MEBI),
         max_memory_allocated=lambda device: peaks[-1],

@@ -362,13 +362,7 @@ def killing(test: Callable[..., None]) -> Callable[..., None]:
     return marked
 
 
-def start(
-    arguments: list[str],
-    folder: Path,
-    room: int | None = None,
-    most: int | None = None,
-    rank: str = "",
-) -> BaseProcess:
+def start(arguments: list[str], folder: Path, rank: str = "", **limit: int) -> BaseProcess:
     """Starts a run whose files cannot grow beyond ``room`` bytes, or that stops at ``most`` cases.
 
     What stops so is still running when it is killed, however late that is. The process has the name
@@ -378,8 +372,8 @@ def start(
     def run() -> None:
         if rank:
             os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
-        vars(sweep)["measure_case"].most = most
-        if room is not None:
+        vars(sweep)["measure_case"].most = limit.get("most")
+        if room := limit.get("room"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         with errors.open("w") as sys.stderr:
             sys.exit(main(arguments))
@@ -396,15 +390,12 @@ def status(child: BaseProcess) -> int | None:
     return child.exitcode
 
 
-def start_ranks(
-    arguments: list[str], folder: Path, room: int | None = None, most: int | None = None
-) -> list[BaseProcess]:
-    """Starts two ranks of one sweep, the second with ``room`` or ``most``."""
+def start_ranks(arguments: list[str], folder: Path, **limit: int) -> list[BaseProcess]:
+    """Starts two ranks of one sweep, the second with a limit of `start`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    first = start(arguments, folder, rank="0")
-    return [first, start(arguments, folder, room, most, rank="1")]
+    return [start(arguments, folder, "0"), start(arguments, folder, "1", **limit)]
 
 
 def lines_in(path: Path) -> int:

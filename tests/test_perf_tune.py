@@ -38,18 +38,14 @@ from sknet_kernels.launch import Launch
 from sknet_kernels.small import FUSE_COMBINE, LOGITS, SMALL_KERNELS
 from tests.sweeps import CONDITIONS, CPU, ENV, Patch, Printed, refusal
 
-Shape = tuple[int, int, int]
 H200 = DeviceFacts(multiprocessors=132, warp_size=32, name="NVIDIA H200")
-
-
 FEW = DeviceFacts(multiprocessors=2, warp_size=32)
 KERNELS: tuple[AnyKernel, ...] = (*STREAMING_KERNELS, *SMALL_KERNELS)
 
 
-def small(
-    *kernels: AnyKernel, layout: str = "contiguous", shape: Shape = (2, 8, 40)
-) -> list[Subject]:
-    return [Subject(kernel, Setting(2, layout, torch.float32, shape, CPU)) for kernel in kernels]
+def small(*kernels: AnyKernel, layout: str = "contiguous") -> list[Subject]:
+    setting = Setting(2, layout, torch.float32, (2, 8, 40), CPU)
+    return [Subject(kernel, setting) for kernel in kernels]
 
 
 @pytest.fixture(autouse=True)
@@ -115,18 +111,13 @@ def test_the_launch_of_a_kernel_takes_what_the_table_has(kernel: AnyKernel) -> N
     assert described(subject.launch(config, H200)) != described(subject.launch(first, H200))
 
 
-def test_a_line_that_is_still_being_written_is_no_row() -> None:
-    subject, path = small(FUSE)[0], tuned.table_path(H200.name)
-    written(subject, LaunchConfig(4, 8), path)
-    _forget()
+def test_a_line_that_is_still_written_is_no_row_and_a_damaged_one_is_named() -> None:
+    path = tuned.table_path(H200.name)
+    written(small(FUSE)[0], LaunchConfig(4, 8), path)
     with path.open("a") as file:
         file.write("sk_fuse,12")
     assert list(tuned.table(H200.name).values()) == [LaunchConfig(4, 8)]
-
-
-def test_a_damaged_table_is_named_by_line() -> None:
-    path = tuned.table_path(H200.name)
-    written(small(FUSE)[0], LaunchConfig(4, 8), path)
+    _forget()
     path.write_text(path.read_text().replace("False", "maybe"))
     _forget()
     with pytest.raises(ValueError, match=r"nvidia-h200\.csv:2: expected a problem and its launch"):
