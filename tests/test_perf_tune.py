@@ -114,6 +114,7 @@ def test_the_launch_of_a_kernel_takes_what_the_table_has(kernel: AnyKernel) -> N
 def test_a_line_that_is_still_written_is_no_row_and_a_damaged_one_is_named() -> None:
     path = tuned.table_path(H200.name)
     written(small(FUSE)[0], LaunchConfig(4, 8), path)
+    _forget()
     with path.open("a") as file:
         file.write("sk_fuse,12")
     assert list(tuned.table(H200.name).values()) == [LaunchConfig(4, 8)]
