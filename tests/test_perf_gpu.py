@@ -22,7 +22,7 @@ from perf.commands import run as run_command
 from perf.commands.options import chosen_device, read_report
 from perf.peers import baseline
 from perf.report import tables
-from perf.rows import env, schema
+from perf.rows import UsageError, env, schema
 from perf.rows.schema import Case, Result
 from perf.static.bytes import MEBI
 from perf.sweep import contest, gate, measure, providers, sweep, workloads
@@ -501,6 +501,9 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: Patch) -> None:
     second = Rank(index=1, local=1, count=2)
     assert chosen_device(None, second) == chosen_device("cuda", second) == torch.device("cuda", 1)
     assert chosen_device("cpu", second) == CPU
+    expected = "LOCAL_RANK: expected less than the number of GPUs, which is 2, got 2"
+    with pytest.raises(UsageError, match=expected):
+        chosen_device(None, Rank(index=2, local=2, count=3))
 
 
 def test_a_gpu_that_is_not_there_is_one_line(capsys: Printed) -> None:

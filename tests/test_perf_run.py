@@ -32,7 +32,6 @@ from tests.sweeps import (
     make_up,
     refusal,
     state,
-    stub_cuda,
 )
 
 UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-eager"]
@@ -329,14 +328,6 @@ def test_ranks_that_are_none_and_ranks_that_never_come(
     start = time.monotonic()
     assert said in refused("run", "--level", "op", "--out", "a.csv")
     assert time.monotonic() - start < 15
-
-
-def test_rank_without_a_gpu_of_its_own_is_said(refused: Refused, monkeypatch: Patch) -> None:
-    stub_cuda(monkeypatch, is_available=lambda: True, device_count=lambda: 1)
-    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    said = refused("run", "--level", "op", "--out", "a.csv")
-    assert "LOCAL_RANK: expected less than the number of GPUs, which is 1, got 1" in said
 
 
 @pytest.mark.parametrize(
