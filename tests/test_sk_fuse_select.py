@@ -206,16 +206,6 @@ def hook(module: nn.Module) -> None:
     module.register_forward_hook(lambda *_: None)
 
 
-def frozen_branches(sk: SKConv) -> None:
-    for branch in sk.branches:
-        branch.get_submodule("bn").eval()
-
-
-def other_eps(sk: SKConv) -> None:
-    every_norm(eps=0.1)(sk)
-    put("fc1.bn", "eps", 0.3)(sk)
-
-
 def strided_statistics(bn: nn.BatchNorm2d) -> None:
     for name in ("running_mean", "running_var"):
         setattr(bn, name, torch.ones(len(bn.weight), 2, device=bn.weight.device)[:, 0])
@@ -282,7 +272,7 @@ VARIANTS: dict[str, Change] = {
     "momentum 0": every_norm(momentum=0.0),
     "frozen weights": for_norms(lambda bn: bn.requires_grad_(False)),
     "hook on a convolution": part("branches.0.conv", hook),
-    "frozen branches": frozen_branches,
+    "frozen branches": part("branches", for_norms(lambda bn: bn.eval())),
     "frozen fc1": part("fc1.bn", lambda bn: bn.eval()),
     "all frozen": for_norms(lambda bn: bn.eval()),
     "gamma zero": for_norms(lambda bn: nn.init.zeros_(bn.weight)),
@@ -291,7 +281,7 @@ VARIANTS: dict[str, Change] = {
     "no affine": for_norms(without_affine),
     "no tracking": for_norms(without_tracking),
     "no tracking, eval": lambda sk: (for_norms(without_tracking)(sk), sk.eval()),
-    "other eps": other_eps,
+    "other eps": lambda sk: (every_norm(eps=0.1)(sk), put("fc1.bn", "eps", 0.3)(sk)),
     "a shared norm": shared("", "bn"),
     "a shared weight": shared(".conv", "weight"),
     "new buffers": for_norms(lambda bn: bn.reset_running_stats()),
@@ -606,22 +596,19 @@ def test_launches(
 ) -> None:
     sk = SKConv(4, 4, M=M, G=2, device=DEVICE, dtype=dtype)
     x = Case((2, 4, 5, 5), 1, layout, dtype).tensor()
-    foreach: list[str] = []
-
-    def recorded(call: Callable[..., Any], *args: Any) -> Any:
-        foreach.append(call.__name__)
-        return call(*args)
-
+    foreach = mock.Mock()
     for name in ("_foreach_add_", "_foreach_mul_", "_foreach_lerp_"):
-        monkeypatch.setattr(torch, name, partial(recorded, getattr(torch, name)))
+        foreach.attach_mock(mock.Mock(side_effect=getattr(torch, name)), name)
+        monkeypatch.setattr(torch, name, getattr(foreach, name))
     with use_backend("triton"):
         for again in range(2):  # what is remembered launches the same
-            foreach.clear()
+            foreach.reset_mock()
             with counted_launches() as forward:
                 out = sk.train()(x)
             with counted_launches() as backward:
                 torch.autograd.backward(out.sum())
-            assert (forward.total(), foreach, backward.total()) == (6, operators, 4), again
+            assert [call[0] for call in foreach.mock_calls] == operators, again
+            assert (forward.total(), backward.total()) == (6, 4), again
             with counted_launches() as inference, torch.no_grad():
                 sk.eval()(x)
             assert inference.total() == 4
