@@ -44,7 +44,6 @@ BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 EXACT, EXACT_NETWORK = 1e-11, 1e-9
 
 Layout = str
-LAYOUTS = ("contiguous", "channels_last", "sliced", "unaligned", "cropped", "transposed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -174,25 +173,20 @@ def run_alone(code: str, *path: str | Path, cwd: Path, **variables: str) -> str:
     return run_python("-I", "-S", "-c", found + code, cwd=cwd, **variables)
 
 
+_LAID_OUT: dict[Layout, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced": lambda x: torch.cat([x + 1e4, x, x + 1e4], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "unaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "cropped": lambda x: F.pad(x, (1, 1, 1, 1), value=1e4)[..., 1:-1, 1:-1],
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
 def laid_out(x: Tensor, layout: Layout) -> Tensor:
     """Returns the values of ``x`` [B, C, *spatial] in another memory layout."""
-    if layout == "contiguous":
-        return x
-    if layout == "channels_last":
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "sliced":
-        return torch.cat([torch.full_like(x, 1e4), x, torch.full_like(x, 1e4)], 1).narrow(
-            1, x.shape[1], x.shape[1]
-        )
-    if layout == "unaligned":
-        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    if layout == "cropped":
-        return torch.nn.functional.pad(x, (1, 1, 1, 1), value=1e4)[..., 1:-1, 1:-1]
-    if layout == "transposed":
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "expanded":
-        return x[:1].expand(x.shape)
-    raise ValueError(f"layout: unknown {layout!r}")
+    return _LAID_OUT[layout](x)
 
 
 Seen = dict[str, Tensor]

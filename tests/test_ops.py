@@ -99,26 +99,23 @@ def check(operator: Any, args: tuple[Any, ...], traced: bool) -> None:
 
 @pytest.mark.slow
 @KERNELS
-@pytest.mark.parametrize("case", OPERATOR_CASES, ids=str)
-def test_the_stages(case: Case, kernels: bool, place: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("case", "reduction", "activation"),
+    [
+        *((case, "mean", "softmax") for case in OPERATOR_CASES),
+        *((Case((2, 3, 4, 5), 3), "sum", activation) for activation in ("sigmoid", "none")),
+    ],
+    ids=str,
+)
+def test_the_stages(
+    case: Case, reduction: str, activation: str, kernels: bool, place: torch.device
+) -> None:
     for grad in (False, True):
         xs, logits = tensors(case, place, grad)
-        check(ops.sk_fuse, (xs, "mean"), kernels)
-        check(ops.sk_select, (xs, logits, "softmax"), kernels)
+        check(ops.sk_fuse, (xs, reduction), kernels)
+        check(ops.sk_select, (xs, logits, activation), kernels)
     xs, logits = tensors(case, place, grad=False)
-    check(ops.sk_select_bwd, (case.tensor(device=place), xs, logits, "softmax"), kernels)
-
-
-@pytest.mark.slow
-@KERNELS
-@pytest.mark.parametrize("activation", ["sigmoid", "none"])
-def test_the_other_activations_and_the_sum(activation: str, place: torch.device) -> None:
-    case = Case((2, 3, 4, 5), 3)
-    xs, logits = tensors(case, place, grad=True)
-    opcheck(ops.sk_fuse, (xs, "sum"))
-    opcheck(ops.sk_select, (xs, logits, activation))
-    xs, logits = tensors(case, place, grad=False)
-    opcheck(ops.sk_select_bwd, (case.tensor(device=place), xs, logits, activation))
+    check(ops.sk_select_bwd, (case.tensor(device=place), xs, logits, activation), kernels)
 
 
 @pytest.mark.slow

@@ -264,8 +264,7 @@ def test_more_rows_than_a_grid_has_in_y_and_z(shape: tuple[int, int, int]) -> No
             out = functional.sk_select(leaves[:2], leaves[2])
             pooled = functional.sk_fuse(leaves[:2])
             results.append([out, pooled, *torch.autograd.grad(out, leaves, dout)])
-    for actual, exact in zip(*results, strict=True):
-        close(actual, exact)
+    all_close(*results)
 
 
 # --- one position, no image, no channel ---------------------------------------------------------
