@@ -30,16 +30,12 @@ class Operation:
 
 @dataclass
 class Kernel:
-    """The operations of one kernel by the names of their results.
-
-    Attributes:
-        operations: by result; an argument has none.
-        carried: what a loop's variable is before the loop and after each turn.
-        offsets: the operand of every ``tt.addptr`` that is added to a pointer.
-    """
+    """The operations of one kernel by the names of their results; an argument has none."""
 
     operations: dict[str, Operation] = field(default_factory=dict)
+    # What a loop's variable is before the loop and after each turn.
     carried: dict[str, list[str]] = field(default_factory=dict)
+    # The operand of every ``tt.addptr`` that is added to a pointer.
     offsets: list[str] = field(default_factory=list)
 
 

@@ -222,6 +222,11 @@ def outcome(
     return {name: t.clone() for name, t in {**seen, **dict(module.named_buffers())}.items()}
 
 
+def without_buffers(seen: Seen) -> Seen:
+    """Returns the output and the gradients of an `outcome`."""
+    return {name: t for name, t in seen.items() if name.startswith(("out", "dx", "grad "))}
+
+
 def state_of(model: nn.Module) -> Seen:
     """Returns every gradient that there is, parameter and buffer."""
     seen = {f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

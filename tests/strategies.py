@@ -83,11 +83,6 @@ class Sample:
     spread: float  # of the logits
     seed: int  # of every value
 
-    @property
-    def num_branches(self) -> int:
-        """The number of branches."""
-        return len(self.branches)
-
     def random_branches(self) -> list[Tensor]:
         """Returns M normally distributed branches."""
         return [
@@ -97,7 +92,7 @@ class Sample:
 
     def random_logits(self) -> Tensor:
         """Returns logits wide enough for weights far from 1 / M, or so wide that few are not 0."""
-        shape = self.shape[0], self.num_branches, self.shape[1]
+        shape = self.shape[0], len(self.branches), self.shape[1]
         return self.logits.hold((self.spread * self._normal(98, shape)).to(self.logits_dtype))
 
     def random_dout(self) -> Tensor:

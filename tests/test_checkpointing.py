@@ -37,6 +37,7 @@ from tests.helpers import (
     small_conv,
     small_network,
     state_of,
+    without_buffers,
 )
 from tests.plain_sknet import scramble
 
@@ -65,12 +66,8 @@ def step(
         return outcome(KINDS[kind](module) if kind else module, module, x, **options)
 
 
-def values(seen: Seen) -> Seen:
-    return {name: t for name, t in seen.items() if name in ("out", "dx") or "grad" in name}
-
-
 def buffers(seen: Seen) -> Seen:
-    return {name: t for name, t in seen.items() if name not in values(seen)}
+    return {name: t for name, t in seen.items() if name not in without_buffers(seen)}
 
 
 # --- whole layers -------------------------------------------------------------------------------
@@ -96,7 +93,7 @@ def test_recomputation_changes_no_bit_of_output_and_gradients(
     with set_checkpoint_early_stop(False):
         expected, seen = step(kept, backend=backend), step(module, kind, backend)
         moved = step(plain, kind)
-    assert_same(values(seen), values(expected), bound=0)
+    assert_same(without_buffers(seen), without_buffers(expected), bound=0)
     assert_same(buffers(seen), buffers(moved))
     assert all(t == 2 for name, t in moved.items() if "tracked" in name)
 
@@ -136,7 +133,7 @@ def test_recomputation_is_under_the_autocast_of_the_forward(kind: str, backend: 
         for each in (None, kind)
     )
     assert expected["out"].dtype == torch.bfloat16
-    assert_same(values(seen), values(expected), bound=0)
+    assert_same(without_buffers(seen), without_buffers(expected), bound=0)
 
 
 # --- parts of a layer ---------------------------------------------------------------------------
@@ -152,7 +149,7 @@ def test_a_wrapped_child_is_called(path: str, backend: Backend) -> None:
         child = each.get_submodule(path)
         apply_activation_checkpointing(each, check_fn=lambda m, child=child: m is child)
     seen = step(module, backend=backend)
-    assert_same(values(renamed(seen)), values(step(small_conv())))
+    assert_same(without_buffers(renamed(seen)), without_buffers(step(small_conv())))
     assert_same(buffers(seen), buffers(step(plain)))
 
 
@@ -179,7 +176,7 @@ def test_selective_checkpointing_keeps_what_the_kernels_computed(layer: str) -> 
     with counted_launches() as launched:
         step(plain, "not reentrant", "triton")
     assert launched.total() > once.total()
-    assert_same(values(seen), values(expected), bound=0)
+    assert_same(without_buffers(seen), without_buffers(expected), bound=0)
 
 
 # --- the network --------------------------------------------------------------------------------
@@ -193,7 +190,7 @@ def test_the_network_recomputes_its_units_as_checkpoint_does(backend: Backend) -
     for stage in plain.stages:
         apply_activation_checkpointing(stage, check_fn=lambda m: isinstance(m, SKUnit))
     expected, seen = step(kept, backend=backend), step(module, backend=backend)
-    assert_same(values(seen), values(expected), bound=0)
+    assert_same(without_buffers(seen), without_buffers(expected), bound=0)
     assert_same(seen, renamed(step(plain)))
     assert seen["stem.bn.num_batches_tracked"] == 1
     assert seen["stages.0.1.sk.fc1.bn.num_batches_tracked"] == 2

@@ -86,7 +86,6 @@ def built(build: Callable[[], nn.Module], device: torch.device, training: bool) 
 
 
 def batches(device: torch.device = CPU, steps: int = 2) -> list[Tensor]:
-    """Returns the input of every step."""
     return [images(sum(SHARES), (6, 5), seed, device) for seed in range(steps)]
 
 
@@ -368,7 +367,6 @@ def work(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process saw in every case."""
     return in_two_processes(work, tmp_path_factory.mktemp("ranks"))
 
 

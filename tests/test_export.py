@@ -93,7 +93,6 @@ def our_operators(program: ExportedProgram) -> set[str]:
 
 
 def assert_same_module(actual: nn.Module, expected: nn.Module, images: list[Tensor]) -> None:
-    """Asserts equal results, gradients and state over calls of both."""
     for x in images:
         seen, wanted = outcome(actual, actual, x), outcome(expected, expected, x)
         assert seen["out"].stride() == wanted["out"].stride()

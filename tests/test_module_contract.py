@@ -342,8 +342,6 @@ def test_functional_call_takes_the_tensors_it_is_given(way: str) -> None:
 
 
 class Twice(nn.Module):
-    """One SKConv in two places."""
-
     def __init__(self, sk: SKConv) -> None:
         super().__init__()
         self.first = self.second = sk

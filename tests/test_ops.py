@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from sknet_triton import Backend, functional, fused, ops, reference, use_backend
+from sknet_triton import Backend, functional, fused, ops, use_backend
 from sknet_triton.reference import accumulation_dtype
 from tests.helpers import BACKENDS, DEVICE, Case, Recorded, beside_branches, trained
 
@@ -62,14 +62,6 @@ def test_autocast_leaves_the_dtypes_alone(dtype: torch.dtype, backend: Backend) 
     with use_backend(backend), torch.autocast(DEVICE.type, dtype):
         assert functional.sk_fuse(xs).dtype == dtype
         assert functional.sk_select(xs, logits).dtype == dtype
-
-
-def test_reference_backward_formulas_are_what_autograd_finds() -> None:
-    case, cpu = Case((2, 3, 4, 2), M=3, dtype=torch.float64), torch.device("cpu")
-    (xs, logits), dout = tensors(case, cpu, grad=True), case.tensor(9, cpu)
-    expected = torch.autograd.grad(reference.sk_select(xs, logits), [*xs, logits], dout)
-    dxs, dlogits = reference.sk_select_bwd(dout, xs, logits)
-    torch.testing.assert_close((*dxs, dlogits), expected, rtol=1e-12, atol=1e-12)
 
 
 # The same operators on a machine without kernels, where they take PyTorch's formulas.

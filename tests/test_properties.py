@@ -6,7 +6,7 @@ The examples, how they are drawn and how a failure is reproduced: `tests.strateg
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -41,9 +41,6 @@ pytestmark = pytest.mark.slow
 ACTIVATIONS = (*get_args(Activation), None)
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum")
 
-_Check = TypeVar("_Check", bound=Callable[..., None])
-
-
 # Examples of a property by backend; one in the interpreter costs as much as ten without it.
 SELECT = {"reference": 800, "triton": 60}
 FUSE = {"reference": 700, "triton": 60}
@@ -54,10 +51,10 @@ CONFIGS, LAYOUT, MANY_BRANCHES = 30, 150, 60
 
 def holds(
     budget: dict[str, int], **drawn: st.SearchStrategy[Any]
-) -> Callable[[_Check], Callable[[Backend], None]]:
+) -> Callable[[Callable[..., None]], Callable[[Backend], None]]:
     """Makes a test of both backends from a check of ``backend`` and what is drawn."""
 
-    def decorate(check: _Check) -> Callable[[Backend], None]:
+    def decorate(check: Callable[..., None]) -> Callable[[Backend], None]:
         @pytest.mark.parametrize("backend", BACKENDS)
         def test(backend: Backend) -> None:
             examples(budget[backend])(given(backend=st.just(backend), **drawn)(check))()
@@ -106,7 +103,7 @@ def check_select(backend: Backend, sample: Sample, activation: Activation | None
     if backend == "triton" and sample.shape[0]:
         for result, x in zip((out, *dxs), (xs[0], *xs), strict=True):
             assert strides(result) == strides(like(x)), (x.shape, x.stride())
-    assert [g.dtype for g in dxs] == [sample.dtype] * sample.num_branches
+    assert [g.dtype for g in dxs] == [sample.dtype] * len(sample.branches)
     assert (out.dtype, dlogits.dtype) == (sample.dtype, sample.logits_dtype)
 
     exact_leaves = leaves_of(wide([*xs, logits]))
@@ -191,7 +188,7 @@ def test_any_tile_and_any_split_give_the_same(sample: Sample, config: LaunchConf
 def check_norm_kernels(sample: Sample, config: LaunchConfig) -> None:
     """The kernels that know norms, in float64 and so to its last digits."""
     xs, dout = wide(sample.random_branches()), sample.random_dout().double()
-    (B, C), M = sample.shape[:2], sample.num_branches
+    (B, C), M = sample.shape[:2], len(sample.branches)
     norms, logits = launchers.random_norms(M, C, dout), sample.small(1, B, M, C)
     share, drift = sample.small(2, B, C), sample.small(3, 2, M, C)
     actual = [
@@ -243,7 +240,7 @@ def beside(sample: Sample, dtype: torch.dtype, **options: Any) -> dict[str, Any]
     """Returns what `sk_fuse_select` takes beside the sample's branches, always the same."""
     streams = count()
     arguments = beside_branches(
-        sample.num_branches,
+        len(sample.branches),
         sample.shape[1],
         dtype=dtype,
         draw=lambda *shape: sample.small(next(streams), *shape),

@@ -345,7 +345,6 @@ def with_norms(
 
 
 def magnitudes(given: Given) -> ChannelGradients:
-    """Sums of the magnitudes of what each gradient is made of."""
     case = given.case
     (mean,), (var,), (gamma,), (beta,), _ = applied(given)
     assert mean is not None

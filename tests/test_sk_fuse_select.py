@@ -65,7 +65,6 @@ in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["trainin
 
 
 def given(case: Case) -> tuple[list[Tensor], Tensor, Norms]:
-    """Returns branches, the gradient of V, and norms."""
     norms = launchers.random_norms(case.M, case.shape[1], case.tensor())
     return case.branches(), case.tensor(seed=99), norms
 
@@ -553,7 +552,6 @@ SAVED_TENSORS = {2: 2.02, 3: 3.03}
 
 
 def operands(case: Case, training: bool) -> dict[str, Any]:
-    """Returns all that `sk_fuse_select` takes, everything asking for a gradient."""
     C, dtype = case.shape[1], torch.float32
     arguments = beside_branches(case.M, C, d=4, batch_stats=training, dtype=dtype)
     trained(arguments)

@@ -116,14 +116,12 @@ DISAGREEING: dict[str, Callable[[SKConv, Any], Any]] = {
 
 
 def two_steps(sk: SKConv, x: Tensor, dout: Tensor, compiled: bool = False) -> Seen:
-    """Takes two steps and returns what the second gave."""
     run = torch.compile(sk, fullgraph=True, backend="aot_eager") if compiled else sk
     outcome(run, sk, x, dout)
     return outcome(run, sk, x, dout)
 
 
 def modules_one_by_one(sk: SKConv, x: Tensor, dout: Tensor) -> Seen:
-    """The oracle."""
     with use_backend("reference"):
         return two_steps(one_by_one(sk), x, dout)
 
@@ -218,12 +216,10 @@ def run_uneven(rank: int) -> dict[Backend, Seen]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process saw in every case."""
     return in_two_processes(worker, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_joined(seen: list[Seen], expected: Seen) -> None:
-    """Asserts that the processes' shares make up what one process sees."""
     for own in seen:  # every process keeps the statistics of the joined batch
         whole = dict(own)
         for key in own:
