@@ -43,7 +43,6 @@ BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 # of a few hundred additions (10^4 eps), and the same through the layers of a network.
 EXACT, EXACT_NETWORK = 1e-11, 1e-9
 
-Layout = str
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -53,7 +52,7 @@ class Case:
 
     shape: tuple[int, ...]
     M: int = 2
-    layout: Layout = "contiguous"
+    layout: str = "contiguous"
     dtype: torch.dtype = torch.float32
     why: str = ""
 
@@ -173,7 +172,7 @@ def run_alone(code: str, *path: str | Path, cwd: Path, **variables: str) -> str:
     return run_python("-I", "-S", "-c", found + code, cwd=cwd, **variables)
 
 
-_LAID_OUT: dict[Layout, Callable[[Tensor], Tensor]] = {
+_LAID_OUT: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "sliced": lambda x: torch.cat([x + 1e4, x, x + 1e4], 1)[:, x.shape[1] : 2 * x.shape[1]],
@@ -184,7 +183,7 @@ _LAID_OUT: dict[Layout, Callable[[Tensor], Tensor]] = {
 }
 
 
-def laid_out(x: Tensor, layout: Layout) -> Tensor:
+def laid_out(x: Tensor, layout: str) -> Tensor:
     """Returns the values of ``x`` [B, C, *spatial] in another memory layout."""
     return _LAID_OUT[layout](x)
 

@@ -282,10 +282,6 @@ def sharded(model: nn.Module, paths: tuple[str | tuple[str, ...], ...], **option
     return model
 
 
-def first_conv(model: nn.Module) -> SKConv:
-    return next(m for m in model.modules() if isinstance(m, SKConv))
-
-
 def whole_state(model: nn.Module) -> Seen:
     """As `state_of`, with every shard gathered."""
     gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
@@ -299,7 +295,9 @@ def whole_state(model: nn.Module) -> Seen:
 
 def run_sharded(case: Sharded, backend: Backend, rank: int) -> dict[str, Any]:
     model = sharded(case.before(built(case.build, CPU, case.training)), case.paths)
-    plain = case.build is peer or is_plain(first_conv(model))
+    plain = case.build is peer or is_plain(
+        next(m for m in model.modules() if isinstance(m, SKConv))
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     with use_backend(backend):
         for x in batches(steps=1):
