@@ -19,6 +19,7 @@ from sknet_triton.backend import Backend
 from tests.helpers import (
     BACKENDS,
     DEVICE,
+    DTYPES,
     assert_same,
     averaged,
     beside_branches,
@@ -34,9 +35,7 @@ from tests.helpers import (
 from tests.plain_sknet import distance
 
 LOW = (torch.bfloat16, torch.float16)
-LOW_NAMES = ("bf16", "fp16")
-
-low = pytest.mark.parametrize("dtype", LOW, ids=LOW_NAMES)
+low = pytest.mark.parametrize("dtype", LOW, ids=str)
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -229,10 +228,7 @@ def backward(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad((out * ramp(out)).sum(), inputs)]
 
 
-DTYPES = (torch.float64, torch.float32, *LOW)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", *LOW_NAMES])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECIAL)
 @both
 def test_fuse_of_what_is_not_finite(backend: Backend, name: str, dtype: torch.dtype) -> None:
