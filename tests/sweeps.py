@@ -132,6 +132,18 @@ def in_a_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess
     )
 
 
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    """Waits until something is so, for a minute at most."""
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
 def write_report(path: Path, rows: Iterable[Values]) -> pd.DataFrame:
     """Writes a new report of ``rows``, and returns it as it is read."""
     with open_store(path, resume=False) as store:

@@ -19,7 +19,7 @@ from perf.commands import campaign as command
 from perf.commands.campaign import GRACE, LEAST, Part, parts, plan, share
 from perf.rows import schema
 from tests.helpers import ROOT, source_environment
-from tests.sweeps import Patch, Printed, in_a_process, refusal, state, write_report
+from tests.sweeps import Patch, Printed, in_a_process, refusal, state, wait_for, write_report
 
 
 def python(code: str, seconds: float = 60.0) -> Part:
@@ -158,15 +158,11 @@ def test_what_a_part_has_started_ends_with_the_campaign(
     process = subprocess.Popen(
         [sys.executable, "-c", script], env=source_environment(), cwd=tmp_path
     )
-    while not all(pid.exists() and pid.read_text().endswith(" ") for pid in pids):
-        assert process.poll() is None
-        time.sleep(0.1)
+    wait_for(lambda: all(pid.exists() and pid.read_text().endswith(" ") for pid in pids))
     process.send_signal(number)
     assert process.wait(30) == ENDINGS.get(number, -number)
-    waiting = time.monotonic() + 30  # it was told to end, which may take a moment
-    while any(Path("/proc", pid.read_text().strip()).exists() for pid in pids):
-        assert time.monotonic() < waiting
-        time.sleep(0.1)
+    # It was told to end, which may take a moment.
+    wait_for(lambda: not any(Path("/proc", pid.read_text().strip()).exists() for pid in pids))
 
 
 def test_a_second_campaign_on_one_report_is_refused_by_name(

@@ -417,7 +417,6 @@ def test_a_port_computes_what_the_plain_modules_compute(mode: str) -> None:
 
 # The environment
 
-
 ANSWERS = """#!/bin/sh
 case "$*" in
 *--id=GPU-0123-45*clocks.sm*) {clock} ;;

@@ -29,9 +29,11 @@ from tests.sweeps import (
     Patch,
     Printed,
     in_a_process,
+    lines_in,
     make_up,
     refusal,
     state,
+    wait_for,
 )
 
 UNCOMPILED = ["--provider", "plain-eager", "ours-pytorch-eager", "ours-triton-eager"]
@@ -74,9 +76,7 @@ def test_interrupted_sweep_keeps_its_rows_and_says_what_is_missing(path: Path) -
         # A shell's background job ignores the signal, and its children would as well.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    while not (path.exists() and path.read_bytes().count(b"\n") > 3):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: lines_in(path) > 3)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -202,7 +202,6 @@ def test_help_and_env_work(capsys: Printed) -> None:
 
 # Mistakes, before anything is measured or written
 
-
 REPORT = REPORTS / "perf-op-train-compiled-cpu-torch2.13.0.csv"
 Refused = Callable[..., str]
 
@@ -287,10 +286,8 @@ def test_run_says_where_it_cannot_write(out: str, refused: Refused) -> None:
         (["--batch", "1:2"], "'1:2' is neither a positive number nor a range"),
         (["--batch", "٣x"], "is neither a positive number nor a range"),
         (["--batch", ""], "'' is neither a positive number nor a range"),
-        (["--batch", "9" * 5000], "is not a whole number from 1 to"),
         (["--budget", "nan"], "'nan' is not a positive number of seconds"),
         (["--budget", "inf"], "'inf' is not a positive number of seconds"),
-        (["--budget", "1e300"], "'1e300' is not a positive number of seconds"),
         (["--budget", "soon"], "'soon' is not a positive number of seconds"),
         (["--stage", "0"], "invalid choice: 0"),
         (["--provider", "eager"], "invalid choice: 'eager'"),
@@ -350,7 +347,6 @@ def test_other_commands_say_what_they_cannot_take(
 
 
 # Reports that are damaged
-
 
 LINES = REPORT.read_bytes().splitlines(keepends=True)
 WHOLE = b"".join(LINES)

@@ -35,9 +35,11 @@ from tests.sweeps import (
     Patch,
     Printed,
     in_a_process,
+    lines_in,
     make_up,
     refusal,
     row,
+    wait_for,
     write_report,
 )
 
@@ -353,7 +355,6 @@ def test_name_of_a_report_is_a_name_and_no_pattern(
 LONG = ["run", "--level", "op", "--batch", "1:40:1", "--provider", PLAIN.name, OURS.name]
 ROWS = 480
 KILLS = 10
-PATIENCE = 60.0
 forks = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
@@ -396,17 +397,6 @@ def start_ranks(arguments: list[str], folder: Path, **limit: int) -> list[BasePr
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     return [start(arguments, folder, "0"), start(arguments, folder, "1", **limit)]
-
-
-def lines_in(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def wait_for_lines(path: Path, count: int) -> None:
