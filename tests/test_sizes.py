@@ -296,18 +296,20 @@ def test_fuse_select_with_little_or_nothing(
 ) -> None:
     xs = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
     some = shape[1] > 0  # torch's batch norm of no channels takes no weight
-    options: dict[str, Any] = {"affine": some, "biases": some, "dtype": torch.float32}
-    arguments = beside_branches(2, shape[1], batch_stats=batch_stats, **options)
+    options: dict[str, Any] = {"batch_stats": batch_stats, "dtype": torch.float32}
+    arguments = beside_branches(2, shape[1], affine=some, **options)
+    arguments["fc1_norm"] = beside_branches(2, 1, **options)["fc1_norm"]
     leaves = [*xs, *trained(arguments)]
     refused = batch_stats and shape[0] < 2
     raised = pytest.raises(ValueError, match="batch") if refused else nullcontext()
     with use_backend(backend), raised:
-        out = functional.sk_fuse_select(xs, **arguments).out
+        out, *statistics = functional.sk_fuse_select(xs, **arguments)
     if refused:
         return
     grads = torch.autograd.grad(out.square().sum(), leaves)
     assert out.shape == shape
     assert out.isfinite().all()
+    assert [x is not None and bool(x.isfinite().all()) for x in statistics] == 4 * [batch_stats]
     for grad, leaf in zip(grads, leaves, strict=True):
         assert grad.shape == leaf.shape
         assert grad.isfinite().all()

@@ -226,7 +226,7 @@ def _sk_logits_kernel(
     """
     # One program owns BLOCK_N logits of BLOCK_B images.
     ACC: tl.constexpr = hidden_ptr.dtype.element_ty
-    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_n = tl.cdiv(tl.maximum(N, 1), BLOCK_N)  # fc1's statistics are there without channels
     pid = tl.program_id(0)
     offs_b = (pid // blocks_n).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_n = (pid % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -583,7 +583,8 @@ def _sk_channels_bwd_kernel(
     # and all images.
     pid, channels = tl.program_id(0), tl.cast(C, tl.int64)
     first_fc1 = tl.cdiv(channels, BLOCK_C)
-    first_fc2 = first_fc1 + tl.cdiv(channels, BLOCK_N) * tl.cdiv(d, BLOCK_D)
+    # The vectors of fc1 have their blocks without channels, too.
+    first_fc2 = first_fc1 + tl.cdiv(tl.maximum(channels, 1), BLOCK_N) * tl.cdiv(d, BLOCK_D)
     mlp = (hidden_ptr, dz_ptr, B, d, fc1_norm_ptrs)
     if pid < first_fc1:
         _norms_bwd(

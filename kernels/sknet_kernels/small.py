@@ -178,8 +178,8 @@ class _Logits(SmallKernel):
 
     def programs(self, problem: SmallProblem, config: SmallConfig) -> int:
         rows = problem.num_branches * problem.C
-        # An empty batch has statistics, of nothing, to be written.
-        return max(1, cdiv(problem.B, config.block_b)) * cdiv(rows, config.block_n)
+        # Without images or channels there are still statistics to be written.
+        return cdiv(max(1, problem.B), config.block_b) * cdiv(max(1, rows), config.block_n)
 
     def reads(self, problem: SmallProblem, config: SmallConfig) -> int:
         return problem.d * (problem.B + config.block_b + config.block_n)
@@ -203,7 +203,8 @@ class _ChannelsBwd(SmallKernel):
 
     def programs(self, problem: SmallProblem, config: SmallConfig) -> int:
         C, M = problem.C, problem.num_branches
-        rows = cdiv(C, config.block_n) + cdiv(M * C, config.block_n)
+        # fc1's vectors are there without channels.
+        rows = cdiv(max(1, C), config.block_n) + cdiv(M * C, config.block_n)
         return cdiv(C, config.block_c) + rows * cdiv(problem.d, config.block_d)
 
     def reads(self, problem: SmallProblem, config: SmallConfig) -> int:
