@@ -20,11 +20,12 @@ from perf.rows.store import open_store
 from perf.rows.typed_csv import values_of
 from perf.static import trials
 from perf.static.aot import Compiled, Resources
-from perf.static.specialisations import LAYOUTS, Setting, inputs
+from perf.static.specialisations import LAYOUTS, Setting, chosen, inputs
 from perf.static.trials import AnyConfig, AnyKernel, Given, Subject
 from perf.sweep import measure, tuning
 from perf.sweep.contest import BudgetSpentError, Conditions, DeviceLostError
 from sknet_kernels import arguments, tuned
+from sknet_kernels.arguments import configuration
 from sknet_kernels.config import (
     FUSE,
     MOMENTS,
@@ -304,3 +305,15 @@ def test_without_a_gpu_candidates_are_listed_in_their_modelled_order(
     assert streaming.heuristic.sum() == joining.heuristic.sum() == 1
     assert len(joining) > 1
     assert list(folder.iterdir()) == []
+
+
+def test_a_choice_whose_launch_fails_is_forgotten() -> None:
+    def fail() -> None:
+        with chosen({FUSE: LaunchConfig(1, 16)}) as asked:
+            configuration(FUSE, [torch.ones(2, 8, 16)] * 2)
+            assert asked.keys() == {FUSE}
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert arguments._configuration.cache_info().currsize == 0

@@ -129,15 +129,24 @@ def recorded(facts: DeviceFacts) -> Iterator[list[Launch]]:
         launches.append(first)
         return lambda *pointers: None
 
-    arguments._configuration.cache_clear()
     with (
+        forgetting_configurations(),
         mock.patch.object(DeviceFacts, "of", return_value=facts),
         mock.patch.object(launching, "_PLANS", {}),
         mock.patch.object(launching, "_compiled", compiled),
         mock.patch.object(launching, "current", return_value=nullcontext()),
     ):
         yield launches
+
+
+@contextmanager
+def forgetting_configurations() -> Iterator[None]:
+    """Lets launchers choose anew inside, and again after it."""
     arguments._configuration.cache_clear()
+    try:
+        yield
+    finally:
+        arguments._configuration.cache_clear()
 
 
 @contextmanager
@@ -152,10 +161,12 @@ def chosen(own: Mapping[Any, Any]) -> Iterator[dict[Any, Any]]:
         asked[kernel] = problem
         return own.get(kernel) or tuned.choice(kernel, problem, facts)
 
-    arguments._configuration.cache_clear()
-    with mock.patch.object(arguments, "choice", choice), mock.patch.object(launching, "_PLANS", {}):
+    with (
+        forgetting_configurations(),
+        mock.patch.object(arguments, "choice", choice),
+        mock.patch.object(launching, "_PLANS", {}),
+    ):
         yield asked
-    arguments._configuration.cache_clear()
 
 
 def inputs(setting: Setting) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from perf.rows.schema import Mode
 from perf.static.bytes import MEBI
 
 Run = Callable[[], object]
+_T = TypeVar("_T")
 
 WARMUP_MS = 25.0
 # A block of calls outlasts what the wait at its end costs by far.
@@ -56,17 +58,24 @@ def interleaved(
     """
     times: dict[str, Times] = {}
     failed: dict[str, Exception] = {}
-    for i in range(rounds):
-        for name in [name for name in runs if name not in failed][:: 1 if i % 2 == 0 else -1]:
-            try:
-                with context(name):
-                    taken = times.setdefault(name, Times(env.switches()))
-                    taken.ms += sample(runs[name], device, seconds / rounds)
-                    if device.type == "cuda":
-                        taken.call_ms += call_to_call(runs[name], device, seconds / rounds)
-            except Exception as error:
-                failed[name] = error
+    for name in turns([*runs], rounds):
+        if name in failed:
+            continue
+        try:
+            with context(name):
+                taken = times.setdefault(name, Times(env.switches()))
+                taken.ms += sample(runs[name], device, seconds / rounds)
+                if device.type == "cuda":
+                    taken.call_ms += call_to_call(runs[name], device, seconds / rounds)
+        except Exception as error:
+            failed[name] = error
     return {name: taken for name, taken in times.items() if name not in failed}, failed
+
+
+def turns(items: Sequence[_T], rounds: int) -> Iterator[_T]:
+    """Yields every item once a round, in every other round backwards."""
+    for i in range(rounds):
+        yield from items[:: 1 if i % 2 == 0 else -1]
 
 
 def sample(run: Run, device: torch.device, seconds: float) -> list[float]:

@@ -26,13 +26,13 @@ from perf.rows import env
 from perf.rows.schema import TUNED, Timing
 from perf.rows.store import Store
 from perf.rows.typed_csv import Key, values_of
-from perf.static.specialisations import Setting, inputs
+from perf.static.specialisations import Setting, forgetting_configurations, inputs
 from perf.static.trials import AnyConfig, AnyKernel, Given, Subject
 from perf.sweep import contest, measure
 from perf.sweep.contest import Conditions
 from perf.sweep.sweep import Ending, in_turn
 from perf.sweep.workloads import DTYPE_OF, LAYOUT_OF, stage_shape
-from sknet_kernels import arguments, tuned
+from sknet_kernels import tuned
 from sknet_kernels.config import DeviceFacts
 
 _ROUNDINGS = 8
@@ -92,12 +92,8 @@ def tune(
 def in_force(path: Path) -> Iterator[None]:
     """Lets launchers read the table at ``path``, as far as it is written, whatever the device."""
     rows = tuned.read(path)
-    arguments._configuration.cache_clear()
-    try:
-        with mock.patch.object(tuned, "table", return_value=rows):
-            yield
-    finally:
-        arguments._configuration.cache_clear()
+    with forgetting_configurations(), mock.patch.object(tuned, "table", return_value=rows):
+        yield
 
 
 def unfinished(chosen: Sequence[Subject], store: Store, device: torch.device) -> list[Subject]:
@@ -121,10 +117,9 @@ def measured(subject: Subject, conditions: Conditions) -> tuple[AnyConfig, Timin
     right = judged(subject, configs, given, conditions.device)
     calls = {config: subject.prepared(given, config) for config in right}
     times: dict[AnyConfig, list[float]] = {config: [] for config in right}
-    for i in range(conditions.rounds):
-        for config in right[:: 1 if i % 2 == 0 else -1]:
-            seconds = conditions.seconds / conditions.rounds
-            times[config] += measure.sample(calls[config], conditions.device, seconds)
+    seconds = conditions.seconds / conditions.rounds
+    for config in measure.turns(right, conditions.rounds):
+        times[config] += measure.sample(calls[config], conditions.device, seconds)
     best, heuristic_ms, ms = fastest(times)
     return best, Timing(heuristic_ms, ms, len(right), len(configs) - len(right))
 
