@@ -1,7 +1,7 @@
 """State dicts from one implementation's keys to another's.
 
-`convert_state_dict` takes a checkpoint out of what holds it (`unwrap`), finds its layout and prefix
-(`detect`), renames its keys, and joins or splits fc2, which some keep as one head a branch.
+`convert_state_dict` takes a checkpoint out of what holds it, finds its layout and prefix, renames
+its keys, and joins or splits fc2, which some keep as one head a branch.
 """
 
 import re
